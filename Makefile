@@ -1,0 +1,87 @@
+# `make help` lists the targets. Everything lives in $(VENV), installed from requirements/lock.txt when that
+# file changes and at no other time, so that later runs need no network.
+
+VENV ?= .venv
+PYTHON ?= python3.12 python3.11 python3
+SIZE ?= demo
+WORKDIR ?= work/demo
+JOBS ?= 2
+ARGS ?=
+LOCK_FLAGS ?=
+
+BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# Compiled programs are kept between runs: native code, so in a folder that only its owner can open.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-slow lint format lock peers bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  ARGS="-k name"'
+
+setup: $(VENV)/lock.txt cache ## make the virtual environment
+
+demo: setup ## train a sleeping and a sleepless model and draw the comparison (SIZE=tiny: the smallest)
+	$(BIN)/python -m experiments.demo --size=$(SIZE) --workdir=$(WORKDIR) $(ARGS)
+
+test: lint ## check style, then run the quick tests
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: setup ## run the slow tests
+	$(PYTEST) -m slow --timeout=1200 $(ARGS)
+
+lint: $(VENV)/lock.txt ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/lock.txt ## mend style and formatting where a program can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## time the kernels on this machine
+	$(BIN)/python -m kernels.bench $(ARGS)
+
+peers: $(VENV)/peers.txt ## add torch and transformers, the oracles of some tests and rivals in benchmarks
+
+lock: $(VENV)/lock.txt ## bring requirements/lock.txt up to date with setup.cfg (LOCK_FLAGS=--upgrade: newest versions)
+	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --custom-compile-command "make lock" --quiet $(LOCK_FLAGS) -o requirements/lock.txt
+	@rm -rf sleep_jax.egg-info
+
+clean: ## remove caches; virtual environments and work/ stay
+	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build sleep_jax.egg-info
+	find sleep_jax kernels experiments launch tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: cache
+cache:
+	@mkdir -p .cache && mkdir -p -m 700 "$$JAX_COMPILATION_CACHE_DIR"
+
+# The stamps are copies of what was installed: a lock file that is only newer, not different, installs nothing.
+$(VENV)/lock.txt: requirements/lock.txt
+	@if cmp -s $< $@ && $(BIN)/python -c '' 2>/dev/null; then touch $@; exit 0; fi; \
+	for candidate in $(PYTHON); do \
+	  "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	    && python="$$candidate" && break; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11 or newer that can make virtual environments (tried: $(PYTHON)); try make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	set -e; \
+	echo "Installing requirements/lock.txt into $(VENV) ($$("$$python" --version)), once"; \
+	$(BIN)/python -c '' 2>/dev/null || "$$python" -m venv --clear $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<; \
+	cp $< $@
+
+$(VENV)/peers.txt: requirements/peers.txt $(VENV)/lock.txt
+	@cmp -s $< $@ || { \
+	  echo "Installing requirements/peers.txt into $(VENV), once"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $< && $(BIN)/python -m pip check; \
+	}
+	@cp $< $@
