@@ -1,0 +1,29 @@
+"""The gated Hebbian rule (Mamba-2, arXiv 2405.21060), token by token: slow, obvious, the judge."""
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+
+def gated_hebbian(
+  q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """S decays first, then takes the write b k v^T as it comes; o is read after the write.
+
+  Args:
+    q, k: [B, T, H, K]. v: [B, T, H, V]. g, b: [B, T, H]. S: [B, H, K, V], float32 or float64.
+
+  Returns:
+    o [B, T, H, V] in v's dtype, and S after the last token in its own dtype, in which all is computed.
+  """
+
+  def step(S: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    q, k, v, g, b = token
+    S = jnp.exp(g)[..., None, None] * S
+    u = b[..., None] * v
+    S = S + k[..., :, None] * u[..., None, :]
+    return S, jnp.einsum("bhkv,bhk->bhv", S, q, precision=Precision.HIGHEST)
+
+  tokens = tuple(jnp.moveaxis(x, 1, 0).astype(S.dtype) for x in (q, k, v, g, b))
+  S, o = jax.lax.scan(step, S, tokens)
+  return jnp.moveaxis(o, 0, 1).astype(v.dtype), S

@@ -1,0 +1,17 @@
+"""Eight simulated CPU devices for every test, set before anything touches a backend."""
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def mesh_of_eight():
+  """Sets the explicit mesh data = 4 x model = 2 for one test."""
+  from sleep_jax import sharding
+  from sleep_jax.config import MeshConfig
+
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=4, model=2))) as mesh:
+    yield mesh

@@ -1,0 +1,88 @@
+"""What the kernel tests share: random inputs, outputs and gradients of a rule, distances."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.delta import delta
+from kernels.gated_delta import gated_delta
+from kernels.gated_hebbian import gated_hebbian
+
+RULES = {"gated_delta": gated_delta, "gated_hebbian": gated_hebbian, "delta": delta}
+IMPLEMENTATIONS = ("xla", "reference")
+
+every_rule = pytest.mark.parametrize("rule", RULES)
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# For tests that compile much: the rule with everything in it always, the others with the slow tests.
+every_rule_slowly = pytest.mark.parametrize(
+  "rule", ["gated_delta", *(pytest.param(rule, marks=pytest.mark.slow) for rule in list(RULES)[1:])]
+)
+
+
+def random_inputs(rule: str, B, T, H, K, V, *, seed=0, decay=1.0, dtype=np.float32) -> list[np.ndarray]:
+  """q, k, v, g, b, S (no g for the rule without decay); keys of length 1, a tenth of b exactly 0."""
+  rng = np.random.default_rng(seed)
+  q, k = rng.normal(size=(2, B, T, H, K))
+  k /= np.linalg.norm(k, axis=-1, keepdims=True)
+  b = rng.uniform(size=(B, T, H)) * (rng.uniform(size=(B, T, H)) > 0.1)
+  g = -decay * rng.exponential(size=(B, T, H))
+  v, S = rng.normal(size=(B, T, H, V)), rng.normal(size=(B, H, K, V))
+  return [x.astype(dtype) for x in (q / K**0.5, k, v, *(() if rule == "delta" else (g,)), b, S)]
+
+
+def outputs_and_gradients(f: Callable, inputs, seed: int = 1) -> list[np.ndarray]:
+  """o, S and the gradient of every input, from random cotangents of o and S."""
+  rng = np.random.default_rng(seed)
+  o, S = jax.eval_shape(f, *inputs)
+  cotangents = tuple(rng.normal(size=x.shape).astype(x.dtype) for x in (o, S))
+  return [np.asarray(x) for x in pulled(f)(tuple(map(jnp.asarray, inputs)), cotangents)]
+
+
+def quick(f: Callable) -> Callable:
+  """`jax.jit` for a program that runs once: not optimising it saves two thirds of the time."""
+  return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def pulled(f: Callable) -> Callable:
+  """The jitted function (inputs, cotangents) -> outputs and gradients."""
+
+  def run(inputs, cotangents):
+    outputs, pull = jax.vjp(f, *inputs)
+    return *outputs, *pull(cotangents)
+
+  return quick(run)
+
+
+@functools.cache
+def function(rule: str, implementation: str) -> Callable:
+  """The public function with a fixed implementation; one object, so that nothing is traced twice."""
+  return functools.partial(RULES[rule], implementation=implementation)
+
+
+@functools.cache
+def jitted(rule: str, implementation: str) -> Callable:
+  return quick(function(rule, implementation))
+
+
+def double(rule: str, inputs) -> list[np.ndarray]:
+  """Outputs and gradients of the reference in float64, at the values that the inputs hold."""
+  with jax.enable_x64(True):
+    return outputs_and_gradients(function(rule, "reference"), [np.asarray(x, np.float64) for x in inputs])
+
+
+def distance(got, want) -> list[float]:
+  """Largest difference relative to the largest entry, array by array."""
+  return [
+    float(np.max(np.abs(np.asarray(x, np.float64) - y)) / max(np.max(np.abs(y)), 1e-30))
+    for x, y in zip(got, want, strict=True)
+  ]
+
+
+def assert_near(got, want, tolerance: float) -> None:
+  far = distance(got, want)
+  assert max(far) <= tolerance, f"relative distances {far}, allowed {tolerance}"  # NaN fails too
