@@ -1,0 +1,1 @@
+"""Language models that sleep: context consolidated into fast weights before its cache is evicted."""

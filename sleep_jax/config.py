@@ -1,0 +1,420 @@
+"""Frozen configs that check themselves when built; the one place for every default.
+
+`ml_collections` lives at the command line only. One line later `from_dict` turns what it holds
+into these dataclasses, which are hashable (so they can be static arguments of `jax.jit`) and
+are all that the library ever sees.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A mistake in a config: one line that names the field, what was wrong and what would be right."""
+
+
+def check(condition: bool, field: str, problem: str) -> None:
+  """Raises `ConfigError("field: problem")` unless `condition` holds."""
+  if not condition:
+    raise ConfigError(f"{field}: {problem}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """A clause that offers the nearest known name: `did you mean "x"?` or `known: a, b`."""
+  known = list(known)
+  close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+  return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
+
+
+def one_of(value: str, known: Iterable[str], field: str) -> None:
+  """Raises `ConfigError` unless `value` is one of `known`."""
+  known = tuple(known)
+  check(value in known, field, f"unknown value {value!r}; {nearest(str(value), known)}")
+
+
+def at_least(value: float, least: float, field: str) -> None:
+  """Raises `ConfigError` unless `value >= least`."""
+  check(value >= least, field, f"must be at least {least}, got {value}")
+
+
+def above(value: float, bound: float, field: str) -> None:
+  """Raises `ConfigError` unless `value > bound`."""
+  check(value > bound, field, f"must be above {bound}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Causal attention inside the window.
+
+  Attributes:
+    num_heads: query heads H.
+    num_kv_heads: key and value heads; query heads share them in groups. None: as many as `num_heads`.
+    head_dim: width of a head. None: `embed_dim / num_heads`, which must divide.
+    rope_theta: base of the rotary angles.
+    qk_norm: RMSNorm on queries and keys, per head.
+  """
+
+  num_heads: int = 4
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  rope_theta: float = 10_000.0
+  qk_norm: bool = True
+
+  def __post_init__(self):
+    at_least(self.num_heads, 1, "model.attention.num_heads")
+    if self.num_kv_heads is not None:
+      at_least(self.num_kv_heads, 1, "model.attention.num_kv_heads")
+      check(
+        self.num_heads % self.num_kv_heads == 0,
+        "model.attention.num_kv_heads",
+        f"must divide num_heads = {self.num_heads}, got {self.num_kv_heads}",
+      )
+    if self.head_dim is not None:
+      at_least(self.head_dim, 2, "model.attention.head_dim")
+      check(self.head_dim % 2 == 0, "model.attention.head_dim", f"must be even for RoPE, got {self.head_dim}")
+    above(self.rope_theta, 0, "model.attention.rope_theta")
+
+
+@dataclasses.dataclass(frozen=True)
+class FastConfig:
+  """The fast-weight layer: everything but the rule, which the block's name gives.
+
+  Attributes:
+    num_heads: H.
+    key_dim: K, width of a key and query of one head.
+    value_dim: V, width of a value of one head.
+    conv_size: taps of the short causal convolution on q, k and v; 0 for none.
+    conv_context: what of the convolution survives eviction. `carry`: its last `conv_size - 1` inputs,
+      as part of the recurrent state, so that a window's first tokens see the last ones of the window
+      before. `reset`: nothing, so that S alone crosses the border (strict eviction).
+    decay_init: range (low, high) from which exp(A_log) is drawn evenly; the decay of a token is
+      exp(-exp(A_log) * softplus(.)). The usual (1, 16) forgets a window of a few dozen tokens
+      within N passes; (1/16, 1) keeps it.
+    kernel: backend of `kernels`, by name. None: the fastest measured one for the platform.
+  """
+
+  num_heads: int = 4
+  key_dim: int = 64
+  value_dim: int = 64
+  conv_size: int = 4
+  conv_context: str = "carry"
+  decay_init: tuple[float, float] = (1.0, 16.0)
+  kernel: str | None = None
+
+  def __post_init__(self):
+    for name in ("num_heads", "key_dim", "value_dim"):
+      at_least(getattr(self, name), 1, f"model.fast.{name}")
+    at_least(self.conv_size, 0, "model.fast.conv_size")
+    one_of(self.conv_context, ("carry", "reset"), "model.fast.conv_context")
+    low, high = self.decay_init
+    check(0 < low <= high, "model.fast.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A hybrid of attention and fast-weight blocks.
+
+  Attributes:
+    vocab_size: tokens.
+    embed_dim: D.
+    mlp_dim: hidden width of the SwiGLU MLP. None: 2 D.
+    blocks: the mixer of each block, from first to last: `attn`, or a rule by which fast weights are
+      written (`gdn`, `hebbian`, or one that `fast_weights.RULES` was given).
+    window: L, tokens that attention holds before they are consolidated and evicted.
+    eviction: `hard`: the whole window goes.
+    embed_std: standard deviation of the embedding at the start. Loops train soonest with 1.0.
+    norm_eps: epsilon of the RMSNorms on the residual stream.
+    dtype: of activations, `float32` or `bfloat16`. S, gates, norms and logits are float32 always.
+  """
+
+  vocab_size: int
+  embed_dim: int = 256
+  mlp_dim: int | None = None
+  blocks: tuple[str, ...] = ("attn", "gdn", "attn", "gdn")
+  window: int = 24
+  eviction: str = "hard"
+  embed_std: float = 1.0
+  norm_eps: float = 1e-6
+  dtype: str = "float32"
+  attention: AttentionConfig = AttentionConfig()
+  fast: FastConfig = FastConfig()
+
+  def __post_init__(self):
+    at_least(self.vocab_size, 1, "model.vocab_size")
+    at_least(self.embed_dim, 1, "model.embed_dim")
+    if self.mlp_dim is not None:
+      at_least(self.mlp_dim, 1, "model.mlp_dim")
+    at_least(len(self.blocks), 1, "model.blocks")
+    at_least(self.window, 1, "model.window")
+    one_of(self.eviction, ("hard",), "model.eviction")
+    above(self.embed_std, 0, "model.embed_std")
+    above(self.norm_eps, 0, "model.norm_eps")
+    one_of(self.dtype, ("float32", "bfloat16"), "model.dtype")
+    if "attn" in self.blocks and self.attention.head_dim is None:
+      heads = self.attention.num_heads
+      check(
+        self.embed_dim % heads == 0,
+        "model.embed_dim",
+        f"must be a multiple of model.attention.num_heads = {heads} (or set head_dim), got {self.embed_dim}",
+      )
+      check(
+        self.embed_dim // heads % 2 == 0,
+        "model.attention.head_dim",
+        f"must be even for RoPE, got {self.embed_dim} / {heads}",
+      )
+
+  @property
+  def head_dim(self) -> int:
+    """Width of an attention head."""
+    return self.attention.head_dim or self.embed_dim // self.attention.num_heads
+
+  @property
+  def num_kv_heads(self) -> int:
+    """Key and value heads of attention."""
+    return self.attention.num_kv_heads or self.attention.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class SleepConfig:
+  """How a full window is consolidated.
+
+  Attributes:
+    num_passes: N, passes over the window; 1 is the plain hybrid.
+    backprop_passes: k, gradients flow through the last k passes only. None: through all of them.
+    first_block, last_block: blocks first_block .. last_block - 1 are repeated; those before run once
+      (prelude), those after run once (coda); all of them write. None: up to the last block.
+    remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`
+      (keep the input of each block), `pass` (and of each pass), `window` (and S at each window).
+    loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
+      compile, faster to run on a CPU.
+  """
+
+  num_passes: int = 1
+  backprop_passes: int | None = None
+  first_block: int = 0
+  last_block: int | None = None
+  remat: str = "none"
+  loops: str = "scan"
+
+  def __post_init__(self):
+    at_least(self.num_passes, 1, "sleep.num_passes")
+    if self.backprop_passes is not None:
+      k = self.backprop_passes
+      check(
+        1 <= k <= self.num_passes,
+        "sleep.backprop_passes",
+        f"must lie in 1..{self.num_passes} (sleep.num_passes), got {k}",
+      )
+    at_least(self.first_block, 0, "sleep.first_block")
+    if self.last_block is not None:
+      above(self.last_block, self.first_block, "sleep.last_block")
+    one_of(self.remat, ("none", "block", "pass", "window"), "sleep.remat")
+    one_of(self.loops, ("scan", "unroll"), "sleep.loops")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """Muon for the body's matrices, AdamW for everything else.
+
+  The recipe is that of arXiv 2511.07384, which the sleep paper follows: one schedule multiplies both
+  learning rates, the global norm is clipped before both, and weight decay is decoupled.
+
+  Attributes:
+    muon_lr, adam_lr: peak learning rates.
+    muon_momentum: of the exponential average; Nesterov.
+    newton_schulz_steps: orthogonalisation steps.
+    newton_schulz_dtype: `bfloat16` as the recipe has it, or `float32` (faster on a CPU).
+    adam_b1, adam_b2, adam_eps: AdamW's.
+    weight_decay: for both groups; a weight declared without decay is left alone.
+    clip_norm: global norm of all gradients.
+    warmup_steps: linear from 0.
+    decay_steps: cosine down to `final_scale` over the last so many steps; 0 for a constant rate.
+    final_scale: last multiplier.
+  """
+
+  muon_lr: float = 2e-3
+  adam_lr: float = 5e-5
+  muon_momentum: float = 0.95
+  newton_schulz_steps: int = 5
+  newton_schulz_dtype: str = "bfloat16"
+  adam_b1: float = 0.9
+  adam_b2: float = 0.95
+  adam_eps: float = 1e-10
+  weight_decay: float = 1e-4
+  clip_norm: float = 1.0
+  warmup_steps: int = 0
+  decay_steps: int = 0
+  final_scale: float = 1e-3
+
+  def __post_init__(self):
+    for name in ("muon_lr", "adam_lr", "adam_eps", "clip_norm"):
+      above(getattr(self, name), 0, f"optim.{name}")
+    for name in ("muon_momentum", "adam_b1", "adam_b2"):
+      value = getattr(self, name)
+      check(0 <= value < 1, f"optim.{name}", f"must lie in [0, 1), got {value}")
+    at_least(self.newton_schulz_steps, 1, "optim.newton_schulz_steps")
+    one_of(self.newton_schulz_dtype, ("bfloat16", "float32"), "optim.newton_schulz_dtype")
+    for name in ("weight_decay", "warmup_steps", "decay_steps", "final_scale"):
+      at_least(getattr(self, name), 0, f"optim.{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop.
+
+  Attributes:
+    steps: optimizer steps in all.
+    batch_size: sequences a step, over all devices.
+    steps_per_dispatch: steps that the device runs before the host looks again; data is made inside.
+    log_every, eval_every, save_every: in steps.
+    eval_sequences: held-out sequences; a fixed set, from a seed of its own.
+    eval_batch_size: sequences a device call of the evaluation.
+    keep_checkpoints: newest ones that stay.
+  """
+
+  steps: int = 100
+  batch_size: int = 128
+  steps_per_dispatch: int = 10
+  log_every: int = 10
+  eval_every: int = 50
+  save_every: int = 100
+  eval_sequences: int = 4096
+  eval_batch_size: int = 1024
+  keep_checkpoints: int = 3
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      at_least(getattr(self, field.name), 1, f"train.{field.name}")
+    check(
+      self.eval_sequences % self.eval_batch_size == 0,
+      "train.eval_batch_size",
+      f"must divide train.eval_sequences = {self.eval_sequences}, got {self.eval_batch_size}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices: `data` splits the batch and (FSDP) the weights, `model` splits heads, MLP and vocabulary.
+
+  `data` = -1 takes all devices that `model` leaves.
+  """
+
+  data: int = -1
+  model: int = 1
+
+  def __post_init__(self):
+    check(self.data == -1 or self.data >= 1, "mesh.data", f"must be -1 or at least 1, got {self.data}")
+    at_least(self.model, 1, "mesh.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run. `data` is the task's own config."""
+
+  data: Any
+  model: ModelConfig
+  sleep: SleepConfig = SleepConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+  seed: int = 0
+
+  def __post_init__(self):
+    at_least(self.seed, 0, "seed")
+    last = self.sleep.last_block
+    check(
+      last is None or last <= len(self.model.blocks),
+      "sleep.last_block",
+      f"must be at most {len(self.model.blocks)} (the number of model.blocks), got {last}",
+    )
+    first = self.sleep.first_block
+    check(
+      first < len(self.model.blocks),
+      "sleep.first_block",
+      f"must be below {len(self.model.blocks)} (the number of model.blocks), got {first}",
+    )
+
+
+def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+  """Builds a config dataclass from nested mappings.
+
+  Args:
+    cls: a dataclass of this module, or a task's own.
+    values: field name -> value; a mapping where the field is itself a config.
+    path: dotted name of `values` in the whole, for messages.
+
+  Returns:
+    An instance of `cls`, checked.
+
+  Raises:
+    ConfigError: for an unknown or missing field, a value of the wrong type, or one that the
+      dataclass refuses; one line.
+  """
+  hints = typing.get_type_hints(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  built = {}
+  for name, value in values.items():
+    here = f"{path}{name}"
+    check(name in fields, here, f"no such field; {nearest(name, fields)}")
+    built[name] = _convert(hints[name], value, here)
+  for name, field in fields.items():
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+      check(name in built, f"{path}{name}", "is required")
+  return cls(**built)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """The config as nested plain data, for JSON; `from_dict` reads it back."""
+  return dataclasses.asdict(config)
+
+
+def replace(config: Any, **changes: Any) -> Any:
+  """A copy with nested fields changed: `replace(c, sleep={"num_passes": 2}, seed=1)`."""
+  flat = {}
+  for name, value in changes.items():
+    old = getattr(config, name)
+    nested = dataclasses.is_dataclass(old) and isinstance(value, Mapping)
+    flat[name] = replace(old, **value) if nested else value
+  return dataclasses.replace(config, **flat)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  """`value` as the type `hint`; lists become tuples, whole numbers floats; nothing else is changed."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    if value is None and type(None) in args:
+      return None
+    return _convert(next(a for a in args if a is not type(None)), value, path)
+  if dataclasses.is_dataclass(hint):
+    if isinstance(value, hint):
+      return value
+    check(isinstance(value, Mapping), path, f"must be a group of fields, got {value!r}")
+    return from_dict(hint, value, f"{path}.")
+  if origin is tuple:
+    check(isinstance(value, (tuple, list)), path, f"must be a list, got {value!r}")
+    if len(args) == 2 and args[1] is Ellipsis:
+      return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    check(len(value) == len(args), path, f"must have {len(args)} values, got {len(value)}")
+    return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+  if hint is float:
+    check(
+      isinstance(value, (int, float)) and not isinstance(value, bool),
+      path,
+      f"must be a number, got {value!r}",
+    )
+    return float(value)
+  if hint is int:
+    check(
+      isinstance(value, int) and not isinstance(value, bool), path, f"must be a whole number, got {value!r}"
+    )
+    return value
+  if hint in (str, bool):
+    check(
+      isinstance(value, hint), path, f"must be {'text' if hint is str else 'true or false'}, got {value!r}"
+    )
+    return value
+  return value

@@ -1,0 +1,1 @@
+"""Training tasks; each is a pure function of (seed, index)."""

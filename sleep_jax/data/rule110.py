@@ -1,0 +1,174 @@
+"""Rule 110: what becomes of a string of cells after t steps.
+
+A sequence is `num_strings` independent random strings of cells, one token a cell, each of which fills
+a window and is evicted before the next; then one answer per string: its *first* cell after
+`rollout_steps` steps. The depth of reasoning is t; the memory load does not depend on it.
+
+    tokens   cells of string 0 | cells of string 1 | ...      | ASK  label 0  label 1 ...
+    targets                                                   | label 0  label 1  label 2 ...
+
+The last window predicts from itself: `ASK` predicts the first label. Strings are independent, so that
+an earlier label, which the next prediction sees, says nothing about it.
+"""
+
+import dataclasses
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sleep_jax.config import at_least, check, one_of
+from sleep_jax.model import Batch
+
+ASK = 2
+VOCAB_SIZE = 3  # '0', '1', ASK
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule110Config:
+  """The task.
+
+  Attributes:
+    num_strings: strings, and labels.
+    num_cells: cells of a string, at most 32.
+    rollout_steps: t.
+    boundary: `periodic`: the last cell is the first one's left neighbour. `zero`: cells outside are 0;
+      then a constant answers t = 8 with 99 %, so that the paper cannot have meant it.
+    held_out_seed: of the evaluation set, which is the same for every run.
+  """
+
+  num_strings: int = 4
+  num_cells: int = 24
+  rollout_steps: int = 32
+  boundary: str = "periodic"
+  held_out_seed: int = 1_000_003
+
+  def __post_init__(self):
+    at_least(self.num_strings, 1, "data.num_strings")
+    check(3 <= self.num_cells <= 32, "data.num_cells", f"must lie in 3..32, got {self.num_cells}")
+    at_least(self.rollout_steps, 0, "data.rollout_steps")
+    one_of(self.boundary, ("periodic", "zero"), "data.boundary")
+    at_least(self.held_out_seed, 0, "data.held_out_seed")
+
+  @property
+  def length(self) -> int:
+    """T, tokens of a sequence."""
+    return self.num_strings * (self.num_cells + 1)
+
+
+def layout(cfg: Rule110Config) -> np.ndarray:
+  """Where the loss is: [T] bool, the last `num_strings` positions."""
+  return np.arange(cfg.length) >= cfg.num_strings * cfg.num_cells
+
+
+def check_window(cfg: Rule110Config, window: int) -> None:
+  """Raises `ConfigError` unless windows end where the answers begin."""
+  context = cfg.num_strings * cfg.num_cells
+  check(
+    context % window == 0,
+    "model.window",
+    f"must divide the {context} cells (data.num_strings x data.num_cells) so that no window holds cells"
+    f" and answers, got {window}",
+  )
+  check(
+    cfg.num_strings <= window,
+    "model.window",
+    f"must hold the {cfg.num_strings} answers (data.num_strings), got {window}",
+  )
+
+
+def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
+  """Strings after t steps.
+
+  Args:
+    cells: uint32, any shape; bit i is cell i, bits from `num_cells` on are 0.
+
+  Returns:
+    The same shape and form. A cell becomes (c or r) and not (l and c and r).
+  """
+  cells = jnp.asarray(cells, jnp.uint32)
+  n = cfg.num_cells
+  all_cells = jnp.uint32((1 << n) - 1)
+  wrap = cfg.boundary == "periodic"
+
+  def step(_, c):
+    left, right = c << 1, c >> 1  # bit i of `left` is cell i - 1
+    if wrap:
+      left, right = left | (c >> (n - 1)), right | (c << (n - 1))
+    return (c | right) & ~(left & c & right) & all_cells
+
+  return jax.lax.fori_loop(0, cfg.rollout_steps, step, cells, unroll=cfg.rollout_steps <= 64 or None)
+
+
+def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
+  """The strings of sequences, evenly random: a pure function of (key, index).
+
+  Args:
+    key: typed PRNG key of the stream.
+    index: [B] whole numbers.
+
+  Returns:
+    [B, num_strings] uint32, bit i is cell i.
+  """
+  draw = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (cfg.num_strings,), jnp.uint32))
+  return draw(index) >> (32 - cfg.num_cells)
+
+
+def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
+  """Token sequences of given strings.
+
+  Args:
+    packed: [B, num_strings] uint32.
+
+  Returns:
+    B sequences of T tokens; no pads.
+  """
+  shifts = jnp.arange(cfg.num_cells, dtype=jnp.uint32)
+  cells = ((packed[:, :, None] >> shifts) & 1).astype(jnp.int32).reshape(packed.shape[0], -1)
+  labels = (evolve(packed, cfg) & 1).astype(jnp.int32)
+  ask = jnp.full_like(labels[:, :1], ASK)
+  inputs = jnp.concatenate([cells, ask, labels[:, :-1]], axis=1)
+  targets = jnp.concatenate([jnp.zeros_like(cells), labels], axis=1)
+  mask = jnp.broadcast_to(jnp.asarray(layout(cfg), jnp.float32), inputs.shape)
+  return Batch(inputs, targets, mask)
+
+
+def batch(cfg: Rule110Config, key: jax.Array, step: jax.Array, size: int) -> Batch:
+  """Batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1."""
+  return sequences(cfg, strings(cfg, key, step * size + jnp.arange(size)))
+
+
+def dataset(cfg: Rule110Config, seed: int, num_sequences: int) -> grain.MapDataset:
+  """The same stream for a grain pipeline: item i is sequence i of the stream that `seed` names.
+
+  Items are dicts of NumPy arrays with the fields of `Batch` (without `valid`), [T] each.
+  """
+  return grain.MapDataset.source(_Source(cfg, seed, num_sequences))
+
+
+class _Source:
+  """Random access to the stream; holds no state but its arguments."""
+
+  def __init__(self, cfg: Rule110Config, seed: int, num_sequences: int):
+    self.cfg, self.seed, self.num_sequences = cfg, seed, num_sequences
+
+  def __len__(self) -> int:
+    return self.num_sequences
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if not 0 <= index < self.num_sequences:
+      raise IndexError(f"sequence {index} of {self.num_sequences}")
+    made = _one(self.cfg, self.seed, index)
+    return {name: np.asarray(getattr(made, name))[0] for name in ("inputs", "targets", "loss_mask")}
+
+
+def _one(cfg: Rule110Config, seed: int, index: int) -> Batch:
+  return _jitted(cfg, jax.random.key(seed), jnp.asarray([index]))
+
+
+def _made(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> Batch:
+  return sequences(cfg, strings(cfg, key, index))
+
+
+_jitted = jax.jit(_made, static_argnames="cfg")

@@ -1,0 +1,162 @@
+"""The fast-weight layer: projections, gates and one call to the rule that writes S.
+
+A *rule* is how S is written, nothing more: `(q, k, v, g, b, S, *, mask, implementation) -> (o, S)`
+with q, k `[B, T, H, K]`, v `[B, T, H, V]`, log decay g and write strength b `[B, T, H]` in float32.
+The layer around it is that of Gated DeltaNet (arXiv 2412.06464) for every rule, so that a comparison
+of rules compares rules. A rule of your own is one entry in `RULES`; its name is then a block name.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels.gated_delta import gated_delta
+from kernels.gated_hebbian import gated_hebbian
+from sleep_jax import layers, params, sharding
+from sleep_jax.config import ModelConfig
+
+Rule = Callable[..., tuple[jax.Array, jax.Array]]
+
+RULES: dict[str, Rule] = {
+  "gdn": gated_delta,  # S <- exp(g) S + b k (v - exp(g) S^T k)^T
+  "hebbian": gated_hebbian,  # S <- exp(g) S + b k v^T, equation 3 of arXiv 2605.26099
+}
+
+OUT_NORM_EPS = 1e-5
+
+
+@flax.struct.dataclass
+class FastWeights:
+  """What a fast-weight layer keeps when its window is evicted.
+
+  Attributes:
+    S: fast weights [B, H, K, V], float32.
+    context: the last c - 1 inputs of the short convolutions on q, k and v, [B, c-1, H, K + K + V], in
+      the activation dtype; None without a convolution.
+  """
+
+  S: jax.Array
+  context: jax.Array | None = None
+
+
+def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
+  """The weights of one fast-weight mixer."""
+  d, fast = cfg.embed_dim, cfg.fast
+  heads, key, value, taps = fast.num_heads, fast.key_dim, fast.value_dim, fast.conv_size
+  into, per_head = ("w_embed", "heads", "head_dim"), ("w_embed", "heads")
+  narrow = params.normal(d**-0.5)
+  weights = {
+    "q": params.matrix(d, heads, key, axes=into),
+    "k": params.matrix(d, heads, key, axes=into),
+    "v": params.matrix(d, heads, value, axes=into),
+    "gate": params.matrix(d, heads, value, axes=into),
+    "o": params.matrix(heads, value, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
+    "a": params.Weight((d, heads), per_head, narrow),
+    "b": params.Weight((d, heads), per_head, narrow),
+    "A_log": params.Weight((heads,), ("heads",), _log_uniform(fast.decay_init), decay=False),
+    "dt_bias": params.Weight((heads,), ("heads",), _softplus_inverse_of_step, decay=False),
+    "out_norm": params.scale(value),
+  }
+  if taps:
+    conv = (None, "heads", "head_dim")
+    for name, width in (("q", key), ("k", key), ("v", value)):
+      weights[f"{name}_conv"] = params.Weight((taps, heads, width), conv, params.normal(taps**-0.5))
+  return weights
+
+
+def init_state(cfg: ModelConfig, batch: int) -> FastWeights:
+  """The state at the start of a sequence: all zero."""
+  fast, per_head = cfg.fast, ("heads", "head_dim")
+  S = jnp.zeros((batch, fast.num_heads, fast.key_dim, fast.value_dim), jnp.float32)
+  S = sharding.constrain(S, ("batch", *per_head, "head_dim"))
+  if not fast.conv_size:
+    return FastWeights(S)
+  width = 2 * fast.key_dim + fast.value_dim
+  context = jnp.zeros((batch, fast.conv_size - 1, fast.num_heads, width), cfg.dtype)
+  return FastWeights(S, sharding.constrain(context, ("batch", "seq", *per_head)))
+
+
+def open_window(state: FastWeights, cfg: ModelConfig) -> FastWeights:
+  """The state with which a new window begins: what eviction left of it (`fast.conv_context`)."""
+  if cfg.fast.conv_context == "carry" or not cfg.fast.conv_size:
+    return state
+  return reopen(state, jax.tree.map(jnp.zeros_like, state))
+
+
+def reopen(state: FastWeights, start: FastWeights) -> FastWeights:
+  """S of `state`, with the convolution's context of `start`.
+
+  Every pass over a window reads the same tokens after the same tokens: a pass does not see
+  the end of the window as what came before its beginning.
+  """
+  return start.replace(S=state.S)
+
+
+def fast_weights(
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  state: FastWeights,
+  cfg: ModelConfig,
+  rule: Rule,
+  *,
+  valid: jax.Array | None = None,
+) -> tuple[jax.Array, FastWeights]:
+  """Reads and writes the fast weights, token by token in effect, in chunks in fact.
+
+  Args:
+    weights: as declared.
+    x: [B, T, D].
+    state: on entry.
+    rule: how S is written, a value of `RULES`.
+    valid: [B, T] bool, False for pads, which write nothing. None: all valid.
+
+  Returns:
+    [B, T, D] in x's dtype, and the state after the last token.
+  """
+  fast, heads = cfg.fast, ("batch", "seq", "heads", "head_dim")
+  widths = (fast.key_dim, fast.key_dim, fast.value_dim)
+  qkv_and_gate = layers.dense(
+    x, _joined(weights, "q", "k", "v", "gate"), heads
+  )  # one large product, not four
+  qkv, gate = jnp.split(qkv_and_gate, [sum(widths)], axis=-1)
+  context = None
+  if fast.conv_size:
+    if valid is not None:
+      qkv = jnp.where(valid[:, :, None, None], qkv, 0)
+    qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
+  q, k, v = jnp.split(jax.nn.silu(qkv), [widths[0], sum(widths[:2])], axis=-1)
+  q = layers.l2_normalize(q) * fast.key_dim**-0.5
+  k = layers.l2_normalize(k)
+
+  gates = jnp.stack([weights["a"], weights["b"]], axis=1)  # [D, 2, H]
+  step, b = jnp.moveaxis(layers.dense(x.astype(jnp.float32), gates, ("batch", "seq", None, "heads")), 2, 0)
+  g = -jnp.exp(weights["A_log"]) * jax.nn.softplus(step + weights["dt_bias"])
+
+  o, S = rule(q, k, v, g, jax.nn.sigmoid(b), state.S, mask=valid, implementation=fast.kernel)
+  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
+  o = (o * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+  return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+
+
+def _joined(weights: dict[str, jax.Array], *names: str) -> jax.Array:
+  """Weights side by side along the last axis: the width of a head."""
+  return jnp.concatenate([weights[name] for name in names], axis=-1)
+
+
+@functools.cache
+def _log_uniform(bounds: tuple[float, float]) -> params.Init:
+  """log A with A even on (low, high)."""
+
+  def draw(key, shape, dtype):
+    return jnp.log(jax.random.uniform(key, shape, dtype, minval=bounds[0], maxval=bounds[1]))
+
+  return draw
+
+
+def _softplus_inverse_of_step(key, shape, dtype):
+  """x with softplus(x) log-uniform on (1e-3, 1e-1): the usual start of `dt_bias`."""
+  step = jnp.exp(jax.random.uniform(key, shape, dtype, minval=jnp.log(1e-3), maxval=jnp.log(1e-1)))
+  return step + jnp.log(-jnp.expm1(-step))

@@ -1,0 +1,66 @@
+"""Floating-point operations, counted from the config: what throughput is measured against."""
+
+import dataclasses
+import math
+
+import jax
+
+from sleep_jax import model, params
+from sleep_jax.config import ModelConfig, SleepConfig
+
+CHUNK = 64  # of the fast-weight kernels; shorter windows are one chunk
+TRAIN_FACTOR = 3  # a backward pass is two forward passes; recomputation (remat) is not useful work
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """Forward FLOPs of one sequence: a multiplication and an addition count as two.
+
+  Attributes:
+    awake: windows that answer, logits included.
+    asleep: all passes over windows that are slept on.
+  """
+
+  awake: float
+  asleep: float
+
+  @property
+  def train(self) -> float:
+    """Forward and backward, without recomputation."""
+    return TRAIN_FACTOR * (self.awake + self.asleep)
+
+  @property
+  def asleep_share(self) -> float:
+    """Share of sleep in all of them."""
+    return self.asleep / (self.awake + self.asleep)
+
+
+def per_sequence(segments: model.Plan, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Flops:
+  """Counts the FLOPs of one sequence; norms, gates and the optimizer are left out (below 1 %)."""
+  last = sleep_cfg.last_block or len(cfg.blocks)
+  awake = asleep = 0.0
+  for segment in segments:
+    by_block = [_block(kind, i, segment.length, cfg) * segment.count for i, kind in enumerate(cfg.blocks)]
+    if segment.reads:
+      head = 2 * cfg.embed_dim * cfg.vocab_size * len(segment.reads) * segment.count
+      awake += sum(by_block) + head
+    else:
+      looped = sum(by_block[sleep_cfg.first_block : last])
+      asleep += sum(by_block) + (sleep_cfg.num_passes - 1) * looped
+  return Flops(awake, asleep)
+
+
+def _block(kind: str, index: int, length: int, cfg: ModelConfig) -> float:
+  """One pass of one block over a window of `length` tokens."""
+  declared = jax.tree.leaves(model.declare(cfg)["blocks"][str(index)], is_leaf=params.is_weight)
+  dense = sum(2 * math.prod(w.shape) for w in declared if w.group == "muon")
+  if kind == "attn":
+    mixing = 2 * cfg.attention.num_heads * cfg.head_dim * length  # scores and values, the causal half
+  else:
+    chunk, fast = min(length, CHUNK), cfg.fast
+    mixing = (
+      2
+      * fast.num_heads
+      * (2 * chunk * fast.key_dim + 3 * fast.key_dim * fast.value_dim + 2 * chunk * fast.value_dim)
+    )
+  return length * (dense + mixing)

@@ -1,0 +1,81 @@
+"""Small layers: pure functions of arrays. Norms and convolutions compute in float32 and cast back."""
+
+import jax
+import jax.numpy as jnp
+
+from sleep_jax import sharding
+
+
+def dense(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int = 1) -> jax.Array:
+  """Contracts the last `num_in` dimensions of x with the first `num_in` of w.
+
+  Args:
+    x: [..., *ins].
+    w: [*ins, *outs], cast to x's dtype.
+    axes: logical names of the result; JAX cannot infer its layout where w is split (FSDP).
+    num_in: number of contracted dimensions.
+
+  Returns:
+    [..., *outs], in x's dtype.
+  """
+  kept = x.ndim - num_in
+  dimensions = ((tuple(range(kept, x.ndim)), tuple(range(num_in))), ((), ()))
+  out_sharding = sharding.spec(axes, x.shape[:kept] + w.shape[num_in:])
+  return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
+
+
+def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
+  """w * x / sqrt(mean(x^2) + eps) over the last axis; float32 inside, the product with w too."""
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  return (w * x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+  """x / sqrt(sum(x^2) + eps) over the last axis, float32 inside; zero stays zero."""
+  x32 = x.astype(jnp.float32)
+  return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+  """Rotary position embedding, rotate-half: channel i turns with channel i + d/2.
+
+  Args:
+    x: [B, T, H, d], d even.
+    positions: [T], whole numbers.
+    theta: base; the angle of pair i is position * theta^(-2 i / d).
+
+  Returns:
+    [B, T, H, d], in x's dtype; angles and rotation in float32.
+  """
+  half = x.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions.astype(jnp.float32)[:, None] * frequencies
+  cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, d/2]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def swiglu(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+  """(silu(x W_gate) * (x W_up)) W_down; x [B, T, D]."""
+  both = jnp.stack([params["gate"], params["up"]], axis=1)  # [D, 2, F]: one large product, not two
+  gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp")), 2, 0)
+  return dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"))
+
+
+def short_conv(x: jax.Array, w: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Causal depthwise convolution over time: y_t = sum_i w_i x_{t - (c-1) + i}.
+
+  Args:
+    x: inputs, [B, T, H, K].
+    w: c taps a channel, [c, H, K]; the last one meets the current token.
+    context: the c - 1 inputs before x, [B, c-1, H, K].
+
+  Returns:
+    y [B, T, H, K] in x's dtype (float32 inside), and the last c - 1 inputs, which are the context
+    of what comes next.
+  """
+  length, taps = x.shape[1], w.shape[0]
+  padded = jnp.concatenate([context, x], axis=1)
+  y = sum(w[i] * padded[:, i : i + length].astype(jnp.float32) for i in range(taps))
+  return y.astype(x.dtype), padded[:, length:]

@@ -1,0 +1,290 @@
+"""The whole model: windows, eviction, consolidation, prediction and loss. Algorithm 1 of arXiv 2605.26099.
+
+A sequence is cut into windows of L tokens. A window without a loss is slept on and forgotten; what
+it left lies in the fast weights. A window with a loss is read awake, in one pass. Which is which is
+planned from the static layout of the loss before anything is traced.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sleep_jax import blocks, layers, params, sharding
+from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax.sleep import loop, sleep
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Batch:
+  """Sequences of one length, unequal ones padded on the left.
+
+  Position i predicts targets[i]: the shift of labels is made where the batch is made, *inside* the window
+  that answers. Otherwise the first label would be predicted by the last token of the window
+  before, which would have a loss, and would not be slept on.
+
+  Attributes:
+    inputs, targets: [B, T] int32.
+    loss_mask: [B, T], 1 where the prediction counts; zero outside the layout given to `plan`.
+    valid: [B, T] bool, False for pads. None: no pads.
+  """
+
+  inputs: jax.Array
+  targets: jax.Array
+  loss_mask: jax.Array
+  valid: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """`count` neighbouring windows of one length and kind, under one loop.
+
+  Attributes:
+    start: position of the first window's first token.
+    length: tokens a window, at most L.
+    count: windows.
+    reads: positions inside each window that have a loss; empty: the model sleeps on the window.
+  """
+
+  start: int
+  length: int
+  count: int
+  reads: tuple[int, ...]
+
+
+Plan = tuple[Segment, ...]
+
+
+def plan(layout: Sequence[bool], window: int) -> Plan:
+  """Cuts a sequence into windows and says which are slept on.
+
+  Args:
+    layout: for each of T positions, whether any sequence of a batch may have a loss there.
+    window: L.
+
+  Returns:
+    Segments in order. Neighbouring windows alike in length and reads share one.
+
+  Raises:
+    ConfigError: if no position has a loss.
+  """
+  layout = np.asarray(layout, bool)
+  if not layout.any():
+    raise ConfigError("loss_mask: no position has a loss, so there is nothing to learn")
+  segments: list[Segment] = []
+  for start in range(0, len(layout), window):
+    part = layout[start : start + window]
+    reads = tuple(int(i) for i in np.flatnonzero(part))
+    last = segments[-1] if segments else None
+    if last and (last.length, last.reads) == (len(part), reads):
+      segments[-1] = dataclasses.replace(last, count=last.count + 1)
+    else:
+      segments.append(Segment(start, len(part), 1, reads))
+  return tuple(segments)
+
+
+def answer_positions(segments: Plan) -> np.ndarray:
+  """Positions of the sequence that have a loss, in order: [M] int."""
+  return np.concatenate(
+    [
+      s.start + w * s.length + np.asarray(s.reads, int)
+      for s in segments
+      for w in range(s.count if s.reads else 0)
+    ]
+  )
+
+
+def declare(cfg: ModelConfig) -> dict[str, Any]:
+  """All slow weights of the model, as a nested dict of `params.Weight`."""
+  d, vocab = cfg.embed_dim, cfg.vocab_size
+  return {
+    "embed": params.Weight((vocab, d), ("vocab", None), params.normal(cfg.embed_std)),
+    "blocks": blocks.declare(cfg),
+    "final_norm": params.scale(d),
+    "head": params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5)),
+  }
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
+  """Draws the slow weights, float32."""
+  return params.init(declare(cfg), key)
+
+
+def init_state(cfg: ModelConfig, batch: int) -> blocks.State:
+  """The fast weights at the start of a sequence: zero."""
+  return blocks.init_state(cfg, batch)
+
+
+def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """Token embeddings [B, T, D] in the activation dtype."""
+  layout = sharding.spec(("batch", "seq", "embed"), (*tokens.shape, cfg.embed_dim))
+  return weights["embed"].at[tokens].get(out_sharding=layout).astype(cfg.dtype)
+
+
+def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """Logits [B, T, vocab] of the last hidden states, float32."""
+  h = layers.rms_norm(h, weights["final_norm"], cfg.norm_eps)
+  return layers.dense(h, weights["head"], ("batch", "seq", "vocab")).astype(jnp.float32)
+
+
+def consolidate(
+  weights: Params,
+  tokens: jax.Array,
+  state: blocks.State,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  valid: jax.Array | None = None,
+) -> blocks.State:
+  """Sleeps on one window; its hidden states and its attention cache are dropped, the state stays.
+
+  Args:
+    tokens: [B, L] or shorter.
+    state: fast weights on entry.
+    valid: [B, L] bool, False for pads. None: all valid.
+
+  Returns:
+    The fast weights after N passes.
+  """
+  first, last = sleep_cfg.first_block, sleep_cfg.last_block or len(cfg.blocks)
+  unroll, remat = sleep_cfg.loops == "unroll", sleep_cfg.remat
+  start = blocks.open_window(state, cfg)
+
+  def run(h, state, **which):
+    h, state, _ = blocks.run(weights["blocks"], h, state, cfg, valid=valid, remat=remat != "none", **which)
+    return h, state
+
+  def one_pass(h, looped):
+    h, after = run(h, start | blocks.reopen(looped, start), first=first, last=last)
+    return h, {i: after[i] for i in looped}
+
+  h, state = run(embed(weights, tokens, cfg), start, last=first)
+  h, looped = sleep(
+    one_pass,
+    h,
+    {i: s for i, s in state.items() if first <= int(i) < last},
+    num_passes=sleep_cfg.num_passes,
+    backprop_passes=sleep_cfg.backprop_passes,
+    remat=remat in ("pass", "window"),
+    unroll=unroll,
+  )
+  _, state = run(h, state | looped, first=last)
+  return state
+
+
+def predict(
+  weights: Params,
+  tokens: jax.Array,
+  state: blocks.State,
+  cfg: ModelConfig,
+  *,
+  reads: Sequence[int] | None = None,
+  valid: jax.Array | None = None,
+  remat: bool = False,
+) -> tuple[jax.Array, blocks.State]:
+  """Reads one window awake, in a single pass.
+
+  Args:
+    tokens: [B, L] or shorter.
+    state: fast weights on entry.
+    reads: positions whose logits are wanted. None: all.
+    valid: [B, L] bool, False for pads. None: all valid.
+    remat: keep only each block's input for the way back.
+
+  Returns:
+    Logits [B, M, vocab] float32 at `reads`, and the fast weights after the window.
+  """
+  state = blocks.open_window(state, cfg)
+  h = embed(weights, tokens, cfg)
+  h, state, _ = blocks.run(weights["blocks"], h, state, cfg, valid=valid, remat=remat)
+  if reads is not None and tuple(reads) != tuple(range(h.shape[1])):
+    h = h[:, np.asarray(reads)]
+  return logits_of(weights, h, cfg), state
+
+
+def decode(
+  weights: Params, tokens: jax.Array, state: blocks.State, cache: blocks.Cache, cfg: ModelConfig
+) -> tuple[jax.Array, blocks.State, blocks.Cache]:
+  """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
+
+  Args:
+    tokens: [B, T], T >= 1; together with the cache at most L.
+    state, cache: as the tokens before left them; `blocks.open_window` and `blocks.init_cache` at first.
+
+  Returns:
+    Logits [B, T, vocab] float32, state and cache.
+  """
+  h = embed(weights, tokens, cfg)
+  h, state, cache = blocks.run(weights["blocks"], h, state, cfg, cache=cache)
+  return logits_of(weights, h, cfg), state, cache
+
+
+def forward(
+  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+) -> tuple[jax.Array, blocks.State]:
+  """Reads whole sequences: sleeps on windows without a loss, answers in those with one.
+
+  Args:
+    batch: B sequences of T tokens.
+    segments: from `plan`, for the same T.
+
+  Returns:
+    Logits [B, M, vocab] float32 at `answer_positions(segments)`, and the state at the end.
+  """
+  if batch.inputs.shape[1] != (planned := segments[-1].start + segments[-1].length * segments[-1].count):
+    raise ValueError(f"the plan is for {planned} tokens, the batch has {batch.inputs.shape[1]}")
+  state, logits = init_state(cfg, batch.inputs.shape[0]), []
+  for segment in segments:
+
+    def windows(x: jax.Array | None, s: Segment = segment) -> jax.Array | None:
+      if x is None:
+        return None
+      part = x[:, s.start : s.start + s.length * s.count]
+      return jnp.moveaxis(part.reshape(x.shape[0], s.count, s.length), 1, 0)
+
+    def one_window(state, xs, s: Segment = segment):
+      tokens, valid = xs
+      if not s.reads:
+        return consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid), ()
+      out, state = predict(
+        weights, tokens, state, cfg, reads=s.reads, valid=valid, remat=sleep_cfg.remat != "none"
+      )
+      return state, out
+
+    unroll = sleep_cfg.loops == "unroll" or segment.count == 1
+    if sleep_cfg.remat == "window":
+      one_window = jax.checkpoint(one_window, prevent_cse=unroll)
+    xs = (windows(batch.inputs), windows(batch.valid))
+    state, out = loop(one_window, state, xs, length=segment.count, unroll=unroll)
+    if segment.reads:  # [W, B, M/W, vocab] -> [B, M, vocab]
+      logits.append(jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[-1]))
+  return jnp.concatenate(logits, axis=1), state
+
+
+def loss(
+  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Masked cross-entropy in nats a target.
+
+  Returns:
+    The mean over all targets of the batch (scalar float32), and the logits [B, M, vocab].
+  """
+  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg)
+  where = answer_positions(segments)
+  return cross_entropy(logits, batch.targets[:, where], batch.loss_mask[:, where]), logits
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+  """sum(mask * -log softmax(logits)[targets]) / sum(mask); scalar float32, 0 if nothing counts."""
+  chosen = jax.nn.one_hot(
+    targets, logits.shape[-1], dtype=logits.dtype
+  )  # no gather: the vocabulary may be split
+  nats = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(chosen * logits, axis=-1)
+  mask = mask.astype(jnp.float32)
+  return jnp.sum(nats * mask) / jnp.maximum(jnp.sum(mask), 1.0)

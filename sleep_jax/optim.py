@@ -1,0 +1,181 @@
+"""Muon for the body's matrices, AdamW for the rest, by each weight's declared group.
+
+The recipe is that of arXiv 2511.07384 (momentum as an exponential average, Nesterov, five
+Newton-Schulz steps, AdamW with b2 = 0.95 and eps = 1e-10, decoupled weight decay, one schedule for
+both, clipping before both). Muon sees one matrix per declared weight: queries, keys and values are
+orthogonalised apart, and the heads of one projection together.
+"""
+
+import collections
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sleep_jax import params
+from sleep_jax.config import OptimConfig
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+FROBENIUS_EPS = 1e-7
+
+
+def make(cfg: OptimConfig, declared: Any, steps: int) -> optax.GradientTransformation:
+  """The optimizer of one run.
+
+  Args:
+    cfg: settings.
+    declared: nested dict of `params.Weight`; the parameters must have the same structure.
+    steps: of the whole run, where the schedule ends.
+
+  Returns:
+    A transformation whose updates are added to the parameters.
+  """
+  weights = _by_name(declared)
+  multiplier = schedule(cfg, steps)
+  decay = functools.partial(
+    optax.add_decayed_weights, cfg.weight_decay, mask=functools.partial(_decays, weights)
+  )
+  groups = {
+    "muon": optax.chain(
+      scale_by_muon(cfg, weights),
+      decay(),
+      optax.scale_by_learning_rate(lambda step: cfg.muon_lr * multiplier(step)),
+    ),
+    "adam": optax.chain(
+      optax.scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps),
+      decay(),
+      optax.scale_by_learning_rate(lambda step: cfg.adam_lr * multiplier(step)),
+    ),
+  }
+  labels = jax.tree.map(lambda w: w.group, declared, is_leaf=params.is_weight)
+  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.partition(groups, labels))
+
+
+def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
+  """Multiplier of both learning rates: linear warm-up, 1, then cosine to `final_scale` at `steps`."""
+
+  def multiplier(step):
+    step = jnp.asarray(step, jnp.float32)
+    up = jnp.minimum(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    if not cfg.decay_steps:
+      return up * jnp.ones(())
+    done = jnp.clip((step - (steps - cfg.decay_steps)) / cfg.decay_steps, 0.0, 1.0)
+    return up * (cfg.final_scale + (1 - cfg.final_scale) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+
+  return multiplier
+
+
+class MuonState(NamedTuple):
+  """Momentum, of the parameters' structure, float32."""
+
+  momentum: Any
+
+
+def scale_by_muon(cfg: OptimConfig, weights: dict[str, params.Weight]) -> optax.GradientTransformation:
+  """Replaces each gradient by the nearest semi-orthogonal matrix of its Nesterov momentum.
+
+  The result is scaled by sqrt(max(1, fan_out / fan_in)). Matrices of one shape, transposed ones too,
+  go through Newton-Schulz in one batched call.
+  """
+
+  def init(values):
+    return MuonState(jax.tree.map(jnp.zeros_like, values))
+
+  def update(gradients, state, _=None):
+    keep = cfg.muon_momentum
+    momentum = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, state.momentum, gradients)
+    nesterov = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, momentum, gradients)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(nesterov)
+    names = [params.name_of(path) for path, _ in paths]
+    arrays = [x for _, x in paths]
+    run = functools.partial(_orthogonalize_all, [weights[n].num_in for n in names], cfg)
+    if not jax.sharding.get_abstract_mesh().empty:  # whole matrices are multiplied: XLA places them
+      run = jax.sharding.auto_axes(run, out_sharding=[jax.typeof(x).sharding.spec for x in arrays])
+    return jax.tree.unflatten(treedef, run(arrays)), MuonState(momentum)
+
+  return optax.GradientTransformation(init, update)
+
+
+def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
+  """Brings the singular values of each matrix near 1.
+
+  Args:
+    x: [n, rows, columns] with rows <= columns; computed in its dtype.
+    steps: iterations of X <- a X + (b A + c A^2) X, A = X X^T.
+
+  Returns:
+    The same shape; singular values between about 0.7 and 1.2 where they were not tiny.
+  """
+  a, b, c = NEWTON_SCHULZ
+  norms = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(1, 2), keepdims=True))
+  x = x / (norms + FROBENIUS_EPS).astype(x.dtype)
+  for _ in range(steps):
+    gram = x @ x.mT
+    x = a * x + (b * gram + c * (gram @ gram)) @ x
+  return x
+
+
+def partition_table(declared: Any) -> str:
+  """Which weight goes to which group, as text: one line a kind of weight, then the totals."""
+  kinds: dict[tuple, list[str]] = collections.defaultdict(list)
+  totals = collections.Counter()
+  for name, w in _by_name(declared).items():
+    kinds[(w.group, w.shape, w.decay)].append(name)
+    totals[w.group] += math.prod(w.shape)
+  lines = [
+    f"  {group:5} {'x'.join(map(str, shape)):>12} {'' if decay else 'no decay':9} {', '.join(names)}"
+    for (group, shape, decay), names in sorted(kinds.items(), key=lambda item: item[0][0], reverse=True)
+  ]
+  return "\n".join(
+    [*lines, "  " + ", ".join(f"{group}: {totals[group]:,} parameters" for group in params.GROUPS)]
+  )
+
+
+def check_partition(opt_state: Any, declared: Any) -> None:
+  """Asserts that Muon's momentum exists for exactly the weights that are declared `muon`.
+
+  Raises:
+    AssertionError: naming the weights that differ.
+  """
+  found = set()
+  for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, MuonState)):
+    if isinstance(state, MuonState):
+      found |= {params.name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(state.momentum)[0]}
+  wanted = {name for name, w in _by_name(declared).items() if w.group == "muon"}
+  if found != wanted:
+    raise AssertionError(
+      f"muon holds {sorted(found - wanted)} beside what was declared and lacks {sorted(wanted - found)}"
+    )
+
+
+def _orthogonalize_all(num_in: list[int], cfg: OptimConfig, arrays: list[jax.Array]) -> list[jax.Array]:
+  """Orthogonalised and scaled arrays; one Newton-Schulz call for each shape."""
+  flat, groups = [], collections.defaultdict(list)
+  for i, (x, n) in enumerate(zip(arrays, num_in, strict=True)):
+    matrix = x.reshape(math.prod(x.shape[:n]), -1)
+    flat.append(matrix.T if matrix.shape[0] > matrix.shape[1] else matrix)
+    groups[flat[-1].shape].append(i)
+  out: list[Any] = [None] * len(arrays)
+  for members in groups.values():
+    stacked = jnp.stack([flat[i] for i in members]).astype(cfg.newton_schulz_dtype)
+    for i, matrix in zip(members, newton_schulz(stacked, cfg.newton_schulz_steps), strict=True):
+      x = arrays[i]
+      fan_in = math.prod(x.shape[: num_in[i]])
+      fan_out = x.size // fan_in
+      matrix = matrix.T if fan_in > fan_out else matrix
+      out[i] = (math.sqrt(max(1.0, fan_out / fan_in)) * matrix.astype(x.dtype)).reshape(x.shape)
+  return out
+
+
+def _by_name(declared: Any) -> dict[str, params.Weight]:
+  """Declarations by path."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(declared, is_leaf=params.is_weight)
+  return {params.name_of(path): weight for path, weight in paths}
+
+
+def _decays(weights: dict[str, params.Weight], values: Any) -> Any:
+  """Which of `values` decay: a tree of bools."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: weights[params.name_of(path)].decay, values)

@@ -1,0 +1,92 @@
+"""Sleep: N passes over a window that move what matters of it into the fast weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+State = Any
+Blocks = Callable[[jax.Array, State], tuple[jax.Array, State]]
+
+
+def sleep(
+  blocks: Blocks,
+  h: jax.Array,
+  S: State,
+  *,
+  num_passes: int,
+  backprop_passes: int | None = None,
+  remat: bool = False,
+  unroll: bool = False,
+) -> tuple[jax.Array, State]:
+  """Consolidates one window into the fast weights.
+
+  Repeats `h, S <- Blocks(h, S)`: the branch without a loss in Algorithm 1 of arXiv:2605.26099. The
+  caller drops h and the attention cache, so that gradients reach the passes through S alone.
+
+  Args:
+    blocks: one pass over all blocks, (h, S) -> (h, S); closes over the slow weights.
+    h: embedded window, [B, L, D], in the activation dtype.
+    S: fast weights on entry, a pytree of float arrays.
+    num_passes: N, in passes over the window; static. N = 1 is the plain hybrid.
+    backprop_passes: k; what the first N - k passes write counts as a constant. The gradient with
+      respect to S on entry goes past them unchanged, so that earlier windows still learn; none
+      flows through their h. None: k = N, no truncation.
+    remat: recompute each pass on the way back. Residuals shrink from N sets of activations to N
+      carries, for about one more forward pass of time.
+    unroll: write the passes out instead of `lax.scan`: the same numbers.
+
+  Returns:
+    h and S after the last pass: same structure, shapes, dtypes and shardings.
+
+  Raises:
+    ValueError: if num_passes < 1 or backprop_passes is not in 1..num_passes.
+    TypeError: if a pass changes the shape, dtype or sharding of h or S.
+  """
+  if num_passes < 1:
+    raise ValueError(f"num_passes must be at least 1, got {num_passes}")
+  k = num_passes if backprop_passes is None else backprop_passes
+  if not 1 <= k <= num_passes:
+    raise ValueError(f"backprop_passes must lie in 1..{num_passes}, got {k}")
+
+  def one_pass(carry, _):
+    return blocks(*carry), None
+
+  if k < num_passes:
+    (h, after), _ = loop(one_pass, (h, S), length=num_passes - k, unroll=unroll)
+    h = jax.lax.stop_gradient(h)
+    S = jax.tree.map(_past, S, after)
+  if remat:
+    one_pass = jax.checkpoint(one_pass, prevent_cse=unroll or k == 1)  # inside a scan no barrier is needed
+  (h, S), _ = loop(one_pass, (h, S), length=k, unroll=unroll)
+  return h, S
+
+
+def loop(body, carry, xs=None, *, length: int, unroll: bool):
+  """`jax.lax.scan`, or the same written out: (carry, x) -> (carry, y), ys stacked.
+
+  Written out, XLA fuses over the steps and stacks no residuals; it compiles `length` times as long. A
+  single step is always written out.
+  """
+  if not unroll and length > 1:
+    return jax.lax.scan(body, carry, xs, length=length)
+  ys = []
+  for i in range(length):
+    before = jax.tree.map(_type, carry)
+    carry, y = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+    after = jax.tree.map(_type, carry)
+    if before != after:
+      raise TypeError(f"a step changed its carry from {before} to {after}")
+    ys.append(y)
+  return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def _type(x: jax.Array) -> jax.core.ShapedArray:
+  """Shape, dtype and sharding of `x`; a weak type counts as its dtype, as in `jax.lax.scan`."""
+  return jax.typeof(x).strip_weak_type()
+
+
+def _past(before: jax.Array, after: jax.Array) -> jax.Array:
+  """The value of `after`, to the bit, with the gradient of `before`."""
+  return jax.lax.stop_gradient(after) + (before - jax.lax.stop_gradient(before))

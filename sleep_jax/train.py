@@ -1,0 +1,296 @@
+"""The training loop: a device that is never waited for, a run that is never lost.
+
+The device runs `steps_per_dispatch` steps a call, data included, and the host reads what the call
+before measured. Rerunning the same command resumes: the state is restored, and the data are a
+function of the step.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from kernels import dispatch as kernels
+from sleep_jax import checkpoint, evaluate, metrics, model, optim, record, sharding, workdir
+from sleep_jax.config import Config, check, one_of
+
+# For what runs once: on a CPU it compiles in a quarter of the time.
+_QUICK = {"xla_backend_optimization_level": 0}
+TRACED_SEQUENCES = 64  # held-out sequences on which the work of sleep is recorded at the end
+
+
+class NotFiniteError(RuntimeError):
+  """The loss or the gradient is NaN or infinite."""
+
+
+class PreemptedError(RuntimeError):
+  """The run was asked to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is learnt.
+
+  Attributes:
+    layout: [T] bool, positions that may have a loss.
+    batch: (key, index, size) -> `model.Batch`; pure and traced, so that the device makes its own data.
+    held_out_seed: key of the evaluation's stream.
+  """
+
+  layout: np.ndarray
+  batch: Callable[[jax.Array, jax.Array, int], model.Batch]
+  held_out_seed: int
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a checkpoint holds; at a batch boundary no sequence is in flight.
+
+  Attributes:
+    step: optimizer steps done, int32 scalar; also the position in the data.
+    key: of the data's stream.
+    params: slow weights, float32.
+    opt_state: the optimizer's.
+  """
+
+  step: jax.Array
+  key: jax.Array
+  params: model.Params
+  opt_state: Any
+
+
+def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first step; a function of `cfg.seed`."""
+  init_key, data_key = jax.random.split(jax.random.key(cfg.seed))
+  weights = model.init(cfg.model, init_key)
+  return TrainState(step=jnp.zeros((), jnp.int32), key=data_key, params=weights, opt_state=tx.init(weights))
+
+
+def train_step(
+  state: TrainState,
+  batch: model.Batch,
+  *,
+  cfg: Config,
+  tx: optax.GradientTransformation,
+  segments: model.Plan,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer step: backpropagation through the answers and, through S alone, through every sleep.
+
+  Returns:
+    The next state, and the loss (nats a target) and the global gradient norm before clipping.
+  """
+  (loss, _), grads = jax.value_and_grad(model.loss, has_aux=True)(
+    state.params, batch, segments, cfg.model, cfg.sleep
+  )
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+  weights = optax.apply_updates(state.params, updates)
+  return state.replace(step=state.step + 1, params=weights, opt_state=opt_state), measured
+
+
+def make_dispatch(
+  cfg: Config, task: Task, tx: optax.GradientTransformation, segments: model.Plan
+) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
+  """`steps_per_dispatch` steps as one device call that donates its state; measurements are stacked."""
+
+  def step(state, _):
+    batch = shard(task.batch(state.key, state.step, cfg.train.batch_size))
+    return train_step(state, batch, cfg=cfg, tx=tx, segments=segments)
+
+  count = cfg.train.steps_per_dispatch
+
+  def dispatch(state):
+    if count > 1:
+      return jax.lax.scan(step, state, length=count)
+    state, measured = step(state, None)
+    return state, jax.tree.map(lambda x: x[None], measured)
+
+  return jax.jit(dispatch, donate_argnums=0)
+
+
+def shard(batch: model.Batch) -> model.Batch:
+  """The batch split over the mesh axis of `batch`; itself without a mesh."""
+  return jax.tree.map(lambda x: sharding.constrain(x, ("batch", "seq")), batch)
+
+
+def check_fits(cfg: Config) -> jax.sharding.Mesh:
+  """The mesh of a run. To be called before its workdir is made: a mistake then leaves nothing behind.
+
+  Raises:
+    ConfigError: where fields do not fit each other or the devices.
+  """
+  count = cfg.train.steps_per_dispatch
+  for name in ("steps", "eval_every", "save_every"):
+    value = getattr(cfg.train, name)
+    check(
+      value % count == 0,
+      f"train.{name}",
+      f"must be a multiple of train.steps_per_dispatch = {count}, got {value}",
+    )
+  if cfg.model.fast.kernel is not None:
+    known = kernels.ORDER.get(jax.default_backend(), kernels.ORDER["cpu"])
+    one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
+  mesh = sharding.make_mesh(cfg.mesh)
+  size = mesh.shape["data"]
+  for name in ("batch_size", "eval_batch_size"):
+    value = getattr(cfg.train, name)
+    check(value % size == 0, f"train.{name}", f"must be a multiple of mesh.data = {size}, got {value}")
+  return mesh
+
+
+def train(
+  cfg: Config, task: Task, run: workdir.Workdir, *, report: Callable[[str], None] = print
+) -> dict[str, float]:
+  """Trains, or goes on training, in a prepared workdir.
+
+  Args:
+    cfg: of the run.
+    task: what is learnt.
+    run: where everything is written.
+    report: takes lines for the user.
+
+  Returns:
+    The last evaluation's row.
+
+  Raises:
+    NotFiniteError: naming the step; checkpoints before it stay.
+    PreemptedError: after SIGTERM or Ctrl-C, when the state is saved.
+    ConfigError: where fields do not fit each other or the devices.
+    CheckpointError: if the workdir's checkpoints cannot be restored or saved.
+  """
+  mesh = check_fits(cfg)
+  segments = model.plan(task.layout, cfg.model.window)
+  declared = model.declare(cfg.model)
+  tx = optim.make(cfg.optim, declared, cfg.train.steps)
+  with contextlib.ExitStack() as stack:
+    if mesh.size > 1:
+      stack.enter_context(jax.set_mesh(mesh))
+    stopped = stack.enter_context(_stop_signals(report))
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(run.checkpoints, keep=cfg.train.keep_checkpoints, report=report)
+    )
+    start = functools.partial(init_state, cfg, tx)
+    restored = checkpoints.restore(jax.eval_shape(start))
+    state = jax.jit(start, compiler_options=_QUICK)() if restored is None else restored[1]
+    optim.check_partition(state.opt_state, declared)
+    done = int(state.step)
+    if done:
+      report(f"resuming at step {done} of {cfg.train.steps}")
+    else:
+      report(f"weights and their optimizers:\n{optim.partition_table(declared)}")
+    writer = stack.enter_context(metrics.Writer(run.path))
+    writer.truncate_after(done)
+    recorder = record.Recorder(cfg, segments, len(task.layout), writer, mesh.size)
+    held_out_key = jax.random.key(task.held_out_seed)
+    test = evaluate.make_evaluate(
+      lambda i: shard(task.batch(held_out_key, i, cfg.train.eval_batch_size)),
+      cfg.train.eval_sequences // cfg.train.eval_batch_size,
+      segments,
+      cfg.model,
+      cfg.sleep,
+    )
+
+    row = recorder.evaluated(0, lambda: test(state.params)) if done == 0 else {}
+    if done < cfg.train.steps:
+      with recorder.clock.paused():
+        dispatch = make_dispatch(cfg, task, tx, segments).lower(state).compile()
+    pending = None  # what the call before measured: read while the device runs the next one
+    while done < cfg.train.steps:
+      state, measured = dispatch(state)
+      done += cfg.train.steps_per_dispatch
+      _read(pending, recorder, checkpoints)
+      pending = (done, measured)
+      last = done == cfg.train.steps
+      stopping = bool(stopped)  # read once: a signal from here on is answered after the next dispatch
+      saves, tests = (last or done % every == 0 for every in (cfg.train.save_every, cfg.train.eval_every))
+      if saves or tests or stopping:
+        _read(pending, recorder, checkpoints)
+        pending = None
+      if tests:
+        row = recorder.evaluated(done, lambda weights=state.params: test(weights))
+      if saves or stopping:
+        with recorder.clock.paused():
+          checkpoints.save(done, state)
+      _say_saved(checkpoints, report)
+      if stopping and not last:
+        checkpoints.wait()
+        raise PreemptedError(f"stopped by {stopped[0]}; saved step {done}, rerun the same command to go on")
+    checkpoints.wait()
+    _say_saved(checkpoints, report)
+    row = row or test(state.params)
+    made = jax.jit(lambda key: task.batch(key, 0, TRACED_SEQUENCES))
+    recorder.finished(done, state.params, lambda: made(held_out_key))
+    return row
+
+
+def _read(
+  pending: tuple[int, dict[str, jax.Array]] | None,
+  recorder: record.Recorder,
+  checkpoints: checkpoint.Checkpoints,
+) -> None:
+  """Waits for what a dispatch measured, step by step, and records it.
+
+  Args:
+    pending: the step that the dispatch ended with, and its measurements, stacked. None: nothing.
+
+  Raises:
+    NotFiniteError: at the first step whose loss or gradient is not finite.
+  """
+  if pending is None:
+    return
+  end, measured = pending[0], jax.device_get(pending[1])
+  count = len(measured["loss"])
+  for i in range(count):
+    step, values = end - count + 1 + i, {name: float(x[i]) for name, x in measured.items()}
+    if not all(map(math.isfinite, values.values())):
+      with contextlib.suppress(checkpoint.CheckpointError):
+        checkpoints.wait()  # for the save in flight, which counts
+      saved = checkpoints.latest_step
+      left = (
+        "no checkpoint was saved before" if saved is None else f"the last good checkpoint is step {saved}"
+      )
+      raise NotFiniteError(
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; stopped; {left};"
+        " a smaller optim.muon_lr or more optim.warmup_steps usually helps"
+      )
+    recorder.trained(step, values)
+
+
+def _say_saved(checkpoints: checkpoint.Checkpoints, report: Callable[[str], None]) -> None:
+  for step in checkpoints.poll():
+    report(f"saved step {step}")
+
+
+@contextlib.contextmanager
+def _stop_signals(report: Callable[[str], None]) -> Iterator[list[str]]:
+  """A list that SIGTERM and Ctrl-C add their name to; a second one ends the process at once."""
+  received: list[str] = []
+
+  def handler(number, frame):
+    del frame
+    if received:
+      raise KeyboardInterrupt
+    received.append(signal.Signals(number).name)
+    report(f"received {received[0]}: saving at the end of this dispatch; once more ends it now, unsaved")
+
+  previous = {}
+  try:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      previous[number] = signal.signal(number, handler)
+  except ValueError:  # not the main thread: whoever owns it handles signals
+    logging.info("signals are not handled: the loop does not run in the main thread")
+  try:
+    yield received
+  finally:
+    for number, old in previous.items():
+      signal.signal(number, old)

@@ -1,0 +1,126 @@
+"""Small layers against the NumPy oracle, and what they promise of dtypes, zeros and splits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from sleep_jax import layers
+from tests import hybrids, oracle
+
+TOLERANCE = 2e-6  # float32 sums of some ten terms: a few times 2^-24, relative to the largest entry
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+
+
+class NormTest(parameterized.TestCase):
+  @parameterized.parameters(1e-6, 1e-5, 0.5)
+  def test_rms_norm(self, eps):
+    x, w = normal(2, 3, 8), normal(8)
+    hybrids.assert_near(layers.rms_norm(x, w, eps), oracle.rms_norm(x.astype(float), w, eps), TOLERANCE)
+
+  def test_rms_norm_multiplies_by_its_weight_before_it_rounds(self):
+    x, w = jnp.asarray(normal(4, 8), jnp.bfloat16), normal(8)
+    got = layers.rms_norm(x, w, 1e-6)
+    self.assertEqual(got.dtype, jnp.bfloat16)
+    exact = oracle.rms_norm(np.asarray(x, float), w, 1e-6)
+    np.testing.assert_array_equal(got, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+    early = jnp.asarray(oracle.rms_norm(np.asarray(x, float), 1.0, 1e-6), jnp.bfloat16)
+    self.assertTrue(np.any(np.asarray(got) != np.asarray((early * w).astype(jnp.bfloat16))))
+
+  def test_l2_normalize(self):
+    x = normal(2, 3, 8)
+    exact = x / np.sqrt(np.sum(x.astype(float) ** 2, axis=-1, keepdims=True) + 1e-6)
+    hybrids.assert_near(layers.l2_normalize(x), exact, TOLERANCE)
+    self.assertEqual(layers.l2_normalize(x.astype(jnp.bfloat16)).dtype, jnp.bfloat16)
+
+  @parameterized.parameters(layers.l2_normalize, lambda x: layers.rms_norm(x, 1.0, 1e-6))
+  def test_zero_stays_zero_with_a_finite_gradient(self, norm):
+    x = jnp.zeros((1, 4))
+    np.testing.assert_array_equal(norm(x), 0)
+    slope = jax.jacobian(lambda x: norm(x)[0])(x)
+    np.testing.assert_allclose(slope[:, 0], 1e3 * np.eye(4), rtol=1e-5)  # 1 / sqrt(1e-6)
+
+  @parameterized.parameters(1e15, 1e-30)
+  def test_far_from_one_nothing_becomes_infinite(self, size):
+    x = jnp.full((1, 4), size)
+    self.assertTrue(np.all(np.isfinite(layers.rms_norm(x, 1.0, 1e-6))))
+    self.assertTrue(np.all(np.isfinite(layers.l2_normalize(x))))
+
+
+class RopeTest(parameterized.TestCase):
+  @parameterized.product(theta=(100.0, 10_000.0), start=(0, 7))
+  def test_equals_the_oracle(self, theta, start):
+    x = normal(2, 5, 3, 8)
+    got = layers.rope(x, start + jnp.arange(5), theta)
+    exact = np.stack(
+      [
+        np.stack([oracle.rope(x[:, t, j].astype(float), start + t, theta) for j in range(3)], axis=1)
+        for t in range(5)
+      ],
+      axis=1,
+    )
+    hybrids.assert_near(got, exact, TOLERANCE)
+
+  def test_products_depend_on_the_distance_alone(self):
+    q, k = normal(1, 1, 1, 8, seed=1), normal(1, 1, 1, 8, seed=2)
+
+    def product(i, j):
+      turned = [layers.rope(x, jnp.array([at]), 100.0) for x, at in ((q, i), (k, j))]
+      return float(jnp.sum(turned[0] * turned[1]))
+
+    self.assertAlmostEqual(product(5, 2), product(23, 20), places=4)
+    self.assertGreater(abs(product(5, 2) - product(5, 3)), 1e-2)
+
+  def test_keeps_bfloat16(self):
+    self.assertEqual(
+      layers.rope(jnp.ones((1, 2, 1, 4), jnp.bfloat16), jnp.arange(2), 1e4).dtype, jnp.bfloat16
+    )
+
+
+class ProductTest(parameterized.TestCase):
+  def test_dense_contracts_the_named_number_of_axes(self):
+    x, w = normal(2, 3, 4, 5), normal(5, 6, 7)
+    out = layers.dense(x, w, ("batch", "seq", None, None, None))
+    hybrids.assert_near(out, np.einsum("abci,ijk->abcjk", x.astype(float), w), TOLERANCE)
+    w = normal(4, 5, 6)
+    out = layers.dense(x, w, ("batch", "seq", "embed"), num_in=2)
+    hybrids.assert_near(out, np.einsum("abij,ijk->abk", x.astype(float), w), TOLERANCE)
+
+  def test_dense_computes_in_the_dtype_of_its_input(self):
+    x, w = jnp.asarray(normal(2, 3, 4), jnp.bfloat16), normal(4, 5)
+    self.assertEqual(layers.dense(x, w, ("batch", "seq", "embed")).dtype, jnp.bfloat16)
+
+  def test_swiglu(self):
+    x = normal(2, 3, 4)
+    p = {"gate": normal(4, 6, seed=1), "up": normal(4, 6, seed=2), "down": normal(6, 4)}
+    hybrids.assert_near(layers.swiglu(p, x), oracle.mlp(oracle.as_float64(p), x.astype(float)), TOLERANCE)
+
+
+class ShortConvTest(parameterized.TestCase):
+  @parameterized.product(taps=(1, 2, 4), length=(1, 2, 6))
+  def test_equals_the_oracle(self, taps, length):
+    x, w, context = normal(2, length, 3, 5), normal(taps, 3, 5), normal(2, taps - 1, 3, 5)
+    y, left = layers.short_conv(x, w, context)
+    exact, exact_left = oracle.short_convolution(x.astype(float), w, context)
+    hybrids.assert_near(y, exact, TOLERANCE)
+    np.testing.assert_array_equal(left, exact_left.astype(np.float32))
+
+  @parameterized.parameters(1, 2, 5)
+  def test_split_in_two_it_is_the_same(self, cut):
+    x, w, context = normal(2, 6, 3, 5), normal(4, 3, 5), normal(2, 3, 3, 5)
+    y, left = layers.short_conv(x, w, context)
+    first, between = layers.short_conv(x[:, :cut], w, context)
+    second, end = layers.short_conv(x[:, cut:], w, between)
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=1), y)
+    np.testing.assert_array_equal(end, left)
+
+  def test_bfloat16_is_summed_in_float32(self):
+    x, w, context = normal(2, 6, 3, 5), normal(4, 3, 5), np.zeros((2, 3, 3, 5), np.float32)
+    x16, context16 = jnp.asarray(x, jnp.bfloat16), jnp.asarray(context, jnp.bfloat16)
+    y, left = layers.short_conv(x16, w, context16)
+    self.assertEqual((y.dtype, left.dtype), (jnp.bfloat16, jnp.bfloat16))
+    wide, _ = layers.short_conv(x16.astype(jnp.float32), w, context)
+    np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
