@@ -1,0 +1,1 @@
+"""Configs: each opens with its command, its cost and the number to expect."""

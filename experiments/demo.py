@@ -1,0 +1,55 @@
+"""The whole effect from one command: trains, compares, draws.
+
+    python -m experiments.demo --workdir=work/demo
+
+Trains the same small hybrid with N = 1, 2 and 4 sleep passes on Rule 110: the same seed, the same data in the
+same order, the learning rate that is best for N = 1. Smaller N are given more steps, so that all take about
+the same compute. Then prints tables and writes figures and a page. Minutes on two CPU cores. Rerun it after
+an interruption: what is done is not done again.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import cli, runner
+from sleep_jax import claims, config, report, runs
+
+WORKDIR = flags.DEFINE_string(
+  "workdir", "work/demo", "each run gets a folder in it; figures and report.html too"
+)
+SIZE = flags.DEFINE_enum(
+  "size", "demo", ["demo", "tiny"], "tiny: seconds of training, shows only that the parts fit"
+)
+SEEDS = flags.DEFINE_integer("seeds", 1, "seeds 0 .. SEEDS - 1 of each run", lower_bound=1)
+JOBS = flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1)
+
+CONFIG = "experiments/configs/rule110.py"
+
+
+def main() -> int:
+  folder = pathlib.Path(WORKDIR.value)
+  config.check(not folder.is_file(), "--workdir", f"{folder} is a file, a workdir is a directory")
+  todo = runner.commands(f"{CONFIG}:{SIZE.value}", str(folder), SEEDS.value)
+  states = {name: runner.status(folder / name) for name in todo}
+  code = runner.execute(todo, states, JOBS.value)
+  if code != cli.DONE:
+    return code
+  return summarize(folder, list(todo))
+
+
+def summarize(folder: pathlib.Path, names: list[str]) -> int:
+  """Prints the tables and the claim; writes figures and the page."""
+  found = runs.load_runs([folder / name for name in names])
+  print(f"\nAt the end of each run\n\n{runs.to_markdown(runs.summary_table(found))}")
+  print(f"\nAt equal compute\n\n{runs.to_markdown(runs.equal_compute_table(found))}")
+  print(f"\n{claims.claim(found)}\n{claims.compute_claim(found)}")
+  for drawing in report.drawings(found):
+    drawing.save(folder / "figures")
+  page = report.write_html(folder / "report.html", found, command="make demo")
+  print(f"\nfigures in {folder / 'figures'}, all of it in {page}")
+  return cli.DONE
+
+
+if __name__ == "__main__":
+  cli.run(main)

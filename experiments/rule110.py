@@ -1,0 +1,64 @@
+"""Trains and evaluates one model on Rule 110: one run is one (t, N, seed).
+
+    python -m experiments.rule110 --config=experiments/configs/rule110.py:tiny --workdir=work/tiny
+
+Rerunning the same command resumes; a finished run is left alone.
+"""
+
+import functools
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from sleep_jax import config, model, workdir
+from sleep_jax import train as training
+from sleep_jax.data import rule110
+
+CONFIG = cli.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+
+
+def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
+  """The checked config and the task of a nested mapping.
+
+  Raises:
+    ConfigError: for anything that is unknown, of the wrong type or does not fit.
+  """
+  config.check("data" in values, "data", "is required")
+  data = config.from_dict(rule110.Rule110Config, values["data"], "data.")
+  cfg = config.from_dict(config.Config, values | {"data": data})
+  rule110.check_window(data, cfg.model.window)
+  vocab = rule110.VOCAB_SIZE
+  config.check(
+    cfg.model.vocab_size == vocab,
+    "model.vocab_size",
+    f"must be {vocab} ('0', '1', ASK), got {cfg.model.vocab_size}",
+  )
+  model.declare(cfg.model)  # unknown blocks are refused before anything is written
+  task = training.Task(
+    layout=rule110.layout(data),
+    batch=functools.partial(rule110.batch, data),
+    held_out_seed=data.held_out_seed,
+  )
+  return cfg, task
+
+
+def main() -> int:
+  cfg, task = build(cli.required("config", CONFIG.value).to_dict())
+  folder = cli.required("workdir", WORKDIR.value)
+  training.check_fits(cfg)
+  with workdir.prepare(folder, config.to_dict(cfg)) as run:
+    if run.done_step is not None:
+      print(f"{run.path} is complete: {run.done_step} steps")
+      return cli.DONE
+    row = training.train(cfg, task, run)
+  print(
+    f"exact {row['exact']:.1%} (best constant {row['const_exact']:.1%}),"
+    f" per bit {row['bit']:.1%} (best constant {row['const_bit']:.1%})"
+  )
+  return cli.DONE
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,38 @@
+"""Runs, or lists, all runs of a preset; skips the finished and resumes the broken.
+
+    python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a --list
+    python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a
+
+Rerun the same command until it says that all are done.
+"""
+
+import pathlib
+import shlex
+
+from absl import flags
+
+from experiments import cli, runner
+
+CONFIG = flags.DEFINE_string("config", None, "FILE.py:PRESET, executed; the file says which runs there are")
+WORKDIR = flags.DEFINE_string("workdir", None, "each run gets a folder in it")
+JOBS = flags.DEFINE_integer(
+  "jobs", 1, "runs at a time; on a CPU each gets its own share of the cores", lower_bound=1
+)
+SEEDS = flags.DEFINE_integer("seeds", 1, "seeds 0 .. SEEDS - 1 of each run", lower_bound=1)
+LIST = flags.DEFINE_bool("list", False, "only say what there is to do")
+
+
+def main() -> int:
+  todo = runner.commands(
+    cli.required("config", CONFIG.value), cli.required("workdir", WORKDIR.value), SEEDS.value
+  )
+  states = {name: runner.status(pathlib.Path(WORKDIR.value, name)) for name in todo}
+  if LIST.value:
+    for name, command in todo.items():
+      print(f"{name:16} {states[name]:20} {shlex.join(command)}")
+    return cli.DONE
+  return runner.execute(todo, states, JOBS.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)
