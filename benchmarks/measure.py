@@ -1,0 +1,128 @@
+"""What the benchmarks share: configs from presets, fixed threads, and times that can be compared.
+
+On a shared machine one wall time means little. Contenders therefore take turns within one process, so that
+a disturbance meets all of them; medians over the rounds are compared, and CPU time stands beside wall time.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.configs import rule110 as presets
+from sleep_jax import config, train
+from sleep_jax.data import rule110
+
+# What is not timed is compiled in a quarter of the time, and computes the same.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+LEAST_S = 0.4  # of work in one turn, so that the clock's grain and the first call's cold caches do not count
+
+
+def pin(threads: int | None) -> int:
+  """Keeps this process on the first `threads` of its cores (None: all); call it before any computation.
+
+  Returns:
+    The number of cores, which is that of XLA's threads.
+
+  Raises:
+    ConfigError: if there are not so many.
+  """
+  cores = (
+    sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+  )
+  if threads is None or threads == len(cores):
+    return len(cores)
+  config.check(1 <= threads <= len(cores), "--threads", f"must lie in 1..{len(cores)}, got {threads}")
+  config.check(
+    hasattr(os, "sched_setaffinity"), "--threads", "this system cannot keep a process on some cores"
+  )
+  os.sched_setaffinity(0, cores[:threads])
+  return threads
+
+
+def rule110_config(preset: str, **changes: Any) -> tuple[config.Config, train.Task]:
+  """A preset of Rule 110 and its task.
+
+  Args:
+    preset: of experiments/configs/rule110.py.
+    changes: nested, as in `config.replace`.
+  """
+  values = presets.get_config(preset).to_dict()
+  data = config.from_dict(rule110.Rule110Config, values["data"], "data.")
+  cfg = config.replace(config.from_dict(config.Config, values | {"data": data}), **changes)
+  rule110.check_window(cfg.data, cfg.model.window)
+  batch = functools.partial(rule110.batch, cfg.data)
+  return cfg, train.Task(rule110.layout(cfg.data), batch, cfg.data.held_out_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Seconds a call, one entry a round.
+
+  Attributes:
+    wall: by the clock.
+    cpu: of the whole process, all threads, waiting in a spinning thread included.
+  """
+
+  wall: tuple[float, ...]
+  cpu: tuple[float, ...]
+
+  def median(self, clock: str) -> float:
+    """Median over the rounds, of `wall` or `cpu`."""
+    return statistics.median(getattr(self, clock))
+
+  def least(self, clock: str) -> float:
+    """Minimum over the rounds, of `wall` or `cpu`."""
+    return min(getattr(self, clock))
+
+
+def interleave(
+  contenders: Mapping[str, Callable[[], Any]], rounds: int, *, least_s: float = LEAST_S
+) -> dict[str, Times]:
+  """Times contenders in turns.
+
+  Args:
+    contenders: name -> a call that returns when its work is done. It was called before, so that
+      nothing is left to compile.
+    rounds: turns of each; every round begins with another contender.
+    least_s: a turn repeats its call until about so much time is filled, after one call that is not timed.
+  """
+  calls = {name: max(1, math.ceil(least_s / _once(call))) for name, call in contenders.items()}
+  wall: dict[str, list[float]] = {name: [] for name in contenders}
+  cpu: dict[str, list[float]] = {name: [] for name in contenders}
+  order = list(contenders)
+  for i in range(rounds):
+    for name in order[i % len(order) :] + order[: i % len(order)]:
+      contenders[name]()
+      wall_0, cpu_0 = time.perf_counter(), time.process_time()
+      for _ in range(calls[name]):
+        contenders[name]()
+      wall[name].append((time.perf_counter() - wall_0) / calls[name])
+      cpu[name].append((time.process_time() - cpu_0) / calls[name])
+  return {name: Times(tuple(wall[name]), tuple(cpu[name])) for name in contenders}
+
+
+def _once(call: Callable[[], Any]) -> float:
+  begin = time.perf_counter()
+  call()
+  return max(time.perf_counter() - begin, 1e-6)
+
+
+def matrix_product(size: int) -> tuple[Callable[[], Any], float]:
+  """One large float32 product by XLA, the most that this machine computes; and its FLOPs."""
+  x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+  product = jax.jit(lambda a, b: jax.lax.dot(a, b, precision=jax.lax.Precision.HIGHEST))
+  return lambda: product(x, x).block_until_ready(), 2.0 * size**3
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+  """`1,2,4` as numbers, for a command line."""
+  return tuple(int(part) for part in text.split(",") if part)
