@@ -19,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint format lock peers bench clean
+.PHONY: help setup demo test test-slow test-aot lint format lock peers bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,13 @@ demo: setup ## train a sleeping and a sleepless model and draw the comparison (S
 	$(BIN)/python -m experiments.demo --size=$(SIZE) --workdir=$(WORKDIR) $(ARGS)
 
 test: lint ## check style, then run the quick tests
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not aot" $(ARGS)
 
 test-slow: setup ## run the slow tests
-	$(PYTEST) -m slow --timeout=1200 $(ARGS)
+	$(PYTEST) -m "slow and not aot" --timeout=1200 $(ARGS)
+
+test-aot: $(VENV)/aot.txt cache ## compile for TPUs and Hopper GPUs, without one (use VENV=.venv-aot: their plugins warn wherever jax starts)
+	TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost $(PYTEST) -m aot --timeout=1200 $(ARGS)
 
 lint: $(VENV)/lock.txt ## check style and formatting
 	$(BIN)/ruff check .
@@ -83,5 +86,12 @@ $(VENV)/peers.txt: requirements/peers.txt $(VENV)/lock.txt
 	@cmp -s $< $@ || { \
 	  echo "Installing requirements/peers.txt into $(VENV), once"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $< && $(BIN)/python -m pip check; \
+	}
+	@cp $< $@
+
+$(VENV)/aot.txt: requirements/aot.txt $(VENV)/lock.txt
+	@cmp -s $< $@ || { \
+	  echo "Installing requirements/aot.txt into $(VENV), once"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<; \
 	}
 	@cp $< $@
