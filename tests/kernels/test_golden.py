@@ -22,12 +22,14 @@ RULE = {  # rule of the fixture -> ours
   "linear_attention": "gated_hebbian",
   "mamba2_ssd": "gated_hebbian",
   "delta_rule": "delta",
+  "kda": "kda",
+  "gdn2": "gdn2",
 }
 
 
 def load() -> list:
   found = []
-  for folder in ("gated_delta_rule", "mamba2_gated_hebbian"):
+  for folder in ("gated_delta_rule", "kda_and_gdn2", "mamba2_gated_hebbian"):
     with open(GOLDEN / folder / "cases.json", encoding="utf-8") as file:
       found += [pytest.param(folder, name, case, id=name) for name, case in json.load(file)["cases"].items()]
   return found
@@ -59,6 +61,8 @@ def model(case: dict, implementation: str):
     b = x.get("beta", x.get("b", ones))
     S = x.get("initial_state", jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), v.dtype))
     gates = (b,) if case["rule"] == "delta_rule" else (x.get("g", 0 * ones), b)
+    if case["rule"] == "gdn2":
+      gates = x["g"], x["b"], x["w"]
     return rule(q * case["scale"], k, v, *gates, S)
 
   return run
@@ -90,6 +94,6 @@ def test_reference_float64(folder, name, case):
 def test_chunked_float64():
   """What float32 hides: the chunked form itself is exact, on the longest case and on the strongest decay."""
   with jax.enable_x64(True):
-    for name in ("weak_decay_long", "strong_decay"):
-      (case,) = (param.values[2] for param in load() if param.values[1] == name)
-      result("gated_delta_rule", name, case, "xla", jnp.float64)
+    for param in load():
+      if param.values[1] in ("weak_decay_long", "strong_decay", "kda_strong_decay", "gdn2_ragged"):
+        result(*param.values, "xla", jnp.float64)
