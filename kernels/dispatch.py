@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -155,7 +156,7 @@ def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], 
 
   g = named.get("g")
   if g is not None and not isinstance(g, jax.core.Tracer) and g.is_fully_addressable:
-    if (largest := float(jnp.max(g))) > 0:
+    if (largest := float(np.max(np.asarray(g)))) > 0:
       raise ValueError(f"{rule}: g reaches {largest:.3g}, needs <= 0: it is the log of the decay")
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels import decode, dispatch
 from kernels.gated_delta import gated_delta
 from tests.kernels import cases
 from tests.kernels.cases import every_rule, every_rule_slowly
@@ -39,7 +40,12 @@ SPECS = {4: P("data", None, "model", None), 3: P("data", None, "model")}
   ],
 )
 def test_a_mistake_is_answered_with_one_line(rule, name, change, error, line):
-  names = ("q", "k", "v", "b", "S") if rule == "delta" else ("q", "k", "v", "g", "b", "S")
+  names = (*dispatch.OPERANDS[rule], "S")
+  if name == "b" and rule == "gdn2":
+    name, line = (
+      "e",
+      line.replace("b has", "e has").replace("(2, 5, 3, 1), needs [B, T, H]", "(2, 5, 3, 4, 1)"),
+    )
   arguments = dict(zip(names, cases.random_inputs(rule, 2, 5, 3, 4, 6), strict=True))
   arguments[name] = change(arguments.get(name))
   with pytest.raises(error) as caught:
@@ -136,3 +142,23 @@ def test_a_pod_can_be_checked_without_one():
     S = struct((512, 4, 6, 5), sharding=NamedSharding(mesh, P("data", "model", None, None)))
     o, S_after = jax.eval_shape(gated_delta, *tokens, S)
   assert o.sharding == tokens[2].sharding and S_after.sharding == S.sharding
+
+
+@every_rule
+def test_one_token_updates_the_state_where_it_lies(rule):
+  """What the rule gives for T = 1; and the compiled program writes S into the memory that S came in."""
+  *tokens, S = cases.random_inputs(rule, 2, 1, 3, 4, 6)
+  want = [np.asarray(x) for x in cases.jitted(rule, "reference")(*tokens, S)]
+  token = {name: jnp.asarray(x[:, 0]) for name, x in zip(dispatch.OPERANDS[rule], tokens, strict=True)}
+  program = decode.update.lower(rule, token, jnp.asarray(S)).compile()
+  assert program.memory_analysis().alias_size_in_bytes == S.nbytes
+  assert "input_output_alias" in program.as_text()
+  o, S_after = dispatch.step(rule, *token.values(), S)
+  cases.assert_near([o[:, None], S_after], want, 2e-6)
+
+
+def test_a_positive_log_decay_is_refused_where_it_can_be_seen():
+  inputs = cases.random_inputs("kda", 1, 3, 1, 2, 2)
+  inputs[3][0, 1, 0, 1] = 0.5
+  with pytest.raises(ValueError, match="kda: g reaches 0.5, needs <= 0"):
+    cases.RULES["kda"](*inputs)
