@@ -21,6 +21,10 @@ BY_HAND = {
   "gated_hebbian": ([[2.0, 2.8], [3.5, 4.4]], [-1.5, -1.6]),
   # no decay: S answers (3, 4.4); error (2, 1.6); write (1, .8)
   "delta": ([[1.6, 2.48], [3.8, 4.64]], [-2.2, -2.16]),
+  # channels decay by (1/2, 1): [[.5, 1], [3, 4]] answers (2.7, 3.8); error (2.3, 2.2); write (1.15, 1.1)
+  "kda": ([[1.19, 1.66], [3.92, 4.88]], [-2.73, -3.22]),
+  # the same S answers (2.55, 3.5) to e k = (.3, .8); w v = (5, 3); write (2.45, -.5)
+  "gdn2": ([[1.97, 0.7], [4.96, 3.6]], [-2.99, -2.9]),
 }
 
 
@@ -30,7 +34,8 @@ def test_one_token_by_hand(rule, implementation):
   q, k, v = (np.array(x, np.float32).reshape(1, 1, 1, 2) for x in ([1, -1], [0.6, 0.8], [5, 6]))
   g, b = (np.full((1, 1, 1), x, np.float32) for x in (np.log(0.5), 0.5))
   S = np.array([[1, 2], [3, 4]], np.float32)[None, None]
-  gates = (b,) if rule == "delta" else (g, b)
+  channels = np.array([[np.log(0.5), 0], [0.5, 1], [1, 0.5]], np.float32).reshape(3, 1, 1, 1, 2)
+  gates = {"delta": (b,), "kda": (channels[0], b), "gdn2": tuple(channels)}.get(rule, (g, b))
   o, S = jitted(rule, implementation)(q, k, v, *gates, S)
   want_S, want_o = BY_HAND[rule]
   np.testing.assert_allclose(S[0, 0], want_S, rtol=1e-6)
@@ -89,7 +94,8 @@ def test_a_sequence_in_two_parts_is_the_sequence(rule, implementation):
 def test_the_future_cannot_be_seen(rule, implementation):
   """The gradient of o_t with respect to later tokens is 0, exactly; with respect to v_t it is not."""
   *tokens, S = cases.random_inputs(rule, 1, 70, 1, 4, 3)
-  tokens[-1][:] = 0.5  # b
+  for gate in tokens[4 if rule != "delta" else 3 :]:
+    gate[:] = 0.5
   f = function(rule, implementation)
   grad = quick(jax.grad(lambda tokens, t: jnp.sum(f(*tokens, S)[0][:, t])))
   for t in (3, 66):
