@@ -10,7 +10,7 @@ MODES = ("forward", "reverse", "both")
 
 # Operation budget of an attempt at `op` operations, the benchmark's own; it decides how large the core is.
 BUDGETS = {1: 3, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 10, 8: 10, 9: 10, 10: 15, 11: 15}
-BUDGETS |= {op: 20 for op in range(12, 16)} | {op: 25 for op in range(16, 19)} | {19: 30, 20: 30}
+BUDGETS |= dict.fromkeys(range(12, 16), 20) | dict.fromkeys(range(16, 19), 25) | {19: 30, 20: 30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,4 +98,3 @@ class GsmInfiniteConfig:
     if self.subset == "symbolic":
       return 0
     return 3 if self.subset == "hard" or (self.subset == "mixed" and op == 1) else 2
-

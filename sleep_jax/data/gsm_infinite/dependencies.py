@@ -218,9 +218,7 @@ def _exp(x: float, times: int) -> float:
   return total
 
 
-def _add_third(
-  structure: Structure, order: list[int], explicit: dict[int, list[int]], draws: Draws
-) -> None:
+def _add_third(structure: Structure, order: list[int], explicit: dict[int, list[int]], draws: Draws) -> None:
   """Adds an instance to a chain of two, before it or after it."""
   first, second = order
   third = next((q for q in structure.instances if q not in order), None)
@@ -271,5 +269,3 @@ def _drop_twins(structure: Structure, parents: list[int]) -> None:
   for q in list(parents):
     if q != RNG and structure.roles[q] == ALIAS and structure.children[q][0] in parents:
       parents.remove(q)
-
-

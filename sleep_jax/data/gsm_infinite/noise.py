@@ -10,9 +10,7 @@ from sleep_jax.data.gsm_infinite.words import Template
 PER_PLACE = 20  # wanted statements that bring one more place
 
 
-def draw(
-  template: Template, core: Sequence[str], wanted: int, depth: int, draws: Draws
-) -> list[str]:
+def draw(template: Template, core: Sequence[str], wanted: int, depth: int, draws: Draws) -> list[str]:
   """Noise sentences, at least `wanted`, without their full stops.
 
   Each is a copy (half of them), a sum or a difference of core quantities; the total of each noise place but
@@ -84,3 +82,13 @@ def fill(
       kept.append(sentence)
       room -= size
   return kept
+
+
+def typical(template: Template, core: Sequence[str], depth: int, count: Callable[[str], int]) -> float:
+  """Tokens of a noise sentence, roughly: a left side and three halves of a reference, each of middling length."""
+  place, kind = template.noise_places[0][0], template.noise_kinds[0][0]
+  left = count(f"The number of {kind} in {place} equals")
+  if depth == 3:
+    left = (left + count(f"The {template.average} per {kind} in {place} equals")) / 2
+  refs = sum(count(f"{ref} and") for ref in core) / len(core)
+  return left + 1.5 * refs

@@ -37,7 +37,9 @@ def expression(parents: Sequence[int], number_range: int, draws: Draws) -> Expre
   return Expression(literal, times, tuple(refs), len(refs) == 2 and draws.coin())
 
 
-def name(structure: Structure, template: Template, places: Sequence[str], kinds: Sequence[str], q: int) -> str:
+def name(
+  structure: Structure, template: Template, places: Sequence[str], kinds: Sequence[str], q: int
+) -> str:
   """The name of a quantity."""
   place, kind, role = places[structure.place[q]], structure.kind[q], structure.roles[q]
   if role == TOTAL:
@@ -75,7 +77,9 @@ def statement(reference: str, right: str) -> str:
 
 def hidden(reference: str) -> str:
   """The sentence of a quantity whose value is not told."""
-  ending = "is greater than 0" if reference.startswith("the average") else "exists, and its number is greater than 0"
+  ending = (
+    "is greater than 0" if reference.startswith("the average") else "exists, and its number is greater than 0"
+  )
   return f"T{reference[1:]} {ending}"
 
 

@@ -107,7 +107,9 @@ def draw(draws: Draws, size: int, depth: int, reverse: bool) -> Structure | None
     return None
 
   taken = {(draws.below(num_places), kind) for kind in range(num_kinds)}
-  missing = [place for place in range(num_places) if all((place, kind) not in taken for kind in range(num_kinds))]
+  missing = [
+    place for place in range(num_places) if all((place, kind) not in taken for kind in range(num_kinds))
+  ]
   if len(taken) + len(missing) > edges:
     return None
   taken.update([(place, draws.below(num_kinds)) for place in missing])

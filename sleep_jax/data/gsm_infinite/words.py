@@ -32,7 +32,9 @@ def _names(text: str) -> tuple[str, ...]:
   return tuple(name.strip() for name in text.split(","))
 
 
-def _crossed(firsts: Sequence[str], lasts: Sequence[str], size: int, pattern: str) -> tuple[tuple[str, ...], ...]:
+def _crossed(
+  firsts: Sequence[str], lasts: Sequence[str], size: int, pattern: str
+) -> tuple[tuple[str, ...], ...]:
   """One group for each of `lasts`: `size` of the `firsts`, another stretch of them in each group."""
   groups = []
   for i, last in enumerate(lasts):
@@ -47,17 +49,21 @@ _SHADES = _names(
   " Ancient, Lantern, Heron, Obsidian, Painted"
 )
 _GROUNDS = _names(
-  "Lagoon, Reef, Fjord, Glacier, Plateau, Canyon, Savanna, Delta, Marsh, Peninsula, Archipelago, Crater, Dunes,"
-  " Prairie, Tundra, Oasis, Grotto, Summit, Estuary, Harbor, Terrace, Meadow, Basin, Moor, Cove, Steppe, Gorge,"
+  "Lagoon, Reef, Fjord, Glacier, Plateau, Canyon, Savanna, Delta, Marsh, Peninsula, Archipelago, Crater,"
+  " Dunes,"
+  " Prairie, Tundra, Oasis, Grotto, Summit, Estuary, Harbor, Terrace, Meadow, Basin, Moor, Cove, Steppe,"
+  " Gorge,"
   " Highlands, Sanctuary, Observatory, Botanical Garden, Rainforest"
 )
 _LOOKS = _names(
-  "spotted, striped, grey, giant, dwarf, crested, tawny, desert, mountain, river, white-tailed, horned, marbled,"
+  "spotted, striped, grey, giant, dwarf, crested, tawny, desert, mountain, river, white-tailed, horned,"
+  " marbled,"
   " long-eared, arctic, red-bellied, pygmy, masked, ringed, woodland, coastal, banded, bearded, snowy"
 )
 _ANIMALS = _names(
   "gecko, antelope, marmot, heron, lemur, tortoise, badger, lynx, pelican, hedgehog, otter, iguana, gazelle,"
-  " porcupine, falcon, salamander, moose, weasel, flamingo, turtle, hamster, bison, cobra, stork, seal, mongoose,"
+  " porcupine, falcon, salamander, moose, weasel, flamingo, turtle, hamster, bison, cobra, stork, seal,"
+  " mongoose,"
   " tapir, beetle, dolphin, kangaroo, trout, penguin"
 )
 _STEMS = _names(
@@ -70,38 +76,51 @@ _ENDINGS = _names(
 )
 _SUBJECTS = _names(
   "glass blowing, marine law, alpine rescue, stage lighting, bee keeping, river navigation, paper folding,"
-  " desert farming, opera singing, bridge design, soil chemistry, comet watching, puppet theatre, boat building"
+  " desert farming, opera singing, bridge design, soil chemistry, comet watching, puppet theatre,"
+  " boat building"
 )
 _SCHOOLS = _names(
-  "school of {}, academy of {}, institute of {}, college of {}, {} academy, {} institute, {} college, {} workshop,"
-  " evening school of {}, summer school of {}, royal academy of {}, national institute of {}, open college of {},"
+  "school of {}, academy of {}, institute of {}, college of {}, {} academy, {} institute, {} college,"
+  " {} workshop,"
+  " evening school of {}, summer school of {}, royal academy of {}, national institute of {},"
+  " open college of {},"
   " {} training centre, {} conservatory, {} boarding school, junior academy of {}, senior college of {},"
   " free school of {}, {} night school, municipal institute of {}, {} research school, coastal academy of {},"
-  " highland college of {}, {} preparatory school, guild school of {}, {} evening academy, travelling school of {},"
+  " highland college of {}, {} preparatory school, guild school of {}, {} evening academy,"
+  " travelling school of {},"
   " {} field institute, central academy of {}, {} honours college, old school of {}"
 )
 _GALAS = _names(
-  "Lantern, Harvest, Cathedral, Riverside, Moonrise, Orchard, Compass, Carousel, Meridian, Lighthouse, Nightingale,"
+  "Lantern, Harvest, Cathedral, Riverside, Moonrise, Orchard, Compass, Carousel, Meridian, Lighthouse,"
+  " Nightingale,"
   " Horizon, Clockwork, Sapphire, Voyager, Paper Crane, Winter, Boulevard, Phoenix, Echo, Monsoon, Tapestry,"
   " Silver Thread, Parade, Solstice, Labyrinth, Wildflower, Aurora, Canvas, Twilight"
 )
 _EVENTS = _names(
-  "Film Festival, Movie Awards, Cinema Gala, Screen Festival, International Film Gala, Picture Week, Movie Night,"
+  "Film Festival, Movie Awards, Cinema Gala, Screen Festival, International Film Gala, Picture Week,"
+  " Movie Night,"
   " Short Film Awards, Cinema Prize, Open Air Festival, Documentary Festival, Movie Marathon, Film Biennale,"
-  " Cinema Days, Premiere Gala, Film Jubilee, Animation Festival, Movie Convention, Cinema Summit, Film Carnival,"
-  " Student Film Awards, Cinema Retrospective, Movie Showcase, Film Assembly, Cinema Pageant, Independent Film Awards,"
+  " Cinema Days, Premiere Gala, Film Jubilee, Animation Festival, Movie Convention, Cinema Summit,"
+  " Film Carnival,"
+  " Student Film Awards, Cinema Retrospective, Movie Showcase, Film Assembly, Cinema Pageant,"
+  " Independent Film Awards,"
   " Movie Symposium, Film Regatta, Audience Awards, Critics Gala, Debut Film Festival, World Cinema Festival"
 )
 _PEOPLE = _names(
   "retired clockmaker, lonely astronaut, stubborn gardener, blind painter, runaway violinist, village doctor,"
-  " forgotten boxer, desert pilot, young cartographer, double agent, reluctant king, ghost hunter, subway conductor,"
-  " arctic surgeon, circus acrobat, disgraced judge, robot librarian, pirate cook, midnight baker, river smuggler,"
+  " forgotten boxer, desert pilot, young cartographer, double agent, reluctant king, ghost hunter,"
+  " subway conductor,"
+  " arctic surgeon, circus acrobat, disgraced judge, robot librarian, pirate cook, midnight baker,"
+  " river smuggler,"
   " sleepless detective, orphan inventor, wandering monk, tired superhero"
 )
 _PLOTS = _names(
-  "treasure hunt, courtroom drama, heist comedy, rescue thriller, time travel romance, family reunion, revenge drama,"
-  " road trip comedy, spy thriller, mountain expedition, wedding comedy, submarine thriller, coming of age story,"
-  " alien encounter, murder mystery, war drama, cooking contest, haunted house tale, election thriller, dance drama,"
+  "treasure hunt, courtroom drama, heist comedy, rescue thriller, time travel romance, family reunion,"
+  " revenge drama,"
+  " road trip comedy, spy thriller, mountain expedition, wedding comedy, submarine thriller,"
+  " coming of age story,"
+  " alien encounter, murder mystery, war drama, cooking contest, haunted house tale, election thriller,"
+  " dance drama,"
   " prison escape, chess duel, jungle journey, shipwreck survival, museum robbery, love triangle comedy,"
   " political drama, musical journey, volcano disaster, western duel, sports drama, identity swap comedy"
 )
@@ -140,7 +159,8 @@ TEMPLATES: dict[str, Template] = {
     ),
     kinds=(
       _names(
-        "elementary school, private middle school, public highschool, regional medical school, culinarian school"
+        "elementary school, private middle school, public highschool, regional medical school,"
+        " culinarian school"
       ),
     ),
     noise_places=_crossed(_STEMS, _ENDINGS, 20, "{}{}"),
