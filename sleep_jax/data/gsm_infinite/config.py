@@ -18,8 +18,8 @@ class GsmInfiniteConfig:
   """The task.
 
   Attributes:
-    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `symbolic`, or `mixed`: `medium`, but
-      `hard` for one operation, which `medium` cannot have.
+    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `symbolic`, or `mixed`:
+      `medium`, but `hard` for one operation, which `medium` cannot have.
     operations: lowest and highest number of operations, each as likely.
     mode: `forward` asks for what follows from given numbers, `reverse` for a number that a given result
       determines, `both` throws a coin.

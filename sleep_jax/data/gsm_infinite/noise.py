@@ -85,7 +85,7 @@ def fill(
 
 
 def typical(template: Template, core: Sequence[str], depth: int, count: Callable[[str], int]) -> float:
-  """Tokens of a noise sentence, roughly: a left side and three halves of a reference, each of middling length."""
+  """Tokens of a noise sentence, roughly: a left side and three halves of a reference."""
   place, kind = template.noise_places[0][0], template.noise_kinds[0][0]
   left = count(f"The number of {kind} in {place} equals")
   if depth == 3:

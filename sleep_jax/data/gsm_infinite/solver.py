@@ -253,7 +253,7 @@ def _whole(x: Fraction) -> int:
 
 def _assigned(context: str) -> dict[str, int]:
   """Variables whose value the statements determine, with the value."""
-  found = dict((m[1], m) for m in map(_ASSIGN.fullmatch, split_sentences(context)))
+  found = {m[1]: m for m in map(_ASSIGN.fullmatch, split_sentences(context))}
   values = {name: int(m[4]) for name, m in found.items() if m[4]}
   children: dict[str, list[str]] = {}
   for name, m in found.items():

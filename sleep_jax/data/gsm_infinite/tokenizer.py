@@ -144,9 +144,11 @@ class Counter:
 
 _WORDS = re.compile(r"\s?[^\s]+|\s")
 _PROBES = (
-  "What is the total number of adult animals in Cedar Valley?\nThe number of adult blue jay in South Zoo equals 4",
+  "What is the total number of adult animals in Cedar Valley?\nThe number of"
+  " adult blue jay in South Zoo equals 4",
   " The number of futuristic sci-fi movie in Rêves de Belleville equals 3 times the sum of the number of film"
-  " about blind painter chess duel in Echo Movie Night, and the total number of movies in Cinéma de Montreval.",
+  " about blind painter chess duel in Echo Movie Night, and the total number of movies in"
+  " Cinéma de Montreval.",
   " assign V960378 = V705711 + 1. assign V583763 = 8.",
 )
 
