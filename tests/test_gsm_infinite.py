@@ -1,4 +1,4 @@
-"""GSM-Infinite: the generator against a solver and a counter of the text, the reference files, and its law."""
+"""GSM-Infinite: the generator against a solver and a counter of the text, reference files, its law."""
 
 import collections
 import json
@@ -64,21 +64,21 @@ class GeneratedTest(parameterized.TestCase):
   @parameterized.parameters(*CELLS)
   def test_text_alone_gives_answer_and_operations(self, subset, low):
     cfg = gsm.GsmInfiniteConfig(subset=subset, operations=(low, 8), mode="both")
-    for i in range(60):
+    for i in range(40):
       assert_agrees(gsm.problem(cfg, 3, i))
 
-  @pytest.mark.slow
   @parameterized.parameters(*CELLS)
+  @pytest.mark.slow
   def test_thousands_of_texts(self, subset, low):
     cfg = gsm.GsmInfiniteConfig(subset=subset, operations=(low, 8), mode="both")
-    for i in range(2000):
+    for i in range(1500):
       assert_agrees(gsm.problem(cfg, 4, i))
 
   @parameterized.parameters(*CELLS)
   def test_lengths_fill_the_range_whatever_the_operations(self, subset, low):
     cfg = gsm.GsmInfiniteConfig(subset=subset, operations=(low, 8))
     sizes = collections.defaultdict(list)
-    for i in range(240):
+    for i in range(200):
       p = gsm.problem(cfg, 0, i, op=8 if i % 2 else 2)
       assert p.num_tokens == len(re.findall(r"[^\W\d_]+|\d|[^\w\s]|_", p.text))
       sizes[p.op].append(p.num_tokens)
@@ -146,8 +146,8 @@ def test_a_problem_depends_on_its_number_alone():
 @pytest.mark.parametrize("noise", [True, False])
 def test_no_held_out_text_is_trained_on(noise):
   cfg = gsm.GsmInfiniteConfig(subset="medium", operations=(2, 4), noise=noise, min_tokens=150, max_tokens=300)
-  train = [gsm.problem(cfg, seed, i) for seed in (0, 1) for i in range(1000)]
-  test = dataset.held_out(cfg, "balanced", 300) + dataset.held_out(cfg, "faithful", 300)
+  train = [gsm.problem(cfg, seed, i) for seed in (0, 1) for i in range(300)]
+  test = dataset.held_out(cfg, "balanced", 45) + dataset.held_out(cfg, "faithful", 45)
   assert dataset.overlap(train, test) == 0
   assert dataset.overlap(test, test) == len(test)
 

@@ -1,9 +1,9 @@
-"""Problems as token sequences: a source for grain, held-out sets, and the proof that no text is on both sides.
+"""Problems as token sequences: a source for grain, held-out sets, and the proof that they share no text.
 
     tokens    question | line break | context | <answer> | answer ... | <eos>
 
-`inputs` are all tokens but the last, `targets` all but the first; the loss is on the answer and its end, which
-one forward pass each predicts from what stands before. A symbolic answer is its variables, sorted, with ", "
+`inputs` are all tokens but the last, `targets` all but the first; the loss is on the answer and its end, that
+one forward pass each predicts from what is before. A symbolic answer is its variables, sorted, with ", "
 between them. Sequences have no pads and differ in length.
 """
 
