@@ -1,9 +1,10 @@
 """Writes a GSM-Infinite data set and prints its statistics beside the original generator's.
 
-    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:tiny --workdir=DIR
+    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET
+      --workdir=D
 
-DIR gets train, held_out_balanced and held_out_faithful, each as JSON lines and as ArrayRecord (a record is the
-same JSON), and manifest.json with rows, SHA-256 and the config. A text is never in train and held out.
+D gets train, held_out_balanced and held_out_faithful, each as JSON lines and as ArrayRecord (a record is
+the same JSON), and manifest.json with rows, SHA-256 and the config. A text is never in train and held out.
 """
 
 import dataclasses
@@ -70,7 +71,11 @@ def report(cfg: GsmInfiniteConfig, problems: Sequence[Problem]) -> str:
   for op, row in statistics.by_op(problems).items():
     subset = {0: "symbolic", 2: "medium", 3: "hard"}[cfg.depth(op)]
     theirs = known["core"].get(f"{subset} {cfg.mode}", {}).get(str(op), {})
-    if subset != "symbolic" and cfg.noise:  # lengths of the sample that mixes d = 2 and 3, both modes
+    if subset != "symbolic" and (cfg.noise, cfg.min_tokens, cfg.max_tokens) == (
+      True,
+      2000,
+      3300,
+    ):  # lengths of the sample that mixes d = 2 and 3, both modes
       lengths = known["noisy"].get(str(op), {})
       theirs = {k: lengths[k] for k in ("tokens", "sentences", "N", "noise_share") if k in lengths} | theirs
     cells = []

@@ -1,7 +1,6 @@
 """Statistics of problems, read from their text and roles, and the same of the original generator.
 
-The original's are measured facts, kept in `reference.json`: of 400 problems a row without noise, and of 20 or 40
-a number of operations with noise.
+The original's are measured facts, kept in `reference.json`: 400 problems a row without noise, and 40 with.
 """
 
 import collections
@@ -72,7 +71,7 @@ def forms(problems: Sequence[Problem], role: str) -> dict[str, float]:
 
 
 def form(sentence: str) -> str:
-  """The form of a sentence: literal, copy, times one, plus one, sum, difference, literal with two, many, hidden."""
+  """The form: literal, copy, times one, plus one, sum, difference, literal with two, many, hidden."""
   _, equals, right = sentence.partition(" equals ")
   if not equals:
     return "hidden"
