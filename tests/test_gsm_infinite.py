@@ -1,6 +1,7 @@
 """GSM-Infinite: the generator against a solver of the text, the reference files, and its law."""
 
 import collections
+import hashlib
 import json
 import re
 import subprocess
@@ -52,7 +53,8 @@ def test_solver_refuses_the_problem_whose_definition_the_original_lost():
 def test_solver_by_hand():
   context = (
     "The number of adult fox in Pine Ridge equals 3 times the difference between the number of adult bear in"
-    " Pine Ridge and the number of adult wolf in Maple Creek. The number of adult wolf in Maple Creek equals 1."
+    " Pine Ridge and the number of adult wolf in Maple Creek. The number of adult wolf in Maple Creek"
+    " equals 1."
     " The number of adult bear in Pine Ridge equals 4."
   )
   question = "What is the total number of adult animals in Pine Ridge?"
@@ -261,3 +263,26 @@ def test_forms_are_told_apart():
   }
   for right, form in said.items():
     assert statistics.form(f"The number of x in Y {right}") == form
+
+
+def test_a_data_set_on_disk(tmp_path):
+  program = ["-m", "experiments.gsm_infinite_data", "--config=experiments/configs/gsm_infinite_data.py:tiny"]
+
+  def run(*more):
+    return subprocess.run(
+      [sys.executable, *program, *more], cwd=DATA.parents[1], capture_output=True, text=True, check=False
+    )
+
+  done = run(f"--workdir={tmp_path / 'set'}")
+  assert done.returncode == 0, done.stderr
+  manifest = json.loads((tmp_path / "set" / "manifest.json").read_text(encoding="utf-8"))
+  assert manifest["texts_in_train_and_held_out"] == 0
+  for row in manifest["files"]:
+    content = (tmp_path / "set" / row["file"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == row["sha256"]
+    assert row["rows"] == (64 if row["file"].startswith("train") else 16)
+  lines = (tmp_path / "set" / "train.jsonl").read_bytes().splitlines()
+  with grain.sources.ArrayRecordDataSource(str(tmp_path / "set" / "train.array_record")) as records:
+    assert [records[i] for i in range(len(records))] == lines
+  refused = run(f"--workdir={tmp_path / 'no'}", "--config.data.subset=medium")
+  assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "data.operations" in refused.stderr
