@@ -2,9 +2,9 @@
 
     python -m experiments.depo --config=experiments/configs/depo.py:tiny --workdir=work/depo_tiny
 
-Reports, for each k of `data.test_hops`, the held-out loss with and without the trivial ANS token, the accuracy
-of whole names, and both by the place of the question. Rerunning the same command resumes; a finished run is
-left alone.
+Reports, for each k of `data.test_hops`, the held-out loss with and without the trivial ANS token, the
+accuracy of whole names, and both by the place of the question. Rerunning the same command resumes; a
+finished run is left alone.
 """
 
 import dataclasses

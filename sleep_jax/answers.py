@@ -101,7 +101,7 @@ def wilson(right: float, asked: float, z: float = 1.959964) -> tuple[float, floa
   p, n = right / asked, asked
   centre = (p + z * z / (2 * n)) / (1 + z * z / n)
   reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return max(0.0, centre - reach), min(1.0, centre + reach)
+  return min(p, max(0.0, centre - reach)), max(p, min(1.0, centre + reach))
 
 
 def majority(

@@ -11,9 +11,9 @@
            paper. Not run yet; the paper: N = 1 hardly learns k >= 4, N = 2 stalls from k = 8, only N = 4
            begins to learn k = 16
 
-One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The paper's text
-says 10 layers of the Jet architecture, its figure 3 says a 4-layer GDN hybrid; ours is ("attn", "gdn") x 5
-until another pattern is named: --config.model.blocks="('attn','gdn','attn','gdn')". If figure 3 is not
+One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The paper's
+text says 10 layers of the Jet architecture, its figure 3 says a 4-layer GDN hybrid; ours is ("attn", "gdn")
+x 5 until another pattern is named: --config.model.blocks="('attn','gdn','attn','gdn')". If figure 3 is not
 reproduced, try --config.data.sizes=largest first.
 """
 
