@@ -1,4 +1,4 @@
-"""The gated delta rule as Mosaic kernels for TPUs: `gated_delta`. How they work: kernels/README.md, Pallas TPU."""
+"""The gated delta rule as Mosaic kernels for TPUs: `gated_delta`. kernels/README.md says how they work."""
 
 import functools
 
@@ -25,10 +25,10 @@ def gated_delta(
 ) -> tuple[jax.Array, jax.Array]:
   """What `reference.gated_delta` gives, up to rounding, with its gradients.
 
-  Operands of the products are bfloat16 if q, k and v all are, else float32 at full precision; sums, decays and
-  S are float32. Only reverse mode, once. Under `jax.checkpoint` the residuals are named "fast_weight_inverse"
-  (C numbers a token and head) and "fast_weight_chunk_S" (K V numbers a chunk and head), the outputs
-  "fast_weight_o" and "fast_weight_S".
+  Operands of the products are bfloat16 if q, k and v all are, else float32 at full precision; sums, decays
+  and S are float32. Only reverse mode, once. Under `jax.checkpoint` the residuals are named
+  "fast_weight_inverse" (C numbers a token and head) and "fast_weight_chunk_S" (K V numbers a chunk and head),
+  the outputs "fast_weight_o" and "fast_weight_S".
 
   Args:
     q, k: [B, T, H, K], bfloat16 or float32. v: [B, T, H, V], likewise. g, b: [B, T, H], float32.
