@@ -85,9 +85,18 @@ def step(rule: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def load(rule: str, implementation: str) -> Rule:
-  """The function of an implementation; imported by name, so that a CPU never loads what it cannot run."""
-  known = ORDER.get(jax.default_backend(), ORDER["cpu"])
+  """The function of an implementation; imported by name, so that a CPU never loads what it cannot run.
+
+  Raises:
+    ValueError: no platform has an implementation of this name.
+    NotImplementedError: it belongs to another platform, or this rule has not got it.
+  """
+  here = jax.default_backend()
+  known = ORDER.get(here, ORDER["cpu"])
   if implementation not in known:
+    if elsewhere := [platform for platform, names in ORDER.items() if implementation in names]:
+      where = f"runs on {', '.join(elsewhere)}, not on {here}"
+      raise NotImplementedError(f"{rule}: {implementation!r} {where}; known here: {', '.join(known)}")
     near = difflib.get_close_matches(str(implementation), known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{rule}: no implementation {implementation!r} here, known: {', '.join(known)}{hint}")

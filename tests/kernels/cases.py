@@ -19,6 +19,10 @@ RULES = {"gated_delta": gated_delta, "gated_hebbian": gated_hebbian, "delta": de
 IMPLEMENTATIONS = ("xla", "reference")
 
 every_rule = pytest.mark.parametrize("rule", RULES)
+# For tests that compile a gradient: kda is gdn2 with one gate for both, so it waits for the slow tests.
+every_rule_but_kda = pytest.mark.parametrize(
+  "rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule == "kda")) for rule in RULES]
+)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 # For tests that compile much: the rule with everything in it always, the others with the slow tests.
 every_rule_slowly = pytest.mark.parametrize(

@@ -162,3 +162,53 @@ def test_a_positive_log_decay_is_refused_where_it_can_be_seen():
   inputs[3][0, 1, 0, 1] = 0.5
   with pytest.raises(ValueError, match="kda: g reaches 0.5, needs <= 0"):
     cases.RULES["kda"](*inputs)
+
+
+def test_an_implementation_of_another_platform_is_refused_in_one_line():
+  inputs = cases.random_inputs("gated_delta", 1, 3, 1, 2, 2)
+  for name, platform in (("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")):
+    with pytest.raises(NotImplementedError) as caught:
+      gated_delta(*inputs, implementation=name)
+    assert str(caught.value) == (
+      f"gated_delta: {name!r} runs on {platform}, not on cpu; known here: xla, reference"
+    )
+
+
+def test_a_rule_without_a_named_implementation_is_refused_in_one_line(monkeypatch):
+  """As `delta` on a TPU, where the name is known but this rule has no such kernel."""
+  monkeypatch.setitem(dispatch.ORDER, "cpu", ("xla", "pallas_none"))
+  with pytest.raises(NotImplementedError, match="^delta: has no implementation 'pallas_none', use 'xla'$"):
+    cases.RULES["delta"](*cases.random_inputs("delta", 1, 3, 1, 2, 2), implementation="pallas_none")
+
+
+def test_the_default_falls_back_with_one_warning(monkeypatch):
+  """The first choice is not there: the second runs, and the log says so once, not at each call."""
+  inputs = cases.random_inputs("gated_delta", 1, 3, 1, 2, 2)
+  want = [np.asarray(x) for x in gated_delta(*inputs)]
+  monkeypatch.setitem(dispatch.ORDER, "cpu", ("pallas_none", "xla"))
+  monkeypatch.setitem(dispatch.DEFAULT, "cpu", ("pallas_none", "xla"))
+  said = []
+  monkeypatch.setattr(dispatch.logging, "warning", lambda text, *args: said.append(text % args))
+  dispatch._warn_once.cache_clear()
+  for _ in range(2):
+    cases.assert_near(gated_delta(*inputs), want, 0.0)
+  assert said == [
+    "gated_delta: skipped pallas_none: gated_delta: has no implementation 'pallas_none', use 'xla'"
+  ]
+  monkeypatch.setitem(dispatch.DEFAULT, "cpu", ("pallas_none",))
+  with pytest.raises(NotImplementedError, match="gated_delta: no implementation takes"):
+    gated_delta(*inputs)
+
+
+@every_rule
+def test_forward_mode_alone_is_refused_in_one_line(rule):
+  """Ours where the call is differentiated as it runs; inside `jax.jit` JAX says it, later and shorter."""
+  inputs = tuple(cases.random_inputs(rule, 1, 3, 1, 2, 2))
+  with pytest.raises(TypeError) as caught:
+    jax.jvp(cases.RULES[rule], inputs, inputs)
+  assert str(caught.value) == (
+    f"{rule}: 'xla' has no forward-mode derivative (jax.jvp); "
+    "use reverse mode (jax.vjp, jax.grad) or implementation='reference'"
+  )
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jit(lambda x: jax.jvp(cases.RULES[rule], x, x))(inputs)

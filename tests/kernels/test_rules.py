@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from tests.kernels import cases
-from tests.kernels.cases import every_implementation, every_rule, every_rule_slowly, function, jitted, quick
+from tests.kernels.cases import (
+  every_implementation,
+  every_rule,
+  every_rule_but_kda,
+  every_rule_slowly,
+  function,
+  jitted,
+  quick,
+)
 
 # From S = [[1, 2], [3, 4]], q = (1, -1), k = (0.6, 0.8), v = (5, 6), decay 1/2, b = 1/2, on paper.
 BY_HAND = {
@@ -55,7 +63,7 @@ def test_chunks_equal_the_recurrence(rule, data):
   cases.assert_near(got, cases.double(rule, inputs), 1e-5)
 
 
-@every_rule
+@every_rule_but_kda
 @pytest.mark.parametrize("decay", [20.0, 200.0])
 def test_strong_decay_keeps_its_digits(rule, decay):
   """Sums of g = -20 and stronger lose the digits of the weak decays between them; ours do not."""
@@ -66,19 +74,22 @@ def test_strong_decay_keeps_its_digits(rule, decay):
   cases.assert_near(got, cases.double(rule, inputs), 5e-6)
 
 
-@pytest.mark.parametrize("rule", ["gated_delta", "gated_hebbian"])
+@pytest.mark.parametrize(
+  "rule", ["gated_delta", "gated_hebbian", "gdn2", pytest.param("kda", marks=pytest.mark.slow)]
+)
 @every_implementation
 def test_infinite_decay_forgets_everything(rule, implementation):
-  q, k, v, g, b, S = cases.random_inputs(rule, 1, 9, 1, 4, 3)
+  *tokens, S = cases.random_inputs(rule, 1, 9, 1, 4, 3)
+  g = tokens[3]
   g[:, 5] = -np.inf
-  o, S_after, *grads = cases.outputs_and_gradients(function(rule, implementation), [q, k, v, g, b, S])
+  o, S_after, *grads = cases.outputs_and_gradients(function(rule, implementation), [*tokens, S])
   g[:, 5] = 0
-  o_new, S_new = jitted(rule, implementation)(*(x[:, 5:] for x in (q, k, v, g, b)), 0 * S)
+  o_new, S_new = jitted(rule, implementation)(*(x[:, 5:] for x in tokens), 0 * S)
   cases.assert_near([o[:, 5:], S_after], [np.asarray(o_new), np.asarray(S_new)], 2e-6)
   assert all(np.all(np.isfinite(x)) for x in grads)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_a_sequence_in_two_parts_is_the_sequence(rule, implementation):
   f = jitted(rule, implementation)
@@ -89,7 +100,7 @@ def test_a_sequence_in_two_parts_is_the_sequence(rule, implementation):
   cases.assert_near([np.concatenate([o1, o2], 1), S_parts], whole, 2e-6)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_the_future_cannot_be_seen(rule, implementation):
   """The gradient of o_t with respect to later tokens is 0, exactly; with respect to v_t it is not."""
@@ -105,7 +116,7 @@ def test_the_future_cannot_be_seen(rule, implementation):
     assert np.all(grads[2][:, t] != 0)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_pads_leave_no_trace(rule, implementation):
   """All pads: S keeps every bit. Pads on the left: the row is the row without them. No gradient at pads."""
@@ -129,7 +140,7 @@ def test_pads_leave_no_trace(rule, implementation):
     assert np.any(x[1, 33:] != 0)
 
 
-@every_rule
+@every_rule_but_kda
 def test_b_of_zero_writes_nothing_and_has_a_gradient(rule):
   """d b is <what the write would have been, its gradient>: not 0 / 0."""
   inputs = cases.random_inputs(rule, 1, 10, 1, 4, 3)
@@ -140,7 +151,7 @@ def test_b_of_zero_writes_nothing_and_has_a_gradient(rule):
   assert np.all(got[-2] != 0)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_half_precision_in_and_out_state_in_float32(rule, implementation):
   """bfloat16 rounds what goes in and what comes out; in between nothing is rounded to it."""
@@ -183,7 +194,7 @@ def test_transformations_change_nothing(rule):
   cases.assert_near(quick(jax.vmap(jax.grad(loss)))(stacked), both, 2e-6)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_gradients_equal_finite_differences(rule, implementation):
   with jax.enable_x64(True):
