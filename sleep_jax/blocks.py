@@ -11,7 +11,8 @@ import jax
 from sleep_jax import attention, fast_weights, layers, params
 from sleep_jax.config import ConfigError, ModelConfig, nearest
 
-State = dict[str, fast_weights.FastWeights]
+# What a pass starts from and leaves, by block; attention has some under sliding eviction only.
+State = dict[str, fast_weights.FastWeights | attention.Kept]
 Cache = dict[str, attention.KVCache]
 
 
@@ -45,19 +46,36 @@ def init_state(cfg: ModelConfig, batch: int) -> State:
   return {str(i): fast_weights.init_state(cfg, batch) for i, kind in enumerate(cfg.blocks) if kind != "attn"}
 
 
-def init_cache(cfg: ModelConfig, batch: int) -> Cache:
-  """An empty window for every attention block."""
-  return {str(i): attention.init_cache(cfg, batch) for i, kind in enumerate(cfg.blocks) if kind == "attn"}
+def init_kept(cfg: ModelConfig, batch: int) -> State:
+  """What every attention block is left with before the first window, under sliding eviction; else nothing."""
+  if cfg.eviction != "sliding":
+    return {}
+  return {str(i): attention.init_kept(cfg, batch) for i, kind in enumerate(cfg.blocks) if kind == "attn"}
+
+
+def init_cache(cfg: ModelConfig, batch: int, state: State | None = None) -> Cache:
+  """A window of which nothing is read yet, for every attention block; behind what `state` kept."""
+  kept = {i: s for i, s in (state or {}).items() if isinstance(s, attention.Kept)}
+  return {
+    str(i): attention.init_cache(cfg, batch, kept.get(str(i)))
+    for i, kind in enumerate(cfg.blocks)
+    if kind == "attn"
+  }
 
 
 def open_window(state: State, cfg: ModelConfig) -> State:
   """The state with which a new window begins."""
-  return {i: fast_weights.open_window(s, cfg) for i, s in state.items()}
+  return {
+    i: s if isinstance(s, attention.Kept) else fast_weights.open_window(s, cfg) for i, s in state.items()
+  }
 
 
 def reopen(state: State, start: State) -> State:
-  """S of `state` at the beginning of the window that `start` opened."""
-  return {i: fast_weights.reopen(s, start[i]) for i, s in state.items()}
+  """S of `state` at the beginning of the window that `start` opened; what was kept is that of `start`."""
+  return {
+    i: start[i] if isinstance(s, attention.Kept) else fast_weights.reopen(s, start[i])
+    for i, s in state.items()
+  }
 
 
 def run(
@@ -77,7 +95,8 @@ def run(
   Args:
     weights: as declared.
     h: hidden states [B, T, D], in the activation dtype.
-    state: of all fast-weight blocks; those that do not run keep theirs.
+    state: of all fast-weight blocks and, under sliding eviction, what attention kept; blocks that do not run
+      keep theirs.
     first, last: which blocks run. None: up to the end.
     valid: [B, T] bool, False for pads. None: all valid.
     cache: earlier tokens of the same window, for decoding; None if h is the whole window.
@@ -103,10 +122,10 @@ def run(
 
     if remat:
       block = jax.checkpoint(block)
-    if kind != "attn":
-      h, state[name] = block(weights[name], h, state[name])
-    elif cache is not None:
+    if kind == "attn" and cache is not None:
       h, cache[name] = block(weights[name], h, cache[name])
+    elif name in state:
+      h, state[name] = block(weights[name], h, state[name])
     else:
       h, _ = block(weights[name], h, None)
   return h, state, cache

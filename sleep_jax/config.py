@@ -125,7 +125,8 @@ class ModelConfig:
     blocks: the mixer of each block, from first to last: `attn`, or a rule by which fast weights are
       written (`gdn`, `hebbian`, or one that `fast_weights.RULES` was given).
     window: L, tokens that attention holds before they are consolidated and evicted.
-    eviction: `hard`: the whole window goes.
+    eviction: `hard`: the whole window goes. `sliding`: the newest L - 1 tokens stay in the cache, and every
+      token sees the newest L, itself included.
     embed_std: standard deviation of the embedding at the start. Loops train soonest with 1.0.
     norm_eps: epsilon of the RMSNorms on the residual stream.
     dtype: of activations, `float32` or `bfloat16`. S, gates, norms and logits are float32 always.
@@ -150,7 +151,7 @@ class ModelConfig:
       at_least(self.mlp_dim, 1, "model.mlp_dim")
     at_least(len(self.blocks), 1, "model.blocks")
     at_least(self.window, 1, "model.window")
-    one_of(self.eviction, ("hard",), "model.eviction")
+    one_of(self.eviction, ("hard", "sliding"), "model.eviction")
     above(self.embed_std, 0, "model.embed_std")
     above(self.norm_eps, 0, "model.norm_eps")
     one_of(self.dtype, ("float32", "bfloat16"), "model.dtype")
@@ -187,6 +188,10 @@ class SleepConfig:
     backprop_passes: k, gradients flow through the last k passes only. None: through all of them.
     first_block, last_block: blocks first_block .. last_block - 1 are repeated; those before run once
       (prelude), those after run once (coda); all of them write. None: up to the last block.
+    state: what a pass starts from: `carry`, the S that the pass before left, or `reset`, the S that the window
+      began with, so that only the last pass's write survives (LT2, arXiv 2605.20670).
+    kept: whose keys and values stay under sliding eviction: those of the `last` pass, which all passes
+      over the next window see, or of `each`, where pass n sees those of pass n (N caches a looped block).
     remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`
       (keep the input of each block), `pass` (and of each pass), `window` (and S at each window).
     loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
@@ -197,6 +202,8 @@ class SleepConfig:
   backprop_passes: int | None = None
   first_block: int = 0
   last_block: int | None = None
+  state: str = "carry"
+  kept: str = "last"
   remat: str = "none"
   loops: str = "scan"
 
@@ -212,6 +219,8 @@ class SleepConfig:
     at_least(self.first_block, 0, "sleep.first_block")
     if self.last_block is not None:
       above(self.last_block, self.first_block, "sleep.last_block")
+    one_of(self.state, ("carry", "reset"), "sleep.state")
+    one_of(self.kept, ("last", "each"), "sleep.kept")
     one_of(self.remat, ("none", "block", "pass", "window"), "sleep.remat")
     one_of(self.loops, ("scan", "unroll"), "sleep.loops")
 

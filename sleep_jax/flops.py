@@ -55,7 +55,8 @@ def _block(kind: str, index: int, length: int, cfg: ModelConfig) -> float:
   declared = jax.tree.leaves(model.declare(cfg)["blocks"][str(index)], is_leaf=params.is_weight)
   dense = sum(2 * math.prod(w.shape) for w in declared if w.group == "muon")
   if kind == "attn":
-    mixing = 2 * cfg.attention.num_heads * cfg.head_dim * length  # scores and values, the causal half
+    keys = cfg.window if cfg.eviction == "sliding" else length / 2  # a token, on the average
+    mixing = 4 * cfg.attention.num_heads * cfg.head_dim * keys  # scores and values
   else:
     chunk, fast = min(length, CHUNK), cfg.fast
     mixing = (
