@@ -188,8 +188,8 @@ class SleepConfig:
     backprop_passes: k, gradients flow through the last k passes only. None: through all of them.
     first_block, last_block: blocks first_block .. last_block - 1 are repeated; those before run once
       (prelude), those after run once (coda); all of them write. None: up to the last block.
-    state: what a pass starts from: `carry`, the S that the pass before left, or `reset`, the S that the window
-      began with, so that only the last pass's write survives (LT2, arXiv 2605.20670).
+    state: what a pass starts from: `carry`, the S that the pass before left, or `reset`, the S that the
+      window began with, so that only the last pass's write survives (LT2, arXiv 2605.20670).
     kept: whose keys and values stay under sliding eviction: those of the `last` pass, which all passes
       over the next window see, or of `each`, where pass n sees those of pass n (N caches a looped block).
     remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`

@@ -302,7 +302,7 @@ def loss(
   run: Callable[..., Tree] | None = None,
   **settings: Any,
 ) -> np.generic:
-  """sum(mask * cross entropy) / sum(mask), position i predicting targets[i]; settings of `forward` (or `run`)."""
+  """sum(mask * cross entropy) / sum(mask), i predicting targets[i]; settings of `forward` (or `run`)."""
   result = (run or forward)(params, inputs, loss_mask, **settings)
   logits, at = result["logits"], result["positions"]
   mask, targets = np.asarray(loss_mask, np.float64)[:, at], np.asarray(targets)[:, at]
