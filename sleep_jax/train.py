@@ -45,11 +45,14 @@ class Task:
     layout: [T] bool, positions that may have a loss.
     batch: (key, index, size) -> `model.Batch`; pure and traced, so that the device makes its own data.
     held_out_seed: key of the evaluation's stream.
+    test: makes the evaluation, weights -> row (with `loss` and `exact`), of a run; called with its mesh set.
+      None: `evaluate.make_evaluate` on `batch` with the key of `held_out_seed`.
   """
 
   layout: np.ndarray
   batch: Callable[[jax.Array, jax.Array, int], model.Batch]
   held_out_seed: int
+  test: Callable[[Config], Callable[[model.Params], dict[str, Any]]] | None = None
 
 
 @flax.struct.dataclass
@@ -192,13 +195,7 @@ def train(
     writer.truncate_after(done)
     recorder = record.Recorder(cfg, segments, len(task.layout), writer, mesh.size)
     held_out_key = jax.random.key(task.held_out_seed)
-    test = evaluate.make_evaluate(
-      lambda i: shard(task.batch(held_out_key, i, cfg.train.eval_batch_size)),
-      cfg.train.eval_sequences // cfg.train.eval_batch_size,
-      segments,
-      cfg.model,
-      cfg.sleep,
-    )
+    test = task.test(cfg) if task.test else _default_test(cfg, task, segments)
 
     row = recorder.evaluated(0, lambda: test(state.params)) if done == 0 else {}
     if done < cfg.train.steps:
@@ -231,6 +228,20 @@ def train(
     made = jax.jit(lambda key: task.batch(key, 0, TRACED_SEQUENCES))
     recorder.finished(done, state.params, lambda: made(held_out_key))
     return row
+
+
+def _default_test(
+  cfg: Config, task: Task, segments: model.Plan
+) -> Callable[[model.Params], dict[str, float]]:
+  """The evaluation of a task that says nothing else: its own stream, from another key."""
+  key = jax.random.key(task.held_out_seed)
+  return evaluate.make_evaluate(
+    lambda i: shard(task.batch(key, i, cfg.train.eval_batch_size)),
+    cfg.train.eval_sequences // cfg.train.eval_batch_size,
+    segments,
+    cfg.model,
+    cfg.sleep,
+  )
 
 
 def _read(

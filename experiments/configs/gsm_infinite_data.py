@@ -1,0 +1,30 @@
+"""GSM-Infinite written to disk: a data set, its hashes, and its statistics beside the original's.
+
+python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:tiny --workdir=DIR
+
+tiny       64 short problems to train on, 16 held out: seconds
+reference  the mix of the reference sample's statistics: 1 to 8 operations, half reverse, d = 2 and 3
+paper      77,000 problems of 2,000-3,300 tokens, 1 to 8 operations, 1,600 held out: some minutes a core
+"""
+
+from ml_collections import config_dict
+
+from experiments import cli
+from sleep_jax.data.gsm_infinite import GsmInfiniteConfig
+
+PRESETS = ("tiny", "reference", "paper")
+
+
+def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
+  """Fields: data (the task), seed, num (training problems), held_out (of each kind)."""
+  c = config_dict.ConfigDict({"seed": 0, "num": 77_000, "held_out": 1600})
+  c.data = cli.defaults(GsmInfiniteConfig())
+  if preset == "tiny":
+    c.update(num=64, held_out=16)
+    c.data.update(min_tokens=250, max_tokens=500)
+  elif preset == "reference":
+    c.update(num=3200, held_out=160)
+    c.data.update(mode="both")
+  elif preset != "paper":
+    raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+  return c

@@ -1,0 +1,97 @@
+"""Trains and evaluates one model on Depo: one run is one (N, seed).
+
+    python -m experiments.depo --config=experiments/configs/depo.py:tiny --workdir=work/depo_tiny
+
+Reports, for each k of `data.test_hops`, the held-out loss with and without the trivial ANS token, the
+accuracy of whole names, and both by the place of the question. Rerunning the same command resumes; a
+finished run is left alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import cli
+from sleep_jax import answers, config, model, workdir
+from sleep_jax import train as training
+from sleep_jax.data import depo
+
+CONFIG = cli.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+
+
+def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
+  """The checked config and the task of a nested mapping.
+
+  Raises:
+    ConfigError: for anything that is unknown, of the wrong type or does not fit.
+  """
+  config.check("data" in values, "data", "is required")
+  data = config.from_dict(depo.DepoConfig, values["data"], "data.")
+  cfg = config.from_dict(config.Config, values | {"data": data})
+  depo.check_window(data, cfg.model.window)
+  config.check(
+    cfg.model.vocab_size == data.vocab_size,
+    "model.vocab_size",
+    f"must be {data.vocab_size} (names, hops and marks of this data), got {cfg.model.vocab_size}",
+  )
+  model.declare(cfg.model)  # unknown blocks are refused before anything is written
+  task = training.Task(
+    layout=depo.layout(data),
+    batch=functools.partial(depo.batch, data),
+    held_out_seed=data.held_out_seed,
+    test=make_test,
+  )
+  return cfg, task
+
+
+def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
+  """weights -> row: one held-out set of `train.eval_sequences` for each k, on the same graphs."""
+  data, size = cfg.data, cfg.train.eval_batch_size
+  key = jax.random.key(data.held_out_seed)
+  segments = model.plan(depo.layout(data), cfg.model.window)
+  plain = dataclasses.replace(cfg.sleep, remat="none", backprop_passes=None)
+  return answers.make_evaluate(
+    lambda g, i: training.shard(depo.batch(data, key, i, size, hops=data.test_hops[g])),
+    [f"k{k}" for k in data.test_hops],
+    cfg.train.eval_sequences // size,
+    functools.partial(depo.answer_of, data),
+    data.pairs,
+    segments,
+    lambda weights, batch: model.forward(weights, batch, segments, cfg.model, plain)[0],
+  )
+
+
+def table(row: dict[str, Any], hops: tuple[int, ...], nodes: int) -> str:
+  """What a row says by k, as text."""
+  lines = [
+    f"{'k':>3} {'loss':>7} {'loss without ANS':>17} {'right':>7} {'95 %':>15}   (a guess: {1 / nodes:.1%})"
+  ]
+  for k in hops:
+    exact, low, high = (row[f"k{k}_{name}"] for name in ("exact", "low", "high"))
+    lines.append(
+      f"{k:>3} {row[f'k{k}_loss']:>7.3f} {row[f'k{k}_answer_loss']:>17.3f} {exact:>7.1%}"
+      f" {f'{low:.1%} - {high:.1%}':>15}"
+    )
+  return "\n".join(lines)
+
+
+def main() -> int:
+  cfg, task = build(cli.required("config", CONFIG.value).to_dict())
+  folder = cli.required("workdir", WORKDIR.value)
+  training.check_fits(cfg)
+  with workdir.prepare(folder, config.to_dict(cfg)) as run:
+    if run.done_step is not None:
+      print(f"{run.path} is complete: {run.done_step} steps")
+      return cli.DONE
+    row = training.train(cfg, task, run)
+  print(table(row, cfg.data.test_hops, cfg.data.max_nodes))
+  return cli.DONE
+
+
+if __name__ == "__main__":
+  cli.run(main)

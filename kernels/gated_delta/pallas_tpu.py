@@ -1,0 +1,129 @@
+"""The gated delta rule as Mosaic kernels for TPUs: `gated_delta`. kernels/README.md says how they work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.gated_delta import pallas_tpu_backward
+from kernels.gated_delta import pallas_tpu_parts as parts
+from kernels.gated_delta.pallas_tpu_parts import Cut, dot
+
+
+def gated_delta(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g: jax.Array,
+  b: jax.Array,
+  S: jax.Array,
+  *,
+  interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array]:
+  """What `reference.gated_delta` gives, up to rounding, with its gradients.
+
+  Operands of the products are bfloat16 if q, k and v all are, else float32 at full precision; sums, decays
+  and S are float32. Only reverse mode, once. Under `jax.checkpoint` the residuals are named
+  "fast_weight_inverse" (C numbers a token and head) and "fast_weight_chunk_S" (K V numbers a chunk and head),
+  the outputs "fast_weight_o" and "fast_weight_S".
+
+  Args:
+    q, k: [B, T, H, K], bfloat16 or float32. v: [B, T, H, V], likewise. g, b: [B, T, H], float32.
+    S: [B, H, K, V], float32.
+    interpret: run on a CPU, for tests.
+
+  Returns:
+    o [B, T, H, V] in v's dtype, S after the last token.
+
+  Raises:
+    NotImplementedError: a dtype or width that the kernels do not take.
+  """
+  return _rule(q, k, v, g, b, S, parts.make_cut(q, k, v, g, b, S), interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _rule(q, k, v, g, b, S, cut: Cut, interpret):
+  return _forward(q, k, v, g, b, S, cut=cut, interpret=interpret, keep=False)[:2]
+
+
+def _rule_fwd(q, k, v, g, b, S, cut: Cut, interpret):
+  o, S_after, inverse, met = _forward(q, k, v, g, b, S, cut=cut, interpret=interpret, keep=True)
+  inverse = checkpoint_name(inverse, "fast_weight_inverse")
+  met = checkpoint_name(met, "fast_weight_chunk_S")
+  o, S_after = checkpoint_name(o, "fast_weight_o"), checkpoint_name(S_after, "fast_weight_S")
+  return (o, S_after), (q, k, v, g, b, S_after, inverse, met)
+
+
+def _rule_bwd(cut: Cut, interpret, kept, cotangents):
+  return pallas_tpu_backward.backward(*kept, *cotangents, cut=cut, interpret=interpret)
+
+
+_rule.defvjp(_rule_fwd, _rule_bwd)
+
+
+@functools.partial(jax.jit, static_argnames=("cut", "interpret", "keep"))
+def _forward(q, k, v, g, b, S, *, cut: Cut, interpret, keep: bool):
+  """o and S after; with `keep` also the inverses [R, T', C] and the S that each chunk met [R, n, K', V']."""
+  r, n, C, K, V = cut.r, cut.n, cut.C, cut.Kp, cut.Vp
+  R = cut.groups * r
+  tokens = lambda width: pl.BlockSpec((r, C, width), lambda i, j: (i, j, 0))  # noqa: E731
+  gate = pl.BlockSpec((1, 1, r, C), lambda i, j: (i, j, 0, 0))
+  state = pl.BlockSpec((r, K, V), lambda i, j: (i, 0, 0))
+  out_specs = [tokens(V), state]
+  out_shape = [
+    jax.ShapeDtypeStruct((R, n * C, V), v.dtype),
+    jax.ShapeDtypeStruct((R, K, V), jnp.float32),
+  ]
+  if keep:
+    out_specs += [tokens(C), pl.BlockSpec((r, 1, K, V), lambda i, j: (i, j, 0, 0))]
+    out_shape += [
+      jax.ShapeDtypeStruct((R, n * C, C), cut.dtype),
+      jax.ShapeDtypeStruct((R, n, K, V), cut.dtype),
+    ]
+  outputs = pl.pallas_call(
+    _forward_kernel,
+    grid=(cut.groups, n),
+    in_specs=[tokens(K), tokens(K), tokens(V), gate, gate, state],
+    out_specs=out_specs,
+    out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=parts.VMEM_BYTES
+    ),
+    interpret=interpret,
+    name="gated_delta_forward",
+  )(cut.rows(q, K), cut.rows(k, K), cut.rows(v, V), cut.gates(g), cut.gates(b), cut.state(S))
+  return (cut.unrows(outputs[0], cut.V), cut.unstate(outputs[1]), *outputs[2:])
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *kept_refs):
+  """One chunk of r heads. S stays in VMEM from chunk to chunk: its output block does not move with them."""
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    S_ref[...] = S_in_ref[...]
+
+  dtype = q_ref.dtype
+  r, C, _ = q_ref.shape
+  row, col = parts.grid_of(C)
+  gates = parts.gates(g_ref[0, 0], b_ref[0, 0])
+  for h in range(r):
+    q, k, S = q_ref[h], k_ref[h], S_ref[h]
+    decay = gates.decay(h, row, col)
+    b, since = gates.column("b", h), gates.column("since", h)
+    reads = jnp.concatenate([q, k], 0)
+    scores = dot(reads, k, "nt")
+    A = jnp.where(row > col, b * decay * scores[C:], 0.0)
+    inverse = parts.unit_lower_inverse(A, dtype).astype(dtype)
+    seen = dot(reads, S.astype(dtype))
+    U = dot(inverse, (b * (v_ref[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))
+    U = jnp.where(gates.column("kept_b", h) == 0, 0.0, U)
+    o = since * seen[:C] + dot((decay * scores[:C]).astype(dtype), U.astype(dtype))
+    o_ref[h] = o.astype(o_ref.dtype)
+    if kept_refs:
+      inverse_ref, met_ref = kept_refs
+      inverse_ref[h] = inverse
+      met_ref[h, 0] = S.astype(dtype)
+    S_ref[h] = gates.whole[h : h + 1] * S + dot(k, (gates.column("until", h) * U).astype(dtype), "tn")

@@ -1,0 +1,188 @@
+"""What the TPU kernels of the gated delta rule share: products, decays, the inverse, the cut into blocks.
+
+Everything here runs inside a kernel on one chunk, except `Cut` and its methods, which run around it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.lax import Precision
+
+CHUNK = 128  # tokens: the width of the matrix unit
+HEADS = 8  # at most so many rows of [B * H] a grid step: their products hide each other's latency
+WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
+VMEM_BYTES = 48 << 20
+STEP, FORGET = 16.0, -1000.0  # as in kernels/chunk.py
+TINY = 1e-20  # stands in for b = 0 where the gradient of b divides by it
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """How arrays [B, T, H, ...] are cut: R = B * H rows in groups of r, T in n chunks of C, K and V padded.
+
+  Attributes:
+    B, T, H, K, V: the caller's sizes.
+    r: rows a grid step; groups: how many of them (rows that are missing in the last one are zeros).
+    n, C: chunks and their length, a power of two.
+    Kp, Vp: K and V, rounded up to whole tiles of 16.
+    dtype: of the operands of the products: bfloat16 if q, k and v are, else float32.
+  """
+
+  B: int
+  T: int
+  H: int
+  K: int
+  V: int
+  r: int
+  groups: int
+  n: int
+  C: int
+  Kp: int
+  Vp: int
+  dtype: jnp.dtype
+
+  def rows(self, x: jax.Array, width: int) -> jax.Array:
+    """[B, T, H, K or V] -> [groups * r, n * C, width], padded with zeros: no write, no decay."""
+    x = jnp.moveaxis(x, 2, 1).reshape(self.B * self.H, self.T, x.shape[-1]).astype(self.dtype)
+    return self._pad(x, self.n * self.C, width)
+
+  def gates(self, x: jax.Array) -> jax.Array:
+    """[B, T, H] -> [groups, n, r, C], float32."""
+    x = jnp.moveaxis(x, 2, 1).reshape(self.B * self.H, self.T, 1).astype(jnp.float32)
+    x = self._pad(x, self.n * self.C, 1).reshape(self.groups, self.r, self.n, self.C)
+    return jnp.moveaxis(x, 2, 1)
+
+  def state(self, S: jax.Array) -> jax.Array:
+    """[B, H, K, V] -> [groups * r, Kp, Vp]."""
+    return self._pad(S.reshape(self.B * self.H, self.K, self.V), self.Kp, self.Vp)
+
+  def unrows(self, x: jax.Array, width: int) -> jax.Array:
+    """[groups * r, n * C, Kp or Vp] -> [B, T, H, width]."""
+    x = x[: self.B * self.H, : self.T, :width].reshape(self.B, self.H, self.T, width)
+    return jnp.moveaxis(x, 1, 2)
+
+  def ungates(self, x: jax.Array) -> jax.Array:
+    """[groups, n, r, C] -> [B, T, H]."""
+    x = jnp.moveaxis(x, 1, 2).reshape(self.groups * self.r, self.n * self.C)
+    return jnp.moveaxis(x[: self.B * self.H, : self.T].reshape(self.B, self.H, self.T), 1, 2)
+
+  def unstate(self, S: jax.Array) -> jax.Array:
+    """[groups * r, Kp, Vp] -> [B, H, K, V]."""
+    return S[: self.B * self.H, : self.K, : self.V].reshape(self.B, self.H, self.K, self.V)
+
+  def _pad(self, x: jax.Array, *sizes: int) -> jax.Array:
+    sizes = (self.groups * self.r, *sizes)
+    return jnp.pad(x, [(0, size - have) for size, have in zip(sizes, x.shape, strict=True)])
+
+
+def make_cut(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array) -> Cut:
+  """Decides from shapes and dtypes alone.
+
+  Raises:
+    NotImplementedError: what these kernels do not take, and what they do.
+  """
+  (B, T, H, K), V = q.shape, v.shape[-1]
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+      raise NotImplementedError(f"pallas_tpu: {name} has dtype {x.dtype}, takes bfloat16 and float32")
+  for name, x in (("g", g), ("b", b), ("S", S)):
+    if x.dtype != jnp.float32:
+      raise NotImplementedError(f"pallas_tpu: {name} has dtype {x.dtype}, takes float32")
+  for name, x in (("K", K), ("V", V)):
+    if x > WIDEST:
+      raise NotImplementedError(f"pallas_tpu: {name} is {x}, takes up to {WIDEST}")
+  n = -(-T // CHUNK)
+  C = min(CHUNK, max(16, 1 << (T - 1).bit_length()))
+  Kp, Vp = -(-K // 16) * 16, -(-V // 16) * 16
+  most = max(1, min(HEADS, HEADS * 128 * 256 // (Kp * Vp)))
+  rows = B * H
+  r = max(m for m in range(1, min(most, rows) + 1) if rows % m == 0)
+  if 2 * r <= most and r < rows:  # an awkward number of rows: zeros cost less than empty matrix units
+    r = most
+  dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in (q, k, v)) else jnp.float32
+  return Cut(B, T, H, K, V, r, -(-rows // r), n, C, Kp, Vp, jnp.dtype(dtype))
+
+
+def dot(x: jax.Array, y: jax.Array, contract: str = "nn") -> jax.Array:
+  """x y ("nn"), x y^T ("nt") or x^T y ("tn") in float32; float32 operands are not rounded to bfloat16."""
+  sides = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
+  precision = Precision.HIGHEST if x.dtype == jnp.float32 else Precision.DEFAULT
+  return lax.dot_general(x, y, (sides, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def grid_of(C: int) -> tuple[jax.Array, jax.Array]:
+  """Row and column numbers, [C, C] int32."""
+  return lax.broadcasted_iota(jnp.int32, (C, C), 0), lax.broadcasted_iota(jnp.int32, (C, C), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+  """Decays and write strengths of the r heads of a group in one chunk.
+
+  G is the running sum of g in two parts, whole sixteenths and the rest (kernels/README.md, "The decays").
+  Fields that end in `_row` are [r, C]; the columns are [C, r], one column a head.
+  """
+
+  coarse_row: jax.Array
+  fine_row: jax.Array
+  whole: jax.Array  # [r, 1] exp(G_C)
+  columns: jax.Array  # [C, 6 r]: coarse, fine, b, kept b, since, until
+  r: int
+
+  def column(self, name: str, h: int) -> jax.Array:
+    """[C, 1] of head h."""
+    at = ("coarse", "fine", "b", "kept_b", "since", "until").index(name) * self.r + h
+    return self.columns[:, at : at + 1]
+
+  def decay(self, h: int, row: jax.Array, col: jax.Array) -> jax.Array:
+    """exp(G_i - G_j) on and below the diagonal, else 0: [C, C]. Masked before the exponential."""
+    coarse = self.column("coarse", h) - self.coarse_row[h : h + 1]
+    fine = self.column("fine", h) - self.fine_row[h : h + 1]
+    return jnp.exp(jnp.where(row >= col, coarse + fine, -jnp.inf))
+
+
+def gates(g: jax.Array, b: jax.Array) -> Gates:
+  """From g, b [r, C]. b of exactly 0 counts as TINY in the system; what it writes is masked (`kept_b`)."""
+  r, C = g.shape
+  row, col = grid_of(C)
+  g = jnp.maximum(g, FORGET)
+  coarse = jnp.round(g * STEP) * (1 / STEP)
+  G = dot(jnp.concatenate([coarse, g - coarse], 0), (row <= col).astype(jnp.float32))
+  coarse, fine = G[:r], G[r:]
+  since = jnp.exp(coarse + fine)
+  until = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
+  safe = jnp.where(jnp.abs(b) < TINY, TINY, b)
+  columns = jnp.concatenate([coarse, fine, safe, b, since, until], 0).T
+  return Gates(coarse, fine, since[:, C - 1 :], columns, r)
+
+
+def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """(I + A)^-1 for strictly lower triangular A [C, C] float32, C a power of two from 16 on; float32.
+
+  A ladder: from the inverses of the diagonal blocks of width m to those of width 2 m,
+  X <- X - X L X with L the off-diagonal blocks between them. From m = 16 on only the rows that change are
+  multiplied. No powers of A: nothing grows that the inverse does not hold.
+  """
+  C = A.shape[0]
+  row, col = grid_of(C)
+  apart = row ^ col
+  X = jnp.where(row == col, 1.0, jnp.where(apart == 1, -A, 0.0))
+  m = 2
+  while m < C:
+    L = jnp.where((apart >> (m.bit_length() - 1)) == 1, A, 0.0).astype(dtype)
+    Xd = X.astype(dtype)
+    if m < 16:
+      X = X - dot(Xd, dot(L, Xd).astype(dtype))
+    else:
+      low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
+      LX = dot(jnp.concatenate([L[s] for s in low], 0), Xd).astype(dtype)
+      Y = jnp.concatenate([Xd[s, s] for s in low], 0)  # [C / 2, m]
+      parts = []
+      for i, s in enumerate(low):
+        corner = dot(Y[i * m : (i + 1) * m], LX[i * m : (i + 1) * m])
+        parts += [X[s.start - m : s.start], X[s] - corner]
+      X = jnp.concatenate(parts, 0)
+    m *= 2
+  return X

@@ -1,0 +1,273 @@
+"""Depo: which node comes k edges further on a directed cycle whose shuffled edges are long evicted.
+
+The task of Allen-Zhu (arXiv 2512.17351, after its released generator) as arXiv 2605.26099 uses it: one
+cycle a sequence, at most 75 nodes, its edges in 300 tokens, then ten questions in 60.
+
+    tokens   PAD PAD ... src dst src dst ... src dst | Q(k) start ANS node  Q(k) start ANS node ... PAD
+    targets                                          |            ANS node             ANS node
+
+A name is one or more tokens, the last of them from a range of its own, so that names need no separator.
+The context ends and the questions begin at `context_length` exactly. Names, sizes, edge order, starts and k
+follow the released generator; what arXiv 2605.26099 leaves open is a field here, and its default the reading
+that fits all numbers that the paper gives. Labels are shifted inside the window that answers: position i
+predicts targets[i].
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sleep_jax.config import at_least, check, one_of
+from sleep_jax.model import Batch
+
+PAD = 0
+MOST_NAMES = 1 << 16  # names are drawn from a table of all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class DepoConfig:
+  """The task.
+
+  Attributes:
+    max_nodes: N, nodes of the largest cycle, and of every held-out one.
+    min_nodes: of the smallest in training; with at least `num_pairs`, every sequence has all its questions.
+    sizes: how n is drawn in training: `original`: with weight 1 / (n + sqrt(N)), as released; `uniform`;
+      `largest`: always N (the first switch to try where figure 3 is not reproduced).
+    max_hops: K; in training k is even over 1..K, whatever n is: the walk may go round more than once.
+    test_hops: a held-out set for each of these k, over the same graphs and starts.
+    num_pairs: questions; min(n, num_pairs) are asked, from different starts.
+    mini_vocab: V; names use tokens 1..V, and V + 1..2 V for their last one.
+    min_name, max_name: tokens of a name; the length is drawn evenly, a name that is taken is drawn again.
+    separator: a SEP token before each edge.
+    bos: a BOS token before the edges (left out of a context that is full to the brim).
+    label_ans: whether the loss counts the (trivial) ANS beside the answer, as released.
+    pads: `ordinary`: PAD is a token like any other, embedded, attended and written; `masked`: nobody
+      attends to it and it leaves S as it was. The paper does not say which.
+    context_length, query_length: tokens of the two parts; the first is padded on the left, the second
+      on the right.
+    held_out_seed: of the evaluation sets, which are the same for every run.
+  """
+
+  max_nodes: int = 75
+  min_nodes: int = 3
+  sizes: str = "original"
+  max_hops: int = 16
+  test_hops: tuple[int, ...] = (1, 2, 4, 8, 16)
+  num_pairs: int = 10
+  mini_vocab: int = 50
+  min_name: int = 1
+  max_name: int = 2
+  separator: bool = False
+  bos: bool = False
+  label_ans: bool = True
+  pads: str = "ordinary"
+  context_length: int = 300
+  query_length: int = 60
+  held_out_seed: int = 1_000_003
+
+  def __post_init__(self):
+    at_least(self.min_nodes, 2, "data.min_nodes")
+    for name in ("max_hops", "num_pairs", "mini_vocab", "min_name"):
+      at_least(getattr(self, name), 1, f"data.{name}")
+    at_least(self.max_name, self.min_name, "data.max_name")
+    at_least(self.held_out_seed, 0, "data.held_out_seed")
+    one_of(self.sizes, ("original", "uniform", "largest"), "data.sizes")
+    one_of(self.pads, ("ordinary", "masked"), "data.pads")
+    at_least(self.max_nodes, self.min_nodes, "data.max_nodes")
+    names = sum(self.mini_vocab**length for length in self.name_lengths)
+    check(
+      self.max_nodes <= names,
+      "data.max_nodes",
+      f"must be at most {names}, the names that data.mini_vocab, min_name and max_name allow,"
+      f" got {self.max_nodes}",
+    )
+    check(
+      names <= MOST_NAMES, "data.mini_vocab", f"allows {names} names, at most {MOST_NAMES} can be drawn from"
+    )
+    check(len(self.test_hops) > 0, "data.test_hops", "must name at least one k")
+    for k in self.test_hops:
+      check(
+        1 <= k <= self.max_hops,
+        "data.test_hops",
+        f"must lie in 1..{self.max_hops} (data.max_hops), got {k}",
+      )
+    check(
+      len(set(self.test_hops)) == len(self.test_hops),
+      "data.test_hops",
+      f"names a k twice: {self.test_hops}",
+    )
+    edges = self.max_nodes * (2 * self.max_name + self.separator)
+    check(
+      self.context_length >= edges,
+      "data.context_length",
+      f"must hold the {edges} tokens of {self.max_nodes} edges, got {self.context_length}",
+    )
+    pairs = self.pairs * (2 * self.max_name + 2)
+    check(
+      self.query_length >= pairs,
+      "data.query_length",
+      f"must hold the {pairs} tokens of {self.pairs} questions, got {self.query_length}",
+    )
+
+  @property
+  def name_lengths(self) -> range:
+    """How many tokens a name may have."""
+    return range(self.min_name, self.max_name + 1)
+
+  @property
+  def length(self) -> int:
+    """T, tokens of a sequence."""
+    return self.context_length + self.query_length
+
+  @property
+  def pairs(self) -> int:
+    """Questions of a held-out sequence, and the most of any."""
+    return min(self.num_pairs, self.max_nodes)
+
+  @property
+  def ans(self) -> int:
+    """The token between start and answer. Q(k) is `hop(k)`."""
+    return 2 * self.mini_vocab + self.max_hops + 1
+
+  @property
+  def vocab_size(self) -> int:
+    """Tokens: PAD, names, Q(1..K), ANS, and BOS and SEP as far as they are used."""
+    return self.ans + 1 + (2 if self.separator else int(self.bos))
+
+  def hop(self, k: int) -> int:
+    """The token Q(k)."""
+    return 2 * self.mini_vocab + k
+
+
+def layout(cfg: DepoConfig) -> np.ndarray:
+  """Where the loss may be: [T] bool, whatever the names' lengths."""
+  i = np.arange(cfg.length)
+  first = cfg.context_length + cfg.min_name + (0 if cfg.label_ans else 1)
+  return (i >= first) & (i < cfg.length - 1)
+
+
+def check_window(cfg: DepoConfig, window: int) -> None:
+  """Raises `ConfigError` unless windows end where the questions begin, and one holds them all."""
+  check(
+    cfg.context_length % window == 0,
+    "model.window",
+    f"must divide data.context_length = {cfg.context_length} so that no window holds edges and questions,"
+    f" got {window}",
+  )
+  check(
+    cfg.query_length <= window,
+    "model.window",
+    f"must hold the {cfg.query_length} tokens of the questions (data.query_length), got {window}",
+  )
+
+
+def answer_of(cfg: DepoConfig, targets: jax.Array, mask: jax.Array) -> jax.Array:
+  """Which question each target answers.
+
+  Args:
+    targets, mask: [B, M], at the positions of `layout`.
+
+  Returns:
+    [B, M] int32: 0 .. num_pairs - 1 at the tokens of an answer's name, -1 at ANS and where nothing counts.
+  """
+  named = (mask > 0) & (targets != cfg.ans)
+  before = jnp.concatenate([jnp.zeros_like(named[:, :1]), named[:, :-1]], axis=1)
+  return jnp.where(named, jnp.cumsum(named & ~before, axis=1) - 1, -1).astype(jnp.int32)
+
+
+def batch(cfg: DepoConfig, key: jax.Array, step: jax.Array, size: int, hops: int | None = None) -> Batch:
+  """Batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1.
+
+  Args:
+    key: typed PRNG key of the stream; a sequence is a pure function of it and of its index.
+    hops: k of every question, on cycles of `max_nodes`: a held-out set. None: training.
+
+  Returns:
+    B sequences of T tokens; `valid` marks pads where `pads` is `masked`, else it is None.
+
+  Raises:
+    ConfigError: if `hops` is outside the trained range.
+  """
+  if hops is not None:
+    check(1 <= hops <= cfg.max_hops, "hops", f"must lie in 1..{cfg.max_hops} (data.max_hops), got {hops}")
+  one = functools.partial(_sequence, cfg, hops=hops)
+  inputs, labelled = jax.vmap(lambda i: one(jax.random.fold_in(key, i)))(step * size + jnp.arange(size))
+  shifted = jnp.concatenate([inputs[:, 1:], jnp.zeros_like(inputs[:, :1])], axis=1)
+  mask = jnp.concatenate([labelled[:, 1:], jnp.zeros_like(labelled[:, :1])], axis=1)
+  valid = inputs != PAD if cfg.pads == "masked" else None
+  return Batch(inputs, jnp.where(mask, shifted, 0), mask.astype(jnp.float32), valid)
+
+
+def _sequence(cfg: DepoConfig, key: jax.Array, hops: int | None) -> tuple[jax.Array, jax.Array]:
+  """One sequence: tokens [T] int32, and which of them are labels, [T] bool."""
+  size_key, name_key, cycle_key, edge_key, start_key, hop_key = jax.random.split(key, 6)
+  N, slots = cfg.max_nodes, jnp.arange(cfg.max_nodes)
+  n = _size(cfg, size_key) if hops is None else jnp.int32(N)
+  tokens, weights = (jnp.asarray(x) for x in _names(cfg))
+  # The n largest of log(weight) + Gumbel are n different names in the order in which successive draws, taken
+  # ones thrown away, would bring them.
+  drawn = jax.lax.top_k(weights + jax.random.gumbel(name_key, weights.shape), N)[1]
+  cycle = tokens[drawn[_shuffled(cycle_key, n, N)]]  # [N, max_name]; names from n on are not used
+  order = _shuffled(edge_key, n, N)
+  sep = jnp.full((N, int(cfg.separator)), cfg.ans + 2)
+  edges = jnp.concatenate([sep, cycle[order], cycle[(order + 1) % n]], axis=1)
+  edges = jnp.where((slots < n)[:, None], edges, PAD).ravel()
+  if cfg.bos:
+    edges = jnp.concatenate([jnp.asarray([cfg.ans + 1]), edges])
+  context, _ = _packed(edges, jnp.zeros_like(edges, bool), cfg.context_length, to_the_right=True)
+
+  start = _shuffled(start_key, n, N)[: cfg.pairs]
+  k = jax.random.randint(hop_key, start.shape, 1, cfg.max_hops + 1) if hops is None else hops
+  question = jnp.broadcast_to(cfg.hop(k), start.shape)[:, None]
+  ans = jnp.full_like(question, cfg.ans)
+  pairs = jnp.concatenate([question, cycle[start], ans, cycle[(start + k) % n]], axis=1)
+  pairs = jnp.where((slots[: cfg.pairs] < n)[:, None], pairs, PAD)
+  labels = np.arange(pairs.shape[1]) >= pairs.shape[1] - cfg.max_name - int(cfg.label_ans)
+  labels = jnp.broadcast_to(jnp.asarray(labels), pairs.shape) & (pairs != PAD)
+  queries, labelled = _packed(pairs.ravel(), labels.ravel(), cfg.query_length, to_the_right=False)
+  return jnp.concatenate([context, queries]), jnp.concatenate([jnp.zeros_like(context, bool), labelled])
+
+
+def _size(cfg: DepoConfig, key: jax.Array) -> jax.Array:
+  """n of a training sequence."""
+  n = np.arange(cfg.min_nodes, cfg.max_nodes + 1)
+  if cfg.sizes == "largest":
+    return jnp.int32(cfg.max_nodes)
+  if cfg.sizes == "uniform":
+    return jax.random.randint(key, (), cfg.min_nodes, cfg.max_nodes + 1)
+  return cfg.min_nodes + jax.random.categorical(key, -np.log(n + math.sqrt(cfg.max_nodes)).astype(np.float32))
+
+
+@functools.lru_cache(maxsize=8)
+def _names(cfg: DepoConfig) -> tuple[np.ndarray, np.ndarray]:
+  """All names there are: tokens [names, max_name], PAD behind the last one, and log weights [names]."""
+  V, tokens, weights = cfg.mini_vocab, [], []
+  for length in cfg.name_lengths:
+    for name in itertools.product(range(1, V + 1), repeat=length):
+      tokens.append((*name[:-1], name[-1] + V, *[PAD] * (cfg.max_name - length)))
+      weights.append(-length * math.log(V))
+  return np.asarray(tokens, np.int32), np.asarray(weights, np.float32)
+
+
+def _shuffled(key: jax.Array, count: jax.Array, size: int) -> jax.Array:
+  """Slots 0 .. size - 1: the first `count` of them in random order, then the others."""
+  order = jax.random.bits(key, (size,), jnp.uint32) >> 1
+  return jnp.argsort(jnp.where(jnp.arange(size) < count, order, order | jnp.uint32(1 << 31)))
+
+
+def _packed(
+  tokens: jax.Array, labels: jax.Array, length: int, *, to_the_right: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Tokens without the pads between them, and their labels, pushed to one end of [length]."""
+  there = tokens != PAD
+  place = jnp.cumsum(there) - 1
+  if to_the_right:
+    place = place + length - jnp.sum(there)
+  place = jnp.where(there & (place >= 0), place, length)  # out of bounds: dropped
+  packed = jnp.zeros((length,), jnp.int32).at[place].set(tokens.astype(jnp.int32), mode="drop")
+  return packed, jnp.zeros((length,), bool).at[place].set(labels, mode="drop")

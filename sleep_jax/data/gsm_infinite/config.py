@@ -1,0 +1,100 @@
+"""The settings of the task."""
+
+import dataclasses
+
+from sleep_jax.config import at_least, check, one_of
+from sleep_jax.data.gsm_infinite.words import TEMPLATES
+
+SUBSETS = ("medium", "hard", "mixed", "symbolic")
+MODES = ("forward", "reverse", "both")
+
+# Operation budget of an attempt at `op` operations, the benchmark's own; it decides how large the core is.
+BUDGETS = {1: 3, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 10, 8: 10, 9: 10, 10: 15, 11: 15}
+BUDGETS |= dict.fromkeys(range(12, 16), 20) | dict.fromkeys(range(16, 19), 25) | {19: 30, 20: 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class GsmInfiniteConfig:
+  """The task.
+
+  Attributes:
+    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `symbolic`, or `mixed`:
+      `medium`, but `hard` for one operation, which `medium` cannot have.
+    operations: lowest and highest number of operations, each as likely.
+    mode: `forward` asks for what follows from given numbers, `reverse` for a number that a given result
+      determines, `both` throws a coin.
+    templates: weights of zoo, school and film.
+    number_range: R; numbers in sentences are 1 .. R - 1.
+    noise: fill up with sentences that nothing depends on. Without, lengths are what the core takes.
+    min_tokens, max_tokens: of question, line break and context, as `tokenizer` counts. Even between them,
+      whatever the number of operations.
+    tokenizer: a tokenizer.json. Empty: words, numbers and marks are counted, which needs no file.
+    held_out_seed: the seed whose problems are held out. A problem's text decides by its hash whether it
+      may be held out or trained on, so that no text is ever on both sides.
+    held_out_share: 1 in so many texts may be held out.
+  """
+
+  subset: str = "mixed"
+  operations: tuple[int, int] = (1, 8)
+  mode: str = "forward"
+  templates: tuple[float, float, float] = (0.5, 0.25, 0.25)
+  number_range: int = 5
+  noise: bool = True
+  min_tokens: int = 2000
+  max_tokens: int = 3300
+  tokenizer: str = ""
+  held_out_seed: int = 1_000_003
+  held_out_share: int = 8
+
+  def __post_init__(self):
+    one_of(self.subset, SUBSETS, "data.subset")
+    one_of(self.mode, MODES, "data.mode")
+    check(len(self.operations) == 2, "data.operations", f"needs (lowest, highest), got {self.operations}")
+    low, high = self.operations
+    most = max(BUDGETS)
+    check(
+      1 <= low <= high <= most,
+      "data.operations",
+      f"needs 1 <= lowest <= highest <= {most}, got ({low}, {high})",
+    )
+    check(
+      low > 1 or self.subset != "medium",
+      "data.operations",
+      "no medium problem (d = 2) has 1 operation; start at 2, or take data.subset = mixed or hard",
+    )
+    check(
+      len(self.templates) == len(TEMPLATES) and min(self.templates) >= 0 and sum(self.templates) > 0,
+      "data.templates",
+      f"needs three weights that are not negative and not all 0, got {self.templates}",
+    )
+    at_least(self.number_range, 3, "data.number_range")
+    at_least(self.min_tokens, 0, "data.min_tokens")
+    check(
+      self.max_tokens >= self.min_tokens + 40 or not self.noise,
+      "data.max_tokens",
+      f"must exceed data.min_tokens = {self.min_tokens} by at least 40, a sentence, got {self.max_tokens}",
+    )
+    shortest = self.shortest
+    check(
+      self.max_tokens >= shortest or not self.noise,
+      "data.max_tokens",
+      f"must be at least {shortest}, the length of a short problem of up to {high} operations without noise,"
+      f" got {self.max_tokens}",
+    )
+    at_least(self.held_out_seed, 0, "data.held_out_seed")
+    at_least(self.held_out_share, 2, "data.held_out_share")
+
+  @property
+  def shortest(self) -> int:
+    """Tokens below which a problem of the highest number of operations would be found too rarely."""
+    high = self.operations[1]
+    per_operation, least = {"symbolic": (19, 30), "hard": (14, 140)}.get(self.subset, (10, 70))
+    if self.subset == "mixed" and self.operations[0] == 1:
+      least = 140
+    return least + per_operation * high
+
+  def depth(self, op: int) -> int:
+    """d of a problem with `op` operations; 0 for symbolic."""
+    if self.subset == "symbolic":
+      return 0
+    return 3 if self.subset == "hard" or (self.subset == "mixed" and op == 1) else 2

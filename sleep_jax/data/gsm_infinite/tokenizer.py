@@ -1,0 +1,159 @@
+"""Tokens: a tokenizer of our own for training from scratch, or any tokenizer.json whose digits are tokens.
+
+A text is cut into words (each with the space before it), single digits, runs of marks, and spaces; byte-level
+BPE then works inside each piece. Round trips are therefore exact, and the length of a text is the sum of
+the lengths of its pieces.
+
+    id 0  <pad>     padding; no loss, no attention
+    id 1  <eos>     ends the answer
+    id 2  <answer>  ends the problem and asks for the answer
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from sleep_jax.config import ConfigError, at_least, check
+
+PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
+SPECIAL = (PAD, EOS, ANSWER)
+LEAST_VOCAB = 256 + len(SPECIAL) + 10  # bytes, special tokens, and something to learn
+_PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+_COUNTED = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")  # a word, a digit or a mark
+_KNOWN = {  # names under which published tokenizers have them
+  PAD: (PAD, "<|pad|>", "[PAD]", "<|endoftext|>", "</s>"),
+  EOS: (EOS, "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>"),
+}
+
+
+class Tokenizer:
+  """A `tokenizers.Tokenizer` and the ids that a problem needs beside its text.
+
+  Attributes:
+    vocab_size: tokens, special ones included.
+    pad, eos: ids.
+    answer_prompt: ids between the context and the answer.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer, where: str):
+    self.backend = backend
+    self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+    self.pad, self.eos = (self._special(name, where) for name in (PAD, EOS))
+    own = backend.token_to_id(ANSWER)
+    self.answer_prompt = (own,) if own is not None else tuple(self.encode("\nAnswer:"))
+    for text in ("0123456789", "equals 42 plus", "V960378"):
+      digits = re.findall(r"\d", text)
+      tokens = [self.decode([i]) for i in self.encode(text)]
+      check(
+        [t for t in tokens if re.search(r"\d", t)] == digits,
+        "data.tokenizer",
+        f"{where} must have one token for each digit, but {text!r} becomes {tokens}",
+      )
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without special tokens."""
+    return self.backend.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids; special tokens are left out."""
+    return self.backend.decode(list(ids), skip_special_tokens=True)
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes a tokenizer.json."""
+    self.backend.save(str(path))
+
+  def _special(self, name: str, where: str) -> int:
+    found = [i for known in _KNOWN[name] if (i := self.backend.token_to_id(known)) is not None]
+    check(bool(found), "data.tokenizer", f"{where} has none of the tokens {', '.join(_KNOWN[name])}")
+    return found[0]
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+  """A tokenizer trained on texts; the same texts give the same one.
+
+  Args:
+    vocab_size: tokens at most, special ones included.
+  """
+  at_least(vocab_size, LEAST_VOCAB, "data.vocab_size")
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(SPECIAL),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  backend.train_from_iterator(texts, trainer)
+  return Tokenizer(backend, "the trained tokenizer")
+
+
+@functools.lru_cache(maxsize=8)
+def load(path: str) -> Tokenizer:
+  """The tokenizer of a tokenizer.json, read once a process.
+
+  Raises:
+    ConfigError: if there is no such file, it is no tokenizer, or its digits are not single tokens.
+  """
+  check(pathlib.Path(path).is_file(), "data.tokenizer", f"there is no file {path!r}")
+  try:
+    backend = tokenizers.Tokenizer.from_file(path)
+  except Exception as e:  # the library raises no narrower type
+    raise ConfigError(f"data.tokenizer: {path!r} is no tokenizer.json: {str(e).splitlines()[0]}") from e
+  return Tokenizer(backend, repr(path))
+
+
+class Counter:
+  """Tokens of texts, by adding up those of their words, which are looked up.
+
+  Args:
+    path: a tokenizer.json; empty to count words, digits and marks.
+  """
+
+  def __init__(self, path: str):
+    self._encode = load(path).encode if path else _COUNTED.findall
+    self._sizes: dict[str, int] = {}
+    self.exact = all(self(text) == self.whole(text) for text in _PROBES)
+
+  def __call__(self, text: str) -> int:
+    """Tokens of a text, each word and the space before it for itself."""
+    sizes = self._sizes
+    total = 0
+    for word in _WORDS.findall(text):
+      size = sizes.get(word)
+      if size is None:
+        size = len(self._encode(word))
+        if len(sizes) < 200_000:
+          sizes[word] = size
+      total += size
+    return total
+
+  def whole(self, text: str) -> int:
+    """Tokens of a text, encoded as a whole."""
+    return len(self._encode(text))
+
+
+_WORDS = re.compile(r"\s?[^\s]+|\s")
+_PROBES = (
+  "What is the total number of adult animals in Cedar Valley?\nThe number of"
+  " adult blue jay in South Zoo equals 4",
+  " The number of futuristic sci-fi movie in Rêves de Belleville equals 3 times the sum of the number of film"
+  " about blind painter chess duel in Echo Movie Night, and the total number of movies in"
+  " Cinéma de Montreval.",
+  " assign V960378 = V705711 + 1. assign V583763 = 8.",
+)
+
+
+@functools.lru_cache(maxsize=8)
+def counter(path: str) -> Counter:
+  """The counter of a tokenizer, once a process."""
+  return Counter(path)

@@ -1,0 +1,140 @@
+"""Values of the needed quantities, as polynomials in the hidden one, and the worked solution."""
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+
+from sleep_jax.data.gsm_infinite.draws import Draws
+from sleep_jax.data.gsm_infinite.sentences import Expression
+from sleep_jax.data.gsm_infinite.structure import ALIAS, COUNT, PRODUCT, Structure
+
+Line = tuple[int, int]  # a + b x
+LARGEST = 1000  # value of a needed quantity
+
+
+def of_order(
+  structure: Structure, order: Sequence[int], expressions: Mapping[int, Expression], unknown: int | None
+) -> dict[int, Line] | None:
+  """The needed quantities in terms of the unknown one.
+
+  Returns:
+    Quantity -> (a, b) for a + b x, or None if one is of higher order.
+  """
+  lines: dict[int, Line] = {}
+  for q in order:
+    if q == unknown:
+      lines[q] = (0, 1)
+      continue
+    if structure.implicit(q):
+      terms = [_times(*(lines[c] for c in pair)) for pair in summands(structure, q)]
+      if None in terms:
+        return None
+      lines[q] = (sum(t[0] for t in terms), sum(t[1] for t in terms))
+      continue
+    e = expressions[q]
+    a = sum(lines[c][0] for c in e.refs)
+    b = sum(lines[c][1] for c in e.refs)
+    if e.difference:
+      a, b = 2 * lines[e.refs[0]][0] - a, 2 * lines[e.refs[0]][1] - b
+    if e.literal is not None:
+      a, b = (a * e.literal, b * e.literal) if e.times and e.refs else (a + e.literal, b)
+    lines[q] = (a, b)
+  return lines
+
+
+def summands(structure: Structure, q: int) -> list[tuple[int, ...]]:
+  """The products that an implicit quantity is the sum of."""
+  children = structure.children[q]
+  if structure.roles[q] != PRODUCT:
+    return [(c,) for c in children]
+  half = len(children) // 2
+  return list(zip(children[:half], children[half:], strict=True))
+
+
+def acceptable(structure: Structure, lines: Mapping[int, Line], x: int) -> bool:
+  """Whether all values lie in 0 .. 1000, and no count is 0."""
+  for q, (a, b) in lines.items():
+    value = a + b * x
+    if not 0 <= value <= LARGEST or (value == 0 and structure.roles[q] == COUNT):
+      return False
+  return True
+
+
+def hidden(order: Sequence[int], expressions: Mapping[int, Expression]) -> int | None:
+  """The leaf that reverse mode hides: the last one of the order that is only a number."""
+  return next((q for q in reversed(order) if q in expressions and not expressions[q].refs), None)
+
+
+def solution(
+  structure: Structure,
+  order: Sequence[int],
+  expressions: Mapping[int, Expression],
+  lines: Mapping[int, Line],
+  name: Callable[[int], str],
+  unknown: int | None,
+  x: int,
+  draws: Draws,
+) -> str:
+  """The worked solution, one definition a needed quantity, ending in `Answer: v.`"""
+  letters = [c for c in string.ascii_letters if unknown is None or c not in "xX"]
+  draws.shuffle(letters)
+  letter: dict[int, str] = {}
+  steps = []
+  for q in order:
+    if q == unknown:
+      letter[q] = "x"
+      steps.append(f"Define {name(q)} as x; we do not know it yet.")
+      continue
+    if structure.roles[q] == ALIAS:
+      letter[q] = letter[structure.children[q][0]]
+      continue
+    if not letters:
+      letters += [f"{a}{b}" for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    letter[q] = letters.pop()
+    formula = _formula(structure, q, expressions)
+    parts = [letter[q], formula(lambda c: letter[c]), formula(lambda c: _line(lines[c], nested=True))]
+    parts.append(_line(lines[q]))
+    shown = [part for i, part in enumerate(parts) if i < 2 or part != parts[i - 1]]
+    steps.append(f"Define {name(q)} as {letter[q]}; so {' = '.join(shown)}.")
+  if unknown is None:
+    return " ".join([*steps, f"Answer: {lines[order[-1]][0]}."])
+  a, b = lines[order[-1]]
+  value = a + b * x
+  steps.append(f"We know {letter[order[-1]]} = {value}, so {_line((a, b))} = {value}.")
+  steps.append(f"Hence {_line((0, b))} = {value - a}, and x = {value - a} / {b} = {x}.")
+  return " ".join(["We solve an equation.", *steps, f"Answer: {x}."])
+
+
+def _formula(
+  structure: Structure, q: int, expressions: Mapping[int, Expression]
+) -> Callable[[Callable[[int], str]], str]:
+  """The expression of a quantity, given how its operands are written."""
+
+  def write(show: Callable[[int], str]) -> str:
+    if structure.implicit(q):
+      return " + ".join(" * ".join(show(c) for c in pair) for pair in summands(structure, q))
+    e = expressions[q]
+    text = (" - " if e.difference else " + ").join(show(c) for c in e.refs)
+    if e.literal is None:
+      return text
+    if not e.refs:
+      return str(e.literal)
+    inner = f"({text})" if len(e.refs) > 1 else text
+    return f"{e.literal} {'*' if e.times else '+'} {inner}"
+
+  return write
+
+
+def _line(line: Line, nested: bool = False) -> str:
+  """a + b x in its shortest form; in parentheses where it has two terms or a sign and stands in a formula."""
+  a, b = line
+  if b == 0:
+    return f"({a})" if nested and a < 0 else str(a)
+  term = {1: "x", -1: "-x"}.get(b, f"{b}x")
+  text = term if a == 0 else f"{term} {'-' if a < 0 else '+'} {abs(a)}"
+  return f"({text})" if nested and (a or b < 0) else text
+
+
+def _times(a: Line, b: Line | None = None) -> Line | None:
+  if b is None:
+    return a
+  return None if a[1] and b[1] else (a[0] * b[0], a[0] * b[1] + a[1] * b[0])

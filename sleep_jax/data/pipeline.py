@@ -1,0 +1,230 @@
+"""From examples of unequal length to batches of few static shapes: a pure function of the step.
+
+Algorithm 1 cuts a sequence from its start into windows of L tokens. Only the last window, which answers, is
+shorter; it alone is padded, on its own left, to one of a few lengths (`align = "start"`). `align = "end"`
+pads the whole sequence on the left instead, which moves every cut.
+
+    windows   prompt[0:L] | prompt[L:2L] | PAD ... rest of the prompt, answer[:-1], PAD to `answer_tokens`
+
+The last token of the prompt stands at a fixed place, `answer_tokens` from the end, and predicts the first
+token of the answer; a shorter answer has pads behind it, which count nowhere. Where a regular cut would
+part the prompt's last token from its answer, the cut is made before that token, and the window before it is
+padded on its left.
+
+Batches are made globally: `bucket_batches` batches together are sorted by length, cut, and put in an order
+drawn from the seed. Every host finds the same plan and takes its rows. Nothing depends on how many
+processes take part.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from sleep_jax.config import at_least, check, one_of
+
+PAD = 0
+
+
+class Example(NamedTuple):
+  """Prompt [p >= 1] and answer [a >= 1] in token ids, and the group that the answer is scored in."""
+
+  prompt: np.ndarray
+  answer: np.ndarray
+  group: int = 0
+
+
+class Source(Protocol):
+  """Any example at once, in any process; pickled to the workers."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CutConfig:
+  """Shapes.
+
+  Attributes:
+    max_tokens: of prompt and answer together, the longest that is accepted.
+    answer_tokens: of the longest answer.
+    tails: lengths that the last window may be padded to, besides L; each holds an answer. More of them
+      waste less and compile longer.
+    align: `start` or `end`.
+    bucket_batches: batches that are sorted by length together.
+  """
+
+  max_tokens: int
+  answer_tokens: int = 8
+  tails: tuple[int, ...] = ()
+  align: str = "start"
+  bucket_batches: int = 8
+
+  def __post_init__(self):
+    at_least(self.answer_tokens, 1, "data.cut.answer_tokens")
+    at_least(self.max_tokens, self.answer_tokens + 1, "data.cut.max_tokens")
+    at_least(self.bucket_batches, 1, "data.cut.bucket_batches")
+    one_of(self.align, ("start", "end"), "data.cut.align")
+    for tail in self.tails:
+      at_least(tail, self.answer_tokens, "data.cut.tails")
+
+
+class Bucket(NamedTuple):
+  """A static shape: full windows, then one of `tail` tokens."""
+
+  windows: int
+  tail: int
+
+
+class Planned(NamedTuple):
+  """A batch of one bucket: rows of `inputs`, `targets`, `loss_mask`, `valid` and `group`; and its padding.
+
+  `padding` is the share of positions of the *global* batch that hold no token.
+  """
+
+  bucket: Bucket
+  rows: dict[str, np.ndarray]
+  padding: float
+
+
+def tails(cut: CutConfig, window: int) -> tuple[int, ...]:
+  """Lengths of a last window, ascending.
+
+  Raises:
+    ConfigError: if one is longer than the window, or an answer is.
+  """
+  at_least(window, cut.answer_tokens, "model.window")
+  for tail in cut.tails:
+    check(tail <= window, "data.cut.tails", f"must be at most model.window = {window}, got {tail}")
+  return tuple(sorted({*cut.tails, window}))
+
+
+def bucket_of(example: Example, cut: CutConfig, window: int) -> Bucket:
+  """The smallest shape that holds an example.
+
+  Raises:
+    ValueError: if it is too long, or has no prompt or answer.
+  """
+  p, a = len(example.prompt), len(example.answer)
+  if not (p and 1 <= a <= cut.answer_tokens and p + a <= cut.max_tokens):
+    raise ValueError(
+      f"an example needs a prompt, 1 to {cut.answer_tokens} answer tokens and at most {cut.max_tokens} tokens"
+      f" in all; got {p} + {a}"
+    )
+  windows, rest = divmod(p - 1, window)
+  needed = rest + cut.answer_tokens
+  if needed > window:  # the answer would not fit behind the rest: it gets a window of its own
+    windows, needed = windows + 1, cut.answer_tokens
+  return Bucket(windows, next(t for t in tails(cut, window) if t >= needed))
+
+
+def layout(bucket: Bucket, cut: CutConfig, window: int) -> np.ndarray:
+  """Where the loss may be: [T] bool, the last `answer_tokens` positions."""
+  length = bucket.windows * window + bucket.tail
+  return np.arange(length) >= length - cut.answer_tokens
+
+
+def place(example: Example, bucket: Bucket, cut: CutConfig, window: int) -> dict[str, np.ndarray]:
+  """One row of a batch: an example in a bucket that holds it."""
+  context, A, a = np.asarray(example.prompt[:-1], np.int32), cut.answer_tokens, len(example.answer)
+  full = bucket.windows * window
+  length = full + bucket.tail
+  room = length - A
+  inputs, targets = (np.full(length, PAD, np.int32) for _ in range(2))
+  valid, mask = np.zeros(length, bool), np.zeros(length, np.float32)
+  own = bucket_of(example, cut, window).windows  # windows before the last one, by the example's own cut
+  if cut.align == "end":
+    parts = [(context, room)]
+  else:
+    parts = [(context[: own * window][i * window : (i + 1) * window], None) for i in range(own)]
+    skip = bucket.windows - own  # in a batch of longer ones its first windows are empty
+    parts = [(part, (skip + i + 1) * window) for i, (part, _) in enumerate(parts)]
+    parts.append((context[own * window :], room))
+  for part, end in parts:
+    inputs[end - len(part) : end] = part
+    valid[end - len(part) : end] = True
+  answered = [example.prompt[-1], *example.answer[:-1]]
+  inputs[room : room + a], valid[room : room + a] = answered, True
+  targets[room : room + a], mask[room : room + a] = example.answer, 1.0
+  return {
+    "inputs": inputs,
+    "targets": targets,
+    "loss_mask": mask,
+    "valid": valid,
+    "group": np.int32(example.group),
+  }
+
+
+class Blocks:
+  """Blocks of planned batches: item b holds steps b * bucket_batches and on. Random access, no state."""
+
+  def __init__(
+    self,
+    source: Source,
+    cut: CutConfig,
+    *,
+    window: int,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    host: int = 0,
+    hosts: int = 1,
+  ):
+    """Checks that everything fits.
+
+    Args:
+      batch_size: of all hosts together.
+      steps: of the run; the last block is made whole.
+      host, hosts: this process, and how many there are.
+    """
+    tails(cut, window)
+    check(
+      batch_size % hosts == 0, "train.batch_size", f"must be a multiple of {hosts} hosts, got {batch_size}"
+    )
+    self._source, self._cut, self._window, self._batch = source, cut, window, batch_size
+    self._count, self._seed = -(-steps // cut.bucket_batches), seed
+    self._rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+    needed = self._count * cut.bucket_batches * batch_size
+    check(len(source) >= needed, "train.steps", f"needs {needed} examples, the source has {len(source)}")
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, block: int) -> list[Planned]:
+    if not 0 <= block < self._count:
+      raise IndexError(f"block {block} of {self._count}")
+    M, B, cut, window = self._cut.bucket_batches, self._batch, self._cut, self._window
+    examples = [self._source[i] for i in range(block * M * B, (block + 1) * M * B)]
+    own = [bucket_of(example, cut, window) for example in examples]
+    order = sorted(range(M * B), key=lambda i: own[i]) if M > 1 else range(B)
+    batches = [list(order)[i * B : (i + 1) * B] for i in range(M)]
+    rng = np.random.default_rng((self._seed, block))
+    return [self._planned([examples[i] for i in batches[m]]) for m in rng.permutation(M)]
+
+  def _planned(self, examples: list[Example]) -> Planned:
+    own = [bucket_of(example, self._cut, self._window) for example in examples]
+    bucket = Bucket(max(b.windows for b in own), max(b.tail for b in own))
+    rows = [place(example, bucket, self._cut, self._window) for example in examples[self._rows]]
+    tokens = sum(len(e.prompt) + len(e.answer) - 1 for e in examples)
+    size = len(examples) * (bucket.windows * self._window + bucket.tail)
+    return Planned(bucket, {name: np.stack([r[name] for r in rows]) for name in rows[0]}, 1 - tokens / size)
+
+
+def feed(
+  blocks: Blocks, cut: CutConfig, start: int, *, threads: int = 1, workers: int = 0
+) -> Iterator[Planned]:
+  """Planned batches from step `start` on, made ahead in threads or worker processes; the same in any case.
+
+  Worker processes need parsed absl flags (`FLAGS.mark_as_parsed()` outside `app.run`).
+  """
+  first, skip = divmod(start, cut.bucket_batches)
+  data: Any = grain.MapDataset.source(blocks)[first:].to_iter_dataset(
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
+  )
+  if workers:
+    data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+  return itertools.islice(itertools.chain.from_iterable(data), skip, None)
