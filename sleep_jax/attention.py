@@ -38,6 +38,9 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
   }
   if cfg.attention.qk_norm:
     weights |= {"q_norm": params.scale(hd), "k_norm": params.scale(hd)}
+  if cfg.attention.bias:
+    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+      weights[f"{name}_bias"] = params.bias(count, hd, axes=("heads", "head_dim"))
   return weights
 
 
@@ -57,6 +60,7 @@ def attention(
   *,
   valid: jax.Array | None = None,
   cache: KVCache | None = None,
+  near: int | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
   """Causal softmax attention: o_t = V_t^T softmax(K_t q_t / sqrt(d)).
 
@@ -65,6 +69,7 @@ def attention(
     x: [B, T, D]; the whole window, or with a cache the tokens that follow it.
     valid: [B, T] bool, False for pads, which nobody attends to. None: all valid.
     cache: tokens of the same window that came before; T more must fit.
+    near: keys that a query sees, its own included (`swa`). None: all up to its own.
 
   Returns:
     [B, T, D] in x's dtype, and the cache with the T tokens appended (None without one).
@@ -74,6 +79,8 @@ def attention(
   q = layers.dense(x, weights["q"], heads_axes)
   kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), heads_axes)
   k, v = jnp.split(kv, 2, axis=-1)
+  if cfg.attention.bias:
+    q, k, v = (x + weights[f"{name}_bias"].astype(x.dtype) for name, x in (("q", q), ("k", k), ("v", v)))
   if cfg.attention.qk_norm:
     q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps)
     k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps)
@@ -88,7 +95,9 @@ def attention(
     valid = jnp.ones((batch, length), bool) if valid is None else valid
     cache = _append(cache, k, v, valid)
     k, v, valid, keys_seen = cache.k, cache.v, cache.valid, jnp.arange(cache.k.shape[1])
-  allowed = (keys_seen[None, :] <= positions[:, None])[None, None]  # [1, 1, T, keys]
+  distance = positions[:, None] - keys_seen[None, :]
+  allowed = distance >= 0 if near is None else (distance >= 0) & (distance < near)
+  allowed = allowed[None, None]  # [1, 1, T, keys]
   if valid is not None:
     allowed = allowed & valid[:, None, None, :]
 
