@@ -12,7 +12,6 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
 
 
@@ -156,8 +155,8 @@ class ModelConfig:
     loop_norm: the final norm after every pass; the next pass reads what it gives.
     tied_embeddings: the head is the embedding, transposed.
     predict_passes: passes over the blocks when awake; 1 unless the model was trained as a looped one.
-    pass_cache: with several passes awake, `own`: each attends to its own keys; `shared`: one cache, which holds
-      what the last pass left, and a token's own pass sees only its own keys beside it.
+    pass_cache: with several passes awake, `own`: each attends to its own keys; `shared`: one cache, which
+      holds what the last pass left, and a token's own pass sees only its own keys beside it.
     exit_gate: a gate that says after each pass awake how likely a token leaves there.
     exit_threshold: a token leaves after the first pass at which the exit probabilities sum up to this.
       None: after the last one.
@@ -234,8 +233,8 @@ class ModelConfig:
     check(
       self.predict_passes == 1 or not memory,
       "model.predict_passes",
-      f"must be 1 beside fast weights ({', '.join(dict.fromkeys(memory))}): in a second pass awake a token would"
-      f" read what later tokens wrote in the first; got {self.predict_passes}",
+      f"must be 1 beside fast weights ({', '.join(dict.fromkeys(memory))}): in a second pass awake a token"
+      f" would read what later tokens wrote in the first; got {self.predict_passes}",
     )
     if self.exit_threshold is not None:
       check(self.exit_gate, "model.exit_threshold", "needs model.exit_gate")

@@ -3,8 +3,8 @@
 A *rule* is how S is written, nothing more: `(q, k, v, g, b, S, *, mask, implementation) -> (o, S)`
 with q, k `[B, T, H, K]`, v `[B, T, H, V]`, log decay g and write strength b `[B, T, H]` in float32.
 The layer around it is that of Gated DeltaNet (arXiv 2412.06464) for every rule, so that a comparison
-of rules compares rules; `jet` alone convolves otherwise, as Jet-Nemotron's blocks do. A rule of your own is one
-entry in `RULES`; its name is then a block name.
+of rules compares rules; `jet` alone convolves otherwise, as Jet-Nemotron's blocks do. A rule of your own is
+one entry in `RULES`; its name is then a block name.
 """
 
 import functools

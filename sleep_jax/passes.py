@@ -82,7 +82,7 @@ def exit_pass(probabilities: jax.Array, threshold: float) -> jax.Array:
 
 
 def leave(weights: dict[str, Any], outs: list[jax.Array], cfg: ModelConfig) -> jax.Array:
-  """h [B, T, D] with which each token leaves: that of the last pass, unless `exit_threshold` says otherwise."""
+  """h [B, T, D] with which each token leaves: that of the last pass, or as `exit_threshold` says."""
   if cfg.exit_threshold is None or len(outs) == 1:
     return outs[-1]
   where = exit_pass(exit_probabilities(gate_logits(weights, outs, cfg)), cfg.exit_threshold)

@@ -1,4 +1,4 @@
-"""Plain dense transformers of the Qwen2 and Llama kind: pre-norm, grouped queries, with bias (Qwen2) or without."""
+"""Plain dense transformers of the Qwen2 and Llama kind: pre-norm, grouped queries, bias (Qwen2) or none."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ class PretrainedError(ConfigError):
   """Something is wrong with a checkpoint in published format: one line that names what."""
 
 
-# Fields that say nothing about the numbers that the model computes. `auto_map` names code: it is never loaded.
+# Fields that say nothing about the numbers that the model computes. `auto_map` names code, never loaded.
 HARMLESS = frozenset(
   "architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range"
   " bos_token_id eos_token_id pad_token_id max_window_layers max_position_embeddings _name_or_path"

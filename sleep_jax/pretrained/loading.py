@@ -124,8 +124,8 @@ def export(folder: str | os.PathLike, cfg: ModelConfig, weights: model.Params, s
   """Writes weights in the format of `source`: its names, shapes, dtypes, shards and config.
 
   Weights that were loaded in a dtype at least as wide come out bit-equal. Added blocks go to
-  `memory.safetensors` (float32; `memory.layers.{j}.` and the names of a JetBlock) with their places and sizes in
-  `memory.json`; the other files stay a checkpoint that other programs read.
+  `memory.safetensors` (float32; `memory.layers.{j}.` and the names of a JetBlock) with their places and sizes
+  in `memory.json`; the other files stay a checkpoint that other programs read.
 
   Args:
     folder: must not exist. It appears when it is complete, or not at all.

@@ -65,7 +65,7 @@ def add_memory(
     num_layers, kind, fast: as for `memory_config`.
 
   Returns:
-    The new config, and weights that share every array with the old ones. `without_mlp` numbers the new blocks.
+    The new config, and weights that share every array with the old ones. `without_mlp` has their numbers.
   """
   new = memory_config(cfg, num_layers=num_layers, kind=kind, fast=fast)
   declared = model.declare(new)["blocks"]

@@ -1,7 +1,7 @@
 """Safetensors in and out, one tensor at a time.
 
-Reading goes through the `safetensors` library, which checks that a header fits its file. Writing is done here: the
-library wants all tensors in memory at once.
+Reading goes through the `safetensors` library, which checks that a header fits its file. Writing is done
+here: the library wants all tensors in memory at once.
 """
 
 import json
@@ -82,7 +82,7 @@ class Tensors:
 def write(
   path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], get: Callable[[str], Any]
 ) -> None:
-  """Writes one file, one tensor at a time, in the order that the library uses: wide dtypes first, then by name.
+  """Writes one file, one tensor at a time, in the library's order: wide dtypes first, then by name.
 
   Args:
     path: the file.

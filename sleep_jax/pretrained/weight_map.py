@@ -1,7 +1,7 @@
 """Which published tensor is which weight of ours, and how its axes lie.
 
-Published matrices are [out, in], ours [*in, *out]; what has several heads is flat there. The taps of a dynamic
-convolution are flat as (channel, tap), tap fastest, which is our order [H, V, c] too.
+Published matrices are [out, in], ours [*in, *out]; what has several heads is flat there. The taps of a
+dynamic convolution are flat as (channel, tap), tap fastest, which is our order [H, V, c] too.
 """
 
 import dataclasses
