@@ -121,12 +121,7 @@ class FastConfig:
     for name in ("num_heads", "key_dim", "value_dim"):
       at_least(getattr(self, name), 1, f"model.fast.{name}")
     at_least(self.conv_size, 0, "model.fast.conv_size")
-    width = self.num_heads * self.value_dim
-    check(
-      1 <= self.generator_reduction <= width,
-      "model.fast.generator_reduction",
-      f"must lie in 1..{width} (num_heads * value_dim), got {self.generator_reduction}",
-    )
+    at_least(self.generator_reduction, 1, "model.fast.generator_reduction")
     one_of(self.conv_context, ("carry", "reset"), "model.fast.conv_context")
     low, high = self.decay_init
     check(0 < low <= high, "model.fast.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
@@ -212,6 +207,12 @@ class ModelConfig:
     if "jet" in self.blocks:
       check(
         self.fast.conv_size >= 1, "model.fast.conv_size", "must be at least 1 where model.blocks has `jet`"
+      )
+      width, divisor = self.fast.num_heads * self.fast.value_dim, self.fast.generator_reduction
+      check(
+        divisor <= width,
+        "model.fast.generator_reduction",
+        f"must be at most {width} (num_heads * value_dim), got {divisor}",
       )
     if set(self.blocks) & set(ATTENTION) and self.attention.head_dim is None:
       heads = self.attention.num_heads
