@@ -56,6 +56,9 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
   }
   if cfg.attention.qk_norm:
     weights |= {"q_norm": params.scale(hd), "k_norm": params.scale(hd)}
+  if cfg.attention.bias:
+    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+      weights[f"{name}_bias"] = params.bias(count, hd, axes=("heads", "head_dim"))
   return weights
 
 
@@ -95,6 +98,7 @@ def attention(
   *,
   valid: jax.Array | None = None,
   cache: KVCache | Kept | None = None,
+  near: int | None = None,
 ) -> tuple[jax.Array, KVCache | Kept | None]:
   """Causal softmax attention: o_t = V_t^T softmax(K_t q_t / sqrt(d)).
 
@@ -106,6 +110,7 @@ def attention(
     valid: [B, T] bool, False for pads, which nobody attends to. None: all valid.
     cache: `KVCache`: tokens of the same window that came before; T more must fit. `Kept`: what the windows
       before left, and x is the whole window. None: x is the whole window, and nothing was left.
+    near: keys that a query sees, its own included (`swa`). None: all that are there.
 
   Returns:
     [B, T, D] in x's dtype, and: the cache with the T tokens appended; what is kept after them; None.
@@ -115,6 +120,8 @@ def attention(
   q = layers.dense(x, weights["q"], heads_axes)
   kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), heads_axes)
   k, v = jnp.split(kv, 2, axis=-1)
+  if cfg.attention.bias:
+    q, k, v = (x + weights[f"{name}_bias"].astype(x.dtype) for name, x in (("q", q), ("k", k), ("v", v)))
   if cfg.attention.qk_norm:
     q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps)
     k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps)
@@ -134,9 +141,11 @@ def attention(
   if isinstance(cache, KVCache):
     cache = _append(cache, k, v, valid)
     k, v, valid, keys_at = cache.k, cache.v, cache.valid, jnp.arange(cache.k.shape[1])
-  allowed = keys_at[None, :] <= positions[:, None]
-  if cfg.eviction == "sliding":
-    allowed &= keys_at[None, :] > positions[:, None] - cfg.window
+  distance = positions[:, None] - keys_at[None, :]
+  allowed = distance >= 0
+  reach = min((n for n in (near, cfg.window if cfg.eviction == "sliding" else None) if n), default=None)
+  if reach is not None:
+    allowed &= distance < reach
   allowed = allowed[None, None]  # [1, 1, T, keys]
   if valid is not None:
     allowed = allowed & valid[:, None, None, :]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import blocks, model
-from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
 
 COST_ROUNDS = 30
 
@@ -108,7 +108,7 @@ def sleep_changes(
     the batch.
   """
   state = model.init_state(cfg, batch.inputs.shape[0], sleep_cfg)
-  changes: dict[str, list[list[float]]] = {i: [] for i in state if cfg.blocks[int(i)] != "attn"}
+  changes: dict[str, list[list[float]]] = {i: [] for i in state if cfg.blocks[int(i)] not in ATTENTION}
 
   @jax.jit
   def passes(weights, state, tokens, valid):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, eviction, layers, params, sharding
+from sleep_jax import blocks, eviction, layers, params, passes, sharding
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 from sleep_jax.sleep import loop, sleep
 
@@ -104,12 +104,17 @@ def answer_positions(segments: Plan) -> np.ndarray:
 def declare(cfg: ModelConfig) -> dict[str, Any]:
   """All slow weights of the model, as a nested dict of `params.Weight`."""
   d, vocab = cfg.embed_dim, cfg.vocab_size
-  return {
+  declared = {
     "embed": params.Weight((vocab, d), ("vocab", None), params.normal(cfg.embed_std)),
     "blocks": blocks.declare(cfg),
     "final_norm": params.scale(d),
-    "head": params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5)),
   }
+  if not cfg.tied_embeddings:
+    declared["head"] = params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5))
+  if cfg.exit_gate:
+    gate = params.Weight((d, 1), ("w_embed", None), params.normal(d**-0.5))
+    declared["exit_gate"] = {"w": gate, "b": params.bias(1, axes=(None,))}
+  return declared
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
@@ -135,8 +140,9 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
-  h = layers.rms_norm(h, weights["final_norm"], cfg.norm_eps)
-  return layers.dense(h, weights["head"], ("batch", "seq", "vocab")).astype(jnp.float32)
+  head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
+  h = passes.normed(weights, h, cfg)
+  return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
 
 
 def consolidate(
@@ -170,6 +176,8 @@ def consolidate(
   def one_pass(h, looped, own):
     before = {} if sleep_cfg.state == "reset" else blocks.reopen(looped, start)
     h, after = run(h, start | before | own, first=first, last=last)
+    if cfg.loop_norm:
+      h = passes.normed(weights, h, cfg)
     return h, {i: after[i] for i in looped}, {i: after[i] for i in own}
 
   h, after = run(embed(weights, tokens, cfg), start, last=first)
@@ -197,7 +205,7 @@ def predict(
   valid: jax.Array | None = None,
   remat: bool = False,
 ) -> tuple[jax.Array, State]:
-  """Reads one window awake, in a single pass.
+  """Reads one window awake, in a single pass (`predict_passes` for a model that was trained looped).
 
   Args:
     tokens: [B, L] or shorter.
@@ -211,16 +219,15 @@ def predict(
   """
   start = blocks.open_window(eviction.of_first_pass(state), cfg)
   h = embed(weights, tokens, cfg)
-  h, after, _ = blocks.run(weights["blocks"], h, start, cfg, valid=valid, remat=remat)
+  outs, after, _ = passes.read(weights, h, start, cfg, valid=valid, remat=remat)
   if reads is not None and tuple(reads) != tuple(range(h.shape[1])):
-    h = h[:, np.asarray(reads)]
-  return logits_of(weights, h, cfg), eviction.left(state, after)
+    outs = [h[:, np.asarray(reads)] for h in outs]
+  return logits_of(weights, passes.leave(weights, outs, cfg), cfg), eviction.left(state, after)
 
 
-def open_window(state: State, cfg: ModelConfig) -> tuple[blocks.State, blocks.Cache]:
+def open_window(state: State, cfg: ModelConfig, batch: int) -> tuple[blocks.State, blocks.Cache]:
   """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept."""
   start = blocks.open_window(eviction.of_first_pass(state), cfg)
-  batch = jax.tree.leaves(state)[0].shape[0]
   cache = blocks.init_cache(cfg, batch, start)
   return {i: s for i, s in start.items() if i not in cache}, cache
 
@@ -245,8 +252,8 @@ def decode(
     Logits [B, T, vocab] float32, state and cache.
   """
   h = embed(weights, tokens, cfg)
-  h, state, cache = blocks.run(weights["blocks"], h, state, cfg, valid=valid, cache=cache)
-  return logits_of(weights, h, cfg), state, cache
+  outs, state, cache = passes.read(weights, h, state, cfg, valid=valid, cache=cache)
+  return logits_of(weights, passes.leave(weights, outs, cfg), cfg), state, cache
 
 
 def forward(
