@@ -114,11 +114,9 @@ def exact(rule: str, mode: str, inputs, cotangents) -> list[np.ndarray]:
 
 
 def distance(got: Sequence, want: Sequence[np.ndarray]) -> float:
-  """Largest difference relative to the largest entry of its array."""
-  return max(
-    float(np.max(np.abs(np.asarray(x.cpu() if hasattr(x, "cpu") else x, np.float64) - y)) / np.max(np.abs(y)))
-    for x, y in zip(got, want, strict=True)
-  )
+  """Largest difference relative to the largest entry of its array; `got` may be torch's, on a GPU."""
+  arrays = [np.asarray(x.float().cpu() if hasattr(x, "cpu") else x, np.float64) for x in got]
+  return max(float(np.max(np.abs(x - y)) / np.max(np.abs(y))) for x, y in zip(arrays, want, strict=True))
 
 
 def race(

@@ -54,6 +54,13 @@ def test_who_needs_too_much_memory_is_left_out(monkeypatch, capsys):
   assert rows == [] and "delta: without reference: it needs" in capsys.readouterr().err
 
 
+def test_half_precision_is_judged_by_what_it_was_given(monkeypatch):
+  """The error in bfloat16 is that of rounding the output, 2^-9; the rounding of the inputs is not counted."""
+  monkeypatch.setitem(bench.SHAPES, "E", (2, 1, 1, 4, 3))
+  (row,) = bench.race("delta", "E", "forward", ["xla"], rounds=1, seconds=1.0, dtype="bfloat16")
+  assert 1e-5 < row.error <= 2.0**-8
+
+
 @pytest.mark.parametrize("rule", dispatch.OPERANDS)
 def test_inputs_are_what_the_rule_takes(rule):
   named, cotangents = shapes.make_inputs(rule, (2, 5, 3, 4, 6), decay=20.0)
