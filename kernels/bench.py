@@ -4,7 +4,7 @@
 
 Every round runs each contestant once, in turn, so that all of them meet the same weather. `grad` is forward
 and backward together: the gradients of all inputs, S among them, through outputs and final state. Peers take
-part where `kernels.peers` finds them, those on a CPU with subnormal numbers flushed, as XLA does. On a GPU
+part where `kernels.bench_peers` finds them, those on a CPU with subnormal numbers flushed, as XLA does. On a GPU
 that torch is to share, start with XLA_PYTHON_CLIENT_PREALLOCATE=false. Prints a table; --out also writes it
 as OUT.md and OUT.csv and draws it in OUT.png.
 """
@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import chart, dispatch, peers
+from kernels import bench_peers as peers
+from kernels import chart, dispatch
 from kernels.shapes import SHAPES, make_inputs
 
 IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from kernels import bench, chart, dispatch, peers, shapes
+from kernels import bench, chart, dispatch, shapes
+from kernels import bench_peers as peers
 
 
 def test_writes_one_row_per_contestant_with_its_error(tmp_path, monkeypatch, capsys):
