@@ -4,9 +4,9 @@
 
 Every round runs each contestant once, in turn, so that all of them meet the same weather. `grad` is forward
 and backward together: the gradients of all inputs, S among them, through outputs and final state. Peers take
-part where `kernels.bench_peers` finds them, those on a CPU with subnormal numbers flushed, as XLA does. On a GPU
-that torch is to share, start with XLA_PYTHON_CLIENT_PREALLOCATE=false. Prints a table; --out also writes it
-as OUT.md and OUT.csv and draws it in OUT.png.
+part where `kernels.bench_peers` finds them, those on a CPU with subnormal numbers flushed, as XLA does. On a
+GPU that torch is to share, start with XLA_PYTHON_CLIENT_PREALLOCATE=false. Prints a table; --out also writes
+it as OUT.md and OUT.csv and draws it in OUT.png.
 """
 
 import argparse
