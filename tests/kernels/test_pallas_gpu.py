@@ -43,6 +43,18 @@ def test_interpreted_kernels_equal_the_recurrence(monkeypatch):
   cases.assert_near(got, [np.asarray(x) for x in want], 1.5e-2)
 
 
+def test_the_gradient_is_the_recurrences():
+  """The rule that custom_vjp uses; plain XLA, so it runs here. Gradients of bfloat16 inputs are bfloat16."""
+  inputs = make_inputs(1, 70, 1, 64, 64)
+  cotangents = jnp.ones((1, 70, 1, 64), jnp.bfloat16), jnp.ones((1, 1, 64, 64))
+  got = cases.quick(pallas_gpu._rule_bwd)(tuple(inputs), cotangents)
+  exact = [x.astype(jnp.float32) for x in inputs]
+  _, pull = jax.vjp(reference.gated_delta, *exact)
+  want = pull((cotangents[0].astype(jnp.float32), cotangents[1]))
+  assert [x.dtype for x in got] == [x.dtype for x in inputs]
+  cases.assert_near(got, [np.asarray(x) for x in want], 5e-3)
+
+
 @new_enough
 @pytest.mark.parametrize("K,V", [(64, 64), (128, 256)])
 def test_lowers_for_an_h200(K, V):
