@@ -78,6 +78,7 @@ def machine(packages: Sequence[str] = ("jax", "jaxlib")) -> dict[str, str]:
       [f"Python {platform.python_version()}", *(f"{n} {v}" for n, v in versions.items())]
     ),
     "command": f"`{command}`",
+    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "not set"),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     "commit": _commit(),
     "load before and after": f"{_load()}",

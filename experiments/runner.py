@@ -13,6 +13,10 @@ from experiments import cli
 from sleep_jax import config, metrics
 from sleep_jax.workdir import Workdir
 
+# What a run starts with, unless the caller's environment says otherwise. The C library reads the second when a
+# process begins: large pages, which make a training step on a CPU about 1.6 times as fast (benchmarks/README.md).
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 def commands(file: str, workdir: str, seeds: int) -> dict[str, list[str]]:
   """Name -> command line of every run of a preset.
@@ -119,7 +123,7 @@ def _work(waiting, codes, children, stopping, cores) -> None:
       text=True,
       errors="replace",
       start_new_session=True,  # a Ctrl-C reaches it through us, once
-      env=os.environ | {"PYTHONUNBUFFERED": "1"},
+      env=ENVIRONMENT | os.environ,
     )
     if cores:
       with contextlib.suppress(OSError):
