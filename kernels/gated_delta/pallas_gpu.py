@@ -6,7 +6,7 @@ and [V, K]: S^T and what is made of it are then left operands of wgmma, which co
 that depends on S passes through shared memory. The columns of V do not meet; each block takes 64 of them.
 T gives the errors themselves, E = T (V - e^G K S), and U = b E.
 
-The gradient is that of `kernels.chunk`, for XLA: it recomputes from the inputs, in float32.
+The gradient is that of `xla`: it recomputes from the inputs, in float32.
 """
 
 import jax
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import chunk
-from kernels.chunk import FORGET, STEP
+from kernels.gated_delta import xla
 
 C = 64  # tokens of a chunk
+WIDTHS = (64, 128)  # of q and k in the kernels; others are padded
+FORGET, STEP = -1000.0, 16.0  # floor of g, and steps a unit of the coarse part of g (kernels/README.md)
 TILE = 64  # columns of V in a block of the grid: the rows of one wgmma
 COARSE, FINE, SINCE, UNTIL, WRITE, ROWS = 0, 1, 2, 3, 4, 8  # rows of the gates' array, padded to 8
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -33,7 +34,7 @@ def gated_delta(
   of about 1.
 
   Args:
-    q, k: [B, T, H, K] bfloat16, K 64 or 128. v: [B, T, H, V] bfloat16, V a multiple of 64.
+    q, k: [B, T, H, K] bfloat16, K up to 128; fastest at 64 and 128, others are padded. v: [B, T, H, V] bfloat16, V a multiple of 64.
     g, b: [B, T, H] float32. S: [B, H, K, V] float32.
 
   Returns:
@@ -45,8 +46,10 @@ def gated_delta(
   K, V = S.shape[-2:]
   if jax.__version_info__ < (0, 12):  # plgpu.load had another signature
     raise NotImplementedError(f"gated_delta: pallas_gpu needs jax 0.12 or newer, this is {jax.__version__}")
-  if K not in (64, 128):
-    raise NotImplementedError(f"gated_delta: pallas_gpu needs K of 64 or 128, q has shape {q.shape}")
+  if K > WIDTHS[-1]:
+    raise NotImplementedError(
+      f"gated_delta: pallas_gpu needs K of at most {WIDTHS[-1]}, q has shape {q.shape}"
+    )
   if V % TILE:
     raise NotImplementedError(
       f"gated_delta: pallas_gpu needs V in multiples of {TILE}, v has shape {v.shape}"
@@ -67,22 +70,30 @@ def _rule_fwd(*inputs):
 
 
 def _rule_bwd(inputs, cotangents):
-  plan = chunk.Plan(solve=True, hoist=True, block=inputs[0].shape[0])
-  return chunk._backward(plan, *inputs, *cotangents)
+  _, pull = jax.vjp(xla.gated_delta, *inputs)  # its residuals are the inputs: the outputs are dead code
+  return pull(cotangents)
 
 
 _rule.defvjp(_rule_fwd, _rule_bwd)
 
 
 def _forward(q, k, v, g, b, S):
-  T = q.shape[1]
+  T, K = q.shape[1], q.shape[3]
   n = -(-T // C)
+  q, k, S = _widened(q, k, S)
   q, k, gates = _rows(q), _rows(k), _gates(g, b)
   P, inverse = _prepare(q, k, gates)
   o, S_after = _walk(q, k, _columns(_rows(v), n), P, inverse, gates, _flat(S).mT)
   B, H = S.shape[:2]
   o = _unrows(_columns(o, n), B, T)
-  return o, S_after.mT.reshape(S.shape)
+  return o, S_after.mT.reshape(S.shape)[:, :, :K]
+
+
+def _widened(q: jax.Array, k: jax.Array, S: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """K padded to one of WIDTHS. A key with zeros there reads and writes nothing in the rows of S added."""
+  more = min(width for width in WIDTHS if width >= S.shape[2]) - S.shape[2]
+  q, k = (jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) for x in (q, k))
+  return q, k, jnp.pad(S, [(0, 0), (0, 0), (0, more), (0, 0)])
 
 
 def _flat(x):
