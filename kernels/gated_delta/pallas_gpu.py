@@ -34,7 +34,8 @@ def gated_delta(
   of about 1.
 
   Args:
-    q, k: [B, T, H, K] bfloat16, K up to 128; fastest at 64 and 128, others are padded. v: [B, T, H, V] bfloat16, V a multiple of 64.
+    q, k: [B, T, H, K] bfloat16, K up to 128 (the kernels work on 64 or 128, others are padded).
+    v: [B, T, H, V] bfloat16, V a multiple of 64.
     g, b: [B, T, H] float32. S: [B, H, K, V] float32.
 
   Returns:

@@ -23,7 +23,10 @@ def make_inputs(B, T, H, K, V):
 @new_enough
 @pytest.mark.parametrize("T,K", [(100, 64), (10, 96)])
 def test_interpreted_kernels_equal_the_recurrence(T, K, monkeypatch):
-  """Two chunks, the second one partly pads; and a K that is padded. bfloat16 keeps 8 bits: 4e-3 a rounding, some of them in a row."""
+  """Two chunks, the second one partly pads; and a K that is padded.
+
+  bfloat16 keeps 8 bits: 4e-3 a rounding, some of them in a row.
+  """
 
   def by_shared_memory(acc, a, b):
     if not isinstance(a, jax.Array):
