@@ -167,7 +167,7 @@ def _prepare(q: jax.Array, k: jax.Array, gates: jax.Array) -> tuple[jax.Array, j
   """P = D (Q K^T) and (I + A b)^-1 of each chunk, both [B H, n C, C] bfloat16; one block of the grid each."""
   R, T, K = q.shape
 
-  def kernel(q_ref, k_ref, gates_ref, P_ref, inverse_ref, q, k, gates, A, X, P, inverse, arrived):
+  def prepare(q_ref, k_ref, gates_ref, P_ref, inverse_ref, q, k, gates, A, X, P, inverse, arrived):
     r, c = jax.lax.axis_index("row"), jax.lax.axis_index("chunk")
     rows = pl.ds(c * C, C)
     plgpu.copy_gmem_to_smem(q_ref.at[r, rows], q, arrived)
@@ -192,7 +192,7 @@ def _prepare(q: jax.Array, k: jax.Array, gates: jax.Array) -> tuple[jax.Array, j
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
-    kernel,
+    prepare,
     out_type=[jax.ShapeDtypeStruct((R, T, C), BF16)] * 2,
     grid=(T // C, R),
     grid_names=("chunk", "row"),
@@ -241,7 +241,7 @@ def _walk(q, k, v, P, inverse, gates, S):
   R, T, K = q.shape
   n, tiles = T // C, S.shape[1] // TILE
 
-  def kernel(q_ref, k_ref, v_ref, P_ref, inverse_ref, gates_ref, S_ref, o_ref, S_after_ref, o):
+  def walk(q_ref, k_ref, v_ref, P_ref, inverse_ref, gates_ref, S_ref, o_ref, S_after_ref, o):
     r, tile = jax.lax.axis_index("row"), jax.lax.axis_index("tile")
     columns = pl.ds(tile * TILE, TILE)
 
@@ -284,7 +284,7 @@ def _walk(q, k, v, P, inverse, gates, S):
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
-    kernel,
+    walk,
     out_type=[jax.ShapeDtypeStruct(v.shape, BF16), jax.ShapeDtypeStruct(S.shape, F32)],
     grid=(tiles, R),
     scratch_types=[_smem((TILE, C), BF16)],
