@@ -86,6 +86,21 @@ def read_ptxas(text: str) -> tuple[str, int, int]:
   return found[0][1], int(found[1][1]), int(spills[1]) + int(spills[2])
 
 
+def read_dumps(folder: Path, K: int) -> list[Kernel]:
+  """The kernels dumped in a folder as NAME_i.ptxas and NAME_j.resources.txt; more of a name are copies."""
+  found: dict[str, dict[str, str]] = {"ptxas": {}, "resources.txt": {}}
+  for kind, texts in found.items():
+    for path in folder.glob(f"*.{kind}"):
+      name = re.sub(r"_\d+$", "", path.name.removesuffix(f".{kind}"))
+      texts[name] = path.read_text(encoding="utf-8")
+  kernels = []
+  for name, report in sorted(found["ptxas"].items()):
+    target, registers, spills = read_ptxas(report)
+    shared = int(re.search(r"smem_scratch_bytes=(\d+)", found["resources.txt"][name])[1])
+    kernels.append(Kernel(name, K, target, registers, spills, shared))
+  return kernels
+
+
 def measure(*, memory: bool = True) -> tuple[list[Kernel], list[Memory]]:
   """Compiles in a child process.
 
@@ -133,11 +148,7 @@ def compile_here(folder: Path, memory: bool) -> None:
     dump.mkdir()
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
     compiled("pallas_gpu", "grad", (1, 256, 2, K, 128))
-    for report in sorted(dump.glob("*.ptxas")):
-      target, registers, spills = read_ptxas(report.read_text(encoding="utf-8"))
-      resources = report.with_suffix(".resources.txt").read_text(encoding="utf-8")
-      shared = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])
-      kernels.append(Kernel(re.sub(r"_\d+$", "", report.stem), K, target, registers, spills, shared))
+    kernels += read_dumps(dump, K)
   temporary = []
   for shape, sizes in gpu_check.SHAPES.items() if memory else ():
     for mode in bench.MODES:

@@ -6,7 +6,8 @@ and [V, K]: S^T and what is made of it are then left operands of wgmma, which co
 that depends on S passes through shared memory. The columns of V do not meet; each block takes 64 of them.
 T gives the errors themselves, E = T (V - e^G K S), and U = b E.
 
-The gradient is that of `xla`: it recomputes from the inputs, in float32.
+Backward, `_walk` goes once more and keeps E and the S that each chunk met; `_retreat` walks the chunks in
+reverse with the gradient of S in registers, on the same tiles. The rest is `gradients`, on XLA.
 """
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.gated_delta import xla
+from kernels.gated_delta import gradients, xla
 
 C = 64  # tokens of a chunk
 WIDTHS = (64, 128)  # of q and k in the kernels; others are padded
@@ -30,8 +31,8 @@ def gated_delta(
 ) -> tuple[jax.Array, jax.Array]:
   """What `reference.gated_delta` gives, with products in bfloat16 and sums in float32.
 
-  The gradient runs on XLA. The inverse is built in float16 with float32 sums: keys are taken to have a length
-  of about 1.
+  The gradient likewise; second derivatives are those of `xla`, in float32. The inverse is built in float16
+  with float32 sums: keys are taken to have a length of about 1.
 
   Args:
     q, k: [B, T, H, K] bfloat16, K up to 128 (the kernels work on 64 or 128, others are padded).
@@ -71,30 +72,74 @@ def _rule_fwd(*inputs):
 
 
 def _rule_bwd(inputs, cotangents):
-  _, pull = jax.vjp(xla.gated_delta, *inputs)  # its residuals are the inputs: the outputs are dead code
-  return pull(cotangents)
+  return _pull(inputs, cotangents)
+
+
+@jax.custom_jvp
+def _pull(inputs, cotangents):
+  return _backward(*inputs, *cotangents)
+
+
+@_pull.defjvp
+def _pull_jvp(primals, tangents):
+  """Second derivatives, which no kernel has: those of XLA's backward pass."""
+
+  def pull(inputs, cotangents):
+    return jax.vjp(xla.gated_delta, *inputs)[1](cotangents)
+
+  return _pull(*primals), jax.jvp(pull, primals, tangents)[1]
 
 
 _rule.defvjp(_rule_fwd, _rule_bwd)
 
 
 def _forward(q, k, v, g, b, S):
-  T, K = q.shape[1], q.shape[3]
-  n = -(-T // C)
+  K, n = q.shape[3], _chunks(q)
   q, k, S = _widened(q, k, S)
   q, k, gates = _rows(q), _rows(k), _gates(g, b)
+  o, S_after = _walk(q, k, _columns(_rows(v), n), *_prepare(q, k, gates), gates, _flat(S).mT)
+  return _unrows(_columns(o, n), v), S_after.mT.reshape(S.shape)[:, :, :K]
+
+
+def _backward(q, k, v, g, b, S, do, dS):
+  K, n, given = q.shape[3], _chunks(q), (q, k, v, g, b)
+  q, k, S = _widened(q, k, S)
+  dS = _padded(dS, 2, S.shape[2])
+  q, k, gates = _rows(q), _rows(k), _gates(g, b)
+  v, do = (_columns(_rows(x.astype(BF16)), n) for x in (v, do))
   P, inverse = _prepare(q, k, gates)
-  o, S_after = _walk(q, k, _columns(_rows(v), n), P, inverse, gates, _flat(S).mT)
-  B, H = S.shape[:2]
-  o = _unrows(_columns(o, n), B, T)
-  return o, S_after.mT.reshape(S.shape)[:, :, :K]
+  _, S_after, E, met = _walk(q, k, v, P, inverse, gates, _flat(S).mT, keep=True)
+  dv, dS_before, dS_after = _retreat(q, k, do, P, inverse, gates, _flat(dS).mT)
+
+  chunked = lambda x: x.reshape(x.shape[0], n, -1, x.shape[-1])  # noqa: E731
+  met, dS_chunks = chunked(met), chunked(dS_after)
+  left = jnp.concatenate([met[:, 1:].astype(F32), S_after[:, None]], 1)
+  end = jnp.sum(left * dS_chunks.astype(F32), (-2, -1))
+  rows = chunked(gates)
+  between = rows[..., (COARSE, FINE), :, None] - rows[..., (COARSE, FINE), None, :]
+  decay = jnp.exp(jnp.where(jnp.tri(C, dtype=bool), between.sum(-3), -jnp.inf))
+  factors = gradients.Gates(decay, *(rows[..., row, :] for row in (SINCE, UNTIL, WRITE)))
+  dq, dk, dg, db = gradients.gradients(
+    *map(chunked, (q, k)), factors, *map(chunked, (do, dv, E)), met, dS_chunks, end
+  )
+  found = [x.reshape(x.shape[0], n * C, -1) for x in (dq[..., :K], dk[..., :K])]
+  found += [_columns(dv, n), *(x.reshape(x.shape[0], n * C, 1) for x in (dg, db))]
+  found = [_unrows(x, y) for x, y in zip(found, given, strict=True)]
+  return *found, dS_before.mT.reshape(S.shape)[:, :, :K]
 
 
 def _widened(q: jax.Array, k: jax.Array, S: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """K padded to one of WIDTHS. A key with zeros there reads and writes nothing in the rows of S added."""
-  more = min(width for width in WIDTHS if width >= S.shape[2]) - S.shape[2]
-  q, k = (jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) for x in (q, k))
-  return q, k, jnp.pad(S, [(0, 0), (0, 0), (0, more), (0, 0)])
+  width = min(width for width in WIDTHS if width >= S.shape[2])
+  return _padded(q, 3, width), _padded(k, 3, width), _padded(S, 2, width)
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+  return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+
+def _chunks(x: jax.Array) -> int:
+  return -(-x.shape[1] // C)
 
 
 def _flat(x):
@@ -107,8 +152,10 @@ def _rows(x: jax.Array) -> jax.Array:
   return _flat(jnp.moveaxis(x, 2, 1))
 
 
-def _unrows(x: jax.Array, B: int, T: int) -> jax.Array:
-  return jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 2)[:, :T]
+def _unrows(x: jax.Array, like: jax.Array) -> jax.Array:
+  """[B H, n C, X] -> [B, T, H, X] or [B, T, H], in the dtype of the array it belongs to."""
+  x = jnp.moveaxis(x.reshape(like.shape[0], -1, *x.shape[1:]), 1, 2)[:, : like.shape[1]]
+  return x.reshape(like.shape).astype(like.dtype)
 
 
 def _columns(x: jax.Array, n: int) -> jax.Array:
@@ -232,62 +279,129 @@ def _ladder(below, i, j, A, X_smem):
   return X
 
 
-def _walk(q, k, v, P, inverse, gates, S):
+def _walk(q, k, v, P, inverse, gates, S, *, keep: bool = False):
   """Along the chunks. v [B H, n V, C] and S [B H, V, K] are turned, and so are the results.
 
   Returns:
-    o [B H, n V, C] bfloat16 and S [B H, V, K] float32 after the last chunk.
+    o [B H, n V, C] bfloat16 and S [B H, V, K] float32 after the last chunk; with `keep` also the errors
+    E [B H, n V, C] and the S that each chunk met [B H, n V, K], bfloat16.
   """
-  R, T, K = q.shape
-  n, tiles = T // C, S.shape[1] // TILE
 
-  def walk(q_ref, k_ref, v_ref, P_ref, inverse_ref, gates_ref, S_ref, o_ref, S_after_ref, o):
+  def step(v, q, k, P, inverse, gates, S, leave):
+    since, until, b = (_gate(gates, row, COLUMN) for row in (SINCE, UNTIL, WRITE))
+    S16 = S.astype(BF16)
+    X = v[...].astype(F32) - _spread(since, (TILE, C), 1) * _product((S16, k.T))
+    E = _product((X.astype(BF16), inverse.T))
+    U = E * _spread(b, (TILE, C), 1)
+    seen = _product((S16, q.T)) * _spread(since, (TILE, C), 1)
+    out = seen + _product((U.astype(BF16), P.T))
+    leave(out, *((E, S16) if keep else ()))
+    kept = (U * _spread(until, (TILE, C), 1)).astype(BF16)
+    return S * gates[SINCE, C - 1] + _product((kept, k))
+
+  widths = (C, C, q.shape[2]) if keep else (C,)
+  name = "walk_keep" if keep else "walk"
+  S_after, o, *kept = _along(name, step, v, (q, k, P, inverse), gates, S, widths)
+  return o, S_after, *kept
+
+
+def _retreat(q, k, do, P, inverse, gates, dS):
+  """Back along the chunks. do [B H, n V, C] and dS [B H, V, K], of S after the last chunk, are turned.
+
+  Returns:
+    dv [B H, n V, C] bfloat16, dS [B H, V, K] float32 before the first chunk, and the gradients of the S that
+    each chunk left [B H, n V, K] bfloat16.
+  """
+
+  def step(do, q, k, P, inverse, gates, dS, leave):
+    since, until, b = (_gate(gates, row, COLUMN) for row in (SINCE, UNTIL, WRITE))
+    dS16 = dS.astype(BF16)
+    dU = _product((do, P)) + _spread(until, (TILE, C), 1) * _product((dS16, k.T))
+    dv = _product(((dU * _spread(b, (TILE, C), 1)).astype(BF16), inverse))
+    leave(dv, dS16)
+    read = do[...].astype(F32) * _spread(since, (TILE, C), 1)
+    missed = -dv * _spread(since, (TILE, C), 1)
+    return dS * gates[SINCE, C - 1] + _product((read.astype(BF16), q), (missed.astype(BF16), k))
+
+  widths = (C, q.shape[2])
+  whole = (q, k, P, inverse)
+  dS_before, dv, dS_after = _along("retreat", step, do, whole, gates, dS, widths, reverse=True)
+  return dv, dS_before, dS_after
+
+
+def _along(name, step, turned, whole, gates, S, widths, *, reverse: bool = False):
+  """One block of the grid for 64 columns of V: their S stays in registers from chunk to chunk.
+
+  Args:
+    name: of the kernel, in dumps and profiles.
+    step: (turned, *whole, gates, S, leave) -> S after a chunk, from references to its tiles; it calls
+      `leave` once, with tiles [TILE, width].
+    turned: [R, n V, C], each block reads its rows. whole: arrays [R, n C, width], which all blocks read.
+    S: [R, V, K] float32. widths: of what `step` leaves.
+
+  Returns:
+    S after the last chunk, and what was left, [R, n V, width] bfloat16 each.
+  """
+  R, V, _ = S.shape
+  n, tiles = whole[0].shape[1] // C, V // TILE
+  inputs = (turned, *whole, gates)
+
+  def kernel(*refs):
+    input_refs, (S_ref, S_after_ref), refs = _cut(refs, len(inputs), 2)
+    left_refs, left, _ = _cut(refs, len(widths), len(widths))
     r, tile = jax.lax.axis_index("row"), jax.lax.axis_index("tile")
     columns = pl.ds(tile * TILE, TILE)
 
-    def body(indices, q, k, v, P, inverse, gates, S):
-      since, until, b = (_gate(gates, row, COLUMN) for row in (SINCE, UNTIL, WRITE))
-      S16 = S.astype(BF16)
-      X = v[...].astype(F32) - _spread(since, (TILE, C), 1) * _product((S16, k.T))
-      E = _product((X.astype(BF16), inverse.T))
-      U = E * _spread(b, (TILE, C), 1)
-      seen = _product((S16, q.T)) * _spread(since, (TILE, C), 1)
-      out = (seen + _product((U.astype(BF16), P.T))).astype(BF16)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy of the chunk before
-      o[...] = out
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(o, o_ref.at[r, pl.ds((indices[0] * tiles + tile) * TILE, TILE)])
-      kept = (U * _spread(until, (TILE, C), 1)).astype(BF16)
-      return S * gates[SINCE, C - 1] + _product((kept, k))
+    def whole_at(i):
+      return (n - 1 - i if reverse else i), 0
 
-    spec = lambda rows, width, index=lambda i: (i, 0): plgpu.BlockSpec(  # noqa: E731
-      (rows, width), index, transforms=SWIZZLED
-    )
-    turned = lambda i: (i * tiles + tile, 0)  # noqa: E731
-    tile_spec = spec(TILE, C, turned)
+    def turned_at(i):
+      return whole_at(i)[0] * tiles + tile, 0
+
+    def body(indices, *tiles_and_S):
+      def leave(*values):
+        values = [x.astype(BF16) for x in values]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copies of the chunk before
+        for x, here in zip(values, left, strict=True):
+          here[...] = x
+        plgpu.commit_smem()
+        for here, there in zip(left, left_refs, strict=True):
+          plgpu.copy_smem_to_gmem(here, there.at[r, pl.ds(turned_at(indices[0])[0] * TILE, TILE)])
+
+      return step(*tiles_and_S, leave)
+
     pipeline = plgpu.emit_pipeline(
       body,
       grid=(n,),
       in_specs=[
-        spec(C, K),
-        spec(C, K),
-        tile_spec,
-        spec(C, C),
-        spec(C, C),
-        plgpu.BlockSpec((ROWS, C), lambda i: (i, 0)),
+        plgpu.BlockSpec((TILE, C), turned_at, transforms=SWIZZLED),
+        *(plgpu.BlockSpec((C, x.shape[2]), whole_at, transforms=SWIZZLED) for x in whole),
+        plgpu.BlockSpec((ROWS, C), whole_at),
       ],
       max_concurrent_steps=min(2, n),
       init_carry=plgpu.load(S_ref.at[r, columns], layout=plgpu.Layout.WGMMA, optimized=False),
     )
-    refs = (q_ref, k_ref, v_ref, P_ref, inverse_ref, gates_ref)
-    S_after_ref[r, columns] = pipeline(*(x.at[r] for x in refs))
+    S_after_ref[r, columns] = pipeline(*(x.at[r] for x in input_refs))
     plgpu.wait_smem_to_gmem(0)
 
+  kernel.__name__ = name
   return plgpu.kernel(
-    walk,
-    out_type=[jax.ShapeDtypeStruct(v.shape, BF16), jax.ShapeDtypeStruct(S.shape, F32)],
+    kernel,
+    out_type=[
+      jax.ShapeDtypeStruct(S.shape, F32),
+      *(jax.ShapeDtypeStruct((R, n * V, width), BF16) for width in widths),
+    ],
     grid=(tiles, R),
-    scratch_types=[_smem((TILE, C), BF16)],
+    scratch_types=[_smem((TILE, width), BF16) for width in widths],
     grid_names=("tile", "row"),
     compiler_params=LANE,
-  )(q, k, v, P, inverse, gates, S)
+  )(*inputs, S)
+
+
+def _cut(items, *sizes):
+  """The items in pieces of the given sizes, and the rest."""
+  pieces = []
+  for size in sizes:
+    pieces.append(items[:size])
+    items = items[size:]
+  return *pieces, items

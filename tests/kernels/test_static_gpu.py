@@ -21,6 +21,15 @@ def test_reads_a_report_of_ptxas():
     static_gpu.read_ptxas(REPORT.replace("registers", "things"))
 
 
+def test_pairs_the_dumps_of_a_kernel_by_name(tmp_path):
+  """Each kind of dump has a count of its own."""
+  for name, registers, shared, i in (("walk", 144, 9, 0), ("walk", 144, 9, 3), ("walk_keep", 77, 10, 1)):
+    (tmp_path / f"{name}_{i}.ptxas").write_text(REPORT.replace("144", str(registers)))
+    (tmp_path / f"{name}_{i + 2}.resources.txt").write_text(f"Resources(smem_scratch_bytes={shared}, x=1)")
+  want = [Kernel("walk", 64, "sm_90a", 144, 32, 9), Kernel("walk_keep", 64, "sm_90a", 77, 32, 10)]
+  assert static_gpu.read_dumps(tmp_path, 64) == want
+
+
 @pytest.mark.parametrize(
   "change,said",
   [
