@@ -97,7 +97,7 @@ def _forward(q, k, v, g, b, S):
   K, n = q.shape[3], _chunks(q)
   q, k, S = _widened(q, k, S)
   q, k, gates = _rows(q), _rows(k), _gates(g, b)
-  o, S_after = _walk(q, k, _columns(_rows(v), n), *_prepare(q, k, gates), gates, _flat(S).mT)
+  S_after, o = _walk(q, k, _columns(_rows(v), n), *_prepare(q, k, gates), gates, _flat(S).mT)
   return _unrows(_columns(o, n), v), S_after.mT.reshape(S.shape)[:, :, :K]
 
 
@@ -108,7 +108,7 @@ def _backward(q, k, v, g, b, S, do, dS):
   q, k, gates = _rows(q), _rows(k), _gates(g, b)
   v, do = (_columns(_rows(x.astype(BF16)), n) for x in (v, do))
   P, inverse = _prepare(q, k, gates)
-  _, S_after, E, met = _walk(q, k, v, P, inverse, gates, _flat(S).mT, keep=True)
+  S_after, E, met = _walk(q, k, v, P, inverse, gates, _flat(S).mT, keep=True)
   dv, dS_before, dS_after = _retreat(q, k, do, P, inverse, gates, _flat(dS).mT)
 
   chunked = lambda x: x.reshape(x.shape[0], n, -1, x.shape[-1])  # noqa: E731
@@ -283,26 +283,29 @@ def _walk(q, k, v, P, inverse, gates, S, *, keep: bool = False):
   """Along the chunks. v [B H, n V, C] and S [B H, V, K] are turned, and so are the results.
 
   Returns:
-    o [B H, n V, C] bfloat16 and S [B H, V, K] float32 after the last chunk; with `keep` also the errors
-    E [B H, n V, C] and the S that each chunk met [B H, n V, K], bfloat16.
+    S [B H, V, K] float32 after the last chunk, and o [B H, n V, C] bfloat16; with `keep` in place of o the
+    errors E [B H, n V, C] and the S that each chunk met [B H, n V, K], bfloat16.
   """
 
-  def step(v, q, k, P, inverse, gates, S, leave):
+  def step(v, k, inverse, *more):
+    *asked, gates, S, leave = more
     since, until, b = (_gate(gates, row, COLUMN) for row in (SINCE, UNTIL, WRITE))
     S16 = S.astype(BF16)
     X = v[...].astype(F32) - _spread(since, (TILE, C), 1) * _product((S16, k.T))
     E = _product((X.astype(BF16), inverse.T))
     U = E * _spread(b, (TILE, C), 1)
-    seen = _product((S16, q.T)) * _spread(since, (TILE, C), 1)
-    out = seen + _product((U.astype(BF16), P.T))
-    leave(out, *((E, S16) if keep else ()))
+    if keep:
+      leave(E, S16)
+    else:
+      q, P = asked
+      seen = _product((S16, q.T)) * _spread(since, (TILE, C), 1)
+      leave(seen + _product((U.astype(BF16), P.T)))
     kept = (U * _spread(until, (TILE, C), 1)).astype(BF16)
     return S * gates[SINCE, C - 1] + _product((kept, k))
 
-  widths = (C, C, q.shape[2]) if keep else (C,)
-  name = "walk_keep" if keep else "walk"
-  S_after, o, *kept = _along(name, step, v, (q, k, P, inverse), gates, S, widths)
-  return o, S_after, *kept
+  if keep:
+    return _along("walk_keep", step, v, (k, inverse), gates, S, (C, q.shape[2]))
+  return _along("walk", step, v, (k, inverse, q, P), gates, S, (C,))
 
 
 def _retreat(q, k, do, P, inverse, gates, dS):
