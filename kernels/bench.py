@@ -259,11 +259,17 @@ def write(out: Path, rows: Sequence[Row], text: str) -> None:
   """OUT.md and OUT.csv, again after every section, so that a race that is stopped leaves what it had."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".md").write_text(text, encoding="utf-8")
+  write_csv(out.with_suffix(".csv"), rows)
+
+
+def write_csv(path: Path, rows: Sequence) -> None:
+  """Dataclasses of one kind (at least one of them), a line each, under the names of their fields."""
   table = io.StringIO()
-  writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+  names = [field.name for field in dataclasses.fields(rows[0])]
+  writer = csv.DictWriter(table, names, lineterminator="\n")
   writer.writeheader()
   writer.writerows(map(dataclasses.asdict, rows))
-  out.with_suffix(".csv").write_text(table.getvalue(), encoding="utf-8")
+  path.write_text(table.getvalue(), encoding="utf-8")
 
 
 if __name__ == "__main__":
