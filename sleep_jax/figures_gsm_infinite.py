@@ -1,4 +1,4 @@
-"""GSM-Infinite after the paper's figure 4, from JSON lines alone: a panel a number of operations, a curve an N."""
+"""GSM-Infinite after the paper's figure 4, from JSON lines: a panel an operation count, a curve an N."""
 
 from collections.abc import Sequence
 

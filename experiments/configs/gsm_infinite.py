@@ -8,8 +8,8 @@
              proves that the parts fit, and learns little
     small    2-4 operations, 400-600 tokens, L = 256, 8 layers; for one GPU. Not run yet
     scratch  the paper's settings, from scratch instead of from a pretrained model: 1-8 operations, 2,000 to
-             3,300 tokens, L = 2000, batch 256, Muon 1e-3, the middle half of the blocks looped. Not run yet; the
-             paper fine-tunes 2 B parameters for 700 steps, which this does not match
+             3,300 tokens, L = 2000, batch 256, Muon 1e-3, the middle half of the blocks looped. Not run yet.
+             The paper fine-tunes 2 B parameters for 700 steps, which this does not match
 
 One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The presets for
 pretrained checkpoints (Jet-Nemotron, Ouro) need their importer and are not there yet.
