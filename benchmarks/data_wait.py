@@ -22,7 +22,7 @@ from sleep_jax.data import pipeline
 
 TRAINED = ("tiny",)  # small and scratch need an accelerator
 NOTES = (
-  "`data_wait`: time for which the loop stood still for a batch over all time of the steps, without compiling;"
+  "`data_wait`: time for which the loop stood still for a batch over all the steps' time, without compiling;"
   " an upper bound of what the device missed. The first step, which fills the pipeline, is not counted.",
   "`padding`: share of positions without a token. `tokens / s`: without pads, by the clock.",
   "Data alone: one process, CPU time, generator, tokens and placing in buckets.",
