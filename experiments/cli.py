@@ -5,6 +5,7 @@ overrides on the command line are data.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -26,11 +27,18 @@ DONE, FAILED, USER_MISTAKE, STOPPED = 0, 1, 2, 3
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
+@functools.cache
 def define_config_flag() -> flags.FlagHolder:
-  """The flag --config=FILE.py:PRESET, with --config.GROUP.FIELD=VALUE."""
+  """The flag --config=FILE.py:PRESET, with --config.GROUP.FIELD=VALUE; one for all mains of a process."""
   return config_flags.DEFINE_config_file(
     "config", None, "FILE.py:PRESET, executed; change fields with --config.GROUP.FIELD=VALUE"
   )
+
+
+@functools.cache
+def define_workdir_flag() -> flags.FlagHolder:
+  """The flag --workdir of a single run; one for all mains of a process."""
+  return flags.DEFINE_string("workdir", None, "the only place written to")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

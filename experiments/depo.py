@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import flags
 
 from experiments import cli
 from sleep_jax import answers, config, model, workdir
@@ -21,7 +20,7 @@ from sleep_jax import train as training
 from sleep_jax.data import depo
 
 CONFIG = cli.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+WORKDIR = cli.define_workdir_flag()
 
 
 def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:

@@ -13,7 +13,6 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from absl import flags
 from array_record.python import array_record_module
 
 from experiments import cli
@@ -21,7 +20,7 @@ from sleep_jax import config
 from sleep_jax.data.gsm_infinite import GsmInfiniteConfig, Problem, dataset, problem, statistics
 
 CONFIG = cli.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+WORKDIR = cli.define_workdir_flag()
 SHOWN = ("attempts", "tokens", "sentences", "N", "U", "S", "noise_share", "majority")
 
 

@@ -8,15 +8,13 @@ Rerunning the same command resumes; a finished run is left alone.
 import functools
 from typing import Any
 
-from absl import flags
-
 from experiments import cli
 from sleep_jax import config, model, workdir
 from sleep_jax import train as training
 from sleep_jax.data import rule110
 
 CONFIG = cli.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+WORKDIR = cli.define_workdir_flag()
 
 
 def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:

@@ -13,8 +13,8 @@ from experiments import cli
 from sleep_jax import config, metrics
 from sleep_jax.workdir import Workdir
 
-# What a run starts with, unless the caller's environment says otherwise. The C library reads the second when a
-# process begins: large pages, which make a training step on a CPU about 1.6 times as fast (benchmarks/README.md).
+# What a run starts with, unless the caller's environment says otherwise. The C library reads the second when
+# a process begins: large pages, with which a training step on a CPU takes 0.6 of the time (see benchmarks).
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 

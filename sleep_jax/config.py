@@ -2,48 +2,37 @@
 
 `ml_collections` lives at the command line only. One line later `from_dict` turns what it holds
 into these dataclasses, which are hashable (so they can be static arguments of `jax.jit`) and
-are all that the library ever sees.
+are all that the library ever sees. Checks and conversion are those of `schema`, named here again so that
+a caller needs one module.
 """
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sleep_jax.schema import ConfigError, above, at_least, check, from_dict, nearest, one_of, replace, to_dict
 
-class ConfigError(ValueError):
-  """A mistake in a config: one line that names the field, what was wrong and what would be right."""
+__all__ = [
+  "ATTENTION",
+  "AttentionConfig",
+  "Config",
+  "ConfigError",
+  "FastConfig",
+  "MeshConfig",
+  "ModelConfig",
+  "OptimConfig",
+  "SleepConfig",
+  "TrainConfig",
+  "above",
+  "at_least",
+  "check",
+  "from_dict",
+  "nearest",
+  "one_of",
+  "replace",
+  "to_dict",
+]
 
-
-def check(condition: bool, field: str, problem: str) -> None:
-  """Raises `ConfigError("field: problem")` unless `condition` holds."""
-  if not condition:
-    raise ConfigError(f"{field}: {problem}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-  """A clause that offers the nearest known name: `did you mean "x"?` or `known: a, b`."""
-  known = list(known)
-  close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-  return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
-
-
-def one_of(value: str, known: Iterable[str], field: str) -> None:
-  """Raises `ConfigError` unless `value` is one of `known`."""
-  known = tuple(known)
-  check(value in known, field, f"unknown value {value!r}; {nearest(str(value), known)}")
-
-
-def at_least(value: float, least: float, field: str) -> None:
-  """Raises `ConfigError` unless `value >= least`."""
-  check(value >= least, field, f"must be at least {least}, got {value}")
-
-
-def above(value: float, bound: float, field: str) -> None:
-  """Raises `ConfigError` unless `value > bound`."""
-  check(value > bound, field, f"must be above {bound}, got {value}")
+ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +45,8 @@ class AttentionConfig:
     head_dim: width of a head. None: `embed_dim / num_heads`, which must divide.
     rope_theta: base of the rotary angles.
     qk_norm: RMSNorm on queries and keys, per head.
+    bias: added to queries, keys and values.
+    swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
   """
 
   num_heads: int = 4
@@ -63,6 +54,8 @@ class AttentionConfig:
   head_dim: int | None = None
   rope_theta: float = 10_000.0
   qk_norm: bool = True
+  bias: bool = False
+  swa_window: int | None = None
 
   def __post_init__(self):
     at_least(self.num_heads, 1, "model.attention.num_heads")
@@ -77,6 +70,8 @@ class AttentionConfig:
       at_least(self.head_dim, 2, "model.attention.head_dim")
       check(self.head_dim % 2 == 0, "model.attention.head_dim", f"must be even for RoPE, got {self.head_dim}")
     above(self.rope_theta, 0, "model.attention.rope_theta")
+    if self.swa_window is not None:
+      at_least(self.swa_window, 1, "model.attention.swa_window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +82,10 @@ class FastConfig:
     num_heads: H.
     key_dim: K, width of a key and query of one head.
     value_dim: V, width of a value of one head.
-    conv_size: taps of the short causal convolution on q, k and v; 0 for none.
+    conv_size: taps of the short causal convolution on q, k and v; 0 for none. In a `jet` block, taps of the
+      dynamic convolution on v; at least 1.
+    generator_reduction: a `jet` block generates its taps through a layer of num_heads * value_dim divided
+      by this.
     conv_context: what of the convolution survives eviction. `carry`: its last `conv_size - 1` inputs,
       as part of the recurrent state, so that a window's first tokens see the last ones of the window
       before. `reset`: nothing, so that S alone crosses the border (strict eviction).
@@ -101,6 +99,7 @@ class FastConfig:
   key_dim: int = 64
   value_dim: int = 64
   conv_size: int = 4
+  generator_reduction: int = 8
   conv_context: str = "carry"
   decay_init: tuple[float, float] = (1.0, 16.0)
   kernel: str | None = None
@@ -109,6 +108,7 @@ class FastConfig:
     for name in ("num_heads", "key_dim", "value_dim"):
       at_least(getattr(self, name), 1, f"model.fast.{name}")
     at_least(self.conv_size, 0, "model.fast.conv_size")
+    at_least(self.generator_reduction, 1, "model.fast.generator_reduction")
     one_of(self.conv_context, ("carry", "reset"), "model.fast.conv_context")
     low, high = self.decay_init
     check(0 < low <= high, "model.fast.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
@@ -122,12 +122,27 @@ class ModelConfig:
     vocab_size: tokens.
     embed_dim: D.
     mlp_dim: hidden width of the SwiGLU MLP. None: 2 D.
-    blocks: the mixer of each block, from first to last: `attn`, or a rule by which fast weights are
-      written (`gdn`, `hebbian`, or one that `fast_weights.RULES` was given).
+    blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`), or
+      a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, or one that `fast_weights.RULES`
+      was given).
+    without_mlp: numbers of blocks that are a mixer behind its norm and no more: a memory added to a
+      pretrained model.
     window: L, tokens that attention holds before they are consolidated and evicted.
-    eviction: `hard`: the whole window goes.
+    eviction: `hard`: the whole window goes. `sliding`: the newest L - 1 tokens stay in the cache, and every
+      token sees the newest L, itself included.
     embed_std: standard deviation of the embedding at the start. Loops train soonest with 1.0.
     norm_eps: epsilon of the RMSNorms on the residual stream.
+    norm_placement: `pre`: of what a mixer or MLP reads; `sandwich`: of what it adds, too.
+    norm_cast: when an RMSNorm rounds to the activation dtype: `last`, after the product with its weight, or
+      `first`, before it.
+    loop_norm: the final norm after every pass; the next pass reads what it gives.
+    tied_embeddings: the head is the embedding, transposed.
+    predict_passes: passes over the blocks when awake; 1 unless the model was trained as a looped one.
+    pass_cache: with several passes awake, `own`: each attends to its own keys; `shared`: one cache, which
+      holds what the last pass left, and a token's own pass sees only its own keys beside it.
+    exit_gate: a gate that says after each pass awake how likely a token leaves there.
+    exit_threshold: a token leaves after the first pass at which the exit probabilities sum up to this.
+      None: after the last one.
     dtype: of activations, `float32` or `bfloat16`. S, gates, norms and logits are float32 always.
   """
 
@@ -135,10 +150,19 @@ class ModelConfig:
   embed_dim: int = 256
   mlp_dim: int | None = None
   blocks: tuple[str, ...] = ("attn", "gdn", "attn", "gdn")
+  without_mlp: tuple[int, ...] = ()
   window: int = 24
   eviction: str = "hard"
   embed_std: float = 1.0
   norm_eps: float = 1e-6
+  norm_placement: str = "pre"
+  norm_cast: str = "last"
+  loop_norm: bool = False
+  tied_embeddings: bool = False
+  predict_passes: int = 1
+  pass_cache: str = "own"
+  exit_gate: bool = False
+  exit_threshold: float | None = None
   dtype: str = "float32"
   attention: AttentionConfig = AttentionConfig()
   fast: FastConfig = FastConfig()
@@ -150,11 +174,35 @@ class ModelConfig:
       at_least(self.mlp_dim, 1, "model.mlp_dim")
     at_least(len(self.blocks), 1, "model.blocks")
     at_least(self.window, 1, "model.window")
-    one_of(self.eviction, ("hard",), "model.eviction")
+    one_of(self.eviction, ("hard", "sliding"), "model.eviction")
     above(self.embed_std, 0, "model.embed_std")
     above(self.norm_eps, 0, "model.norm_eps")
     one_of(self.dtype, ("float32", "bfloat16"), "model.dtype")
-    if "attn" in self.blocks and self.attention.head_dim is None:
+    one_of(self.norm_placement, ("pre", "sandwich"), "model.norm_placement")
+    one_of(self.norm_cast, ("last", "first"), "model.norm_cast")
+    for i in self.without_mlp:
+      last = len(self.blocks) - 1
+      check(0 <= i <= last, "model.without_mlp", f"must be numbers of blocks, 0..{last}, got {i}")
+    self._check_passes()
+    if "swa" in self.blocks:
+      near = self.attention.swa_window
+      check(near is not None, "model.attention.swa_window", "is required where model.blocks has `swa`")
+      check(
+        self.window >= near,
+        "model.window",
+        f"must be at least model.attention.swa_window = {near}, got {self.window}",
+      )
+    if "jet" in self.blocks:
+      check(
+        self.fast.conv_size >= 1, "model.fast.conv_size", "must be at least 1 where model.blocks has `jet`"
+      )
+      width, divisor = self.fast.num_heads * self.fast.value_dim, self.fast.generator_reduction
+      check(
+        divisor <= width,
+        "model.fast.generator_reduction",
+        f"must be at most {width} (num_heads * value_dim), got {divisor}",
+      )
+    if set(self.blocks) & set(ATTENTION) and self.attention.head_dim is None:
       heads = self.attention.num_heads
       check(
         self.embed_dim % heads == 0,
@@ -165,6 +213,29 @@ class ModelConfig:
         self.embed_dim // heads % 2 == 0,
         "model.attention.head_dim",
         f"must be even for RoPE, got {self.embed_dim} / {heads}",
+      )
+
+  def _check_passes(self) -> None:
+    at_least(self.predict_passes, 1, "model.predict_passes")
+    one_of(self.pass_cache, ("own", "shared"), "model.pass_cache")
+    memory = [kind for kind in self.blocks if kind not in ATTENTION]
+    check(
+      self.predict_passes == 1 or not memory,
+      "model.predict_passes",
+      f"must be 1 beside fast weights ({', '.join(dict.fromkeys(memory))}): in a second pass awake a token"
+      f" would read what later tokens wrote in the first; got {self.predict_passes}",
+    )
+    check(
+      self.predict_passes == 1 or self.eviction == "hard",
+      "model.predict_passes",
+      f"must be 1 under sliding eviction, which keeps one pass awake; got {self.predict_passes}",
+    )
+    if self.exit_threshold is not None:
+      check(self.exit_gate, "model.exit_threshold", "needs model.exit_gate")
+      check(
+        0 < self.exit_threshold <= 1,
+        "model.exit_threshold",
+        f"must lie in (0, 1] or be left out, got {self.exit_threshold}",
       )
 
   @property
@@ -187,6 +258,10 @@ class SleepConfig:
     backprop_passes: k, gradients flow through the last k passes only. None: through all of them.
     first_block, last_block: blocks first_block .. last_block - 1 are repeated; those before run once
       (prelude), those after run once (coda); all of them write. None: up to the last block.
+    state: what a pass starts from: `carry`, the S that the pass before left, or `reset`, the S that the
+      window began with, so that only the last pass's write survives (LT2, arXiv 2605.20670).
+    kept: whose keys and values stay under sliding eviction: those of the `last` pass, which all passes
+      over the next window see, or of `each`, where pass n sees those of pass n (N caches a looped block).
     remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`
       (keep the input of each block), `pass` (and of each pass), `window` (and S at each window).
     loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
@@ -197,6 +272,8 @@ class SleepConfig:
   backprop_passes: int | None = None
   first_block: int = 0
   last_block: int | None = None
+  state: str = "carry"
+  kept: str = "last"
   remat: str = "none"
   loops: str = "scan"
 
@@ -212,6 +289,8 @@ class SleepConfig:
     at_least(self.first_block, 0, "sleep.first_block")
     if self.last_block is not None:
       above(self.last_block, self.first_block, "sleep.last_block")
+    one_of(self.state, ("carry", "reset"), "sleep.state")
+    one_of(self.kept, ("last", "each"), "sleep.kept")
     one_of(self.remat, ("none", "block", "pass", "window"), "sleep.remat")
     one_of(self.loops, ("scan", "unroll"), "sleep.loops")
 
@@ -337,84 +416,3 @@ class Config:
       "sleep.first_block",
       f"must be below {len(self.model.blocks)} (the number of model.blocks), got {first}",
     )
-
-
-def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
-  """Builds a config dataclass from nested mappings.
-
-  Args:
-    cls: a dataclass of this module, or a task's own.
-    values: field name -> value; a mapping where the field is itself a config.
-    path: dotted name of `values` in the whole, for messages.
-
-  Returns:
-    An instance of `cls`, checked.
-
-  Raises:
-    ConfigError: for an unknown or missing field, a value of the wrong type, or one that the
-      dataclass refuses; one line.
-  """
-  hints = typing.get_type_hints(cls)
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  built = {}
-  for name, value in values.items():
-    here = f"{path}{name}"
-    check(name in fields, here, f"no such field; {nearest(name, fields)}")
-    built[name] = _convert(hints[name], value, here)
-  for name, field in fields.items():
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-      check(name in built, f"{path}{name}", "is required")
-  return cls(**built)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """The config as nested plain data, for JSON; `from_dict` reads it back."""
-  return dataclasses.asdict(config)
-
-
-def replace(config: Any, **changes: Any) -> Any:
-  """A copy with nested fields changed: `replace(c, sleep={"num_passes": 2}, seed=1)`."""
-  flat = {}
-  for name, value in changes.items():
-    old = getattr(config, name)
-    nested = dataclasses.is_dataclass(old) and isinstance(value, Mapping)
-    flat[name] = replace(old, **value) if nested else value
-  return dataclasses.replace(config, **flat)
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-  """`value` as the type `hint`; lists become tuples, whole numbers floats; nothing else is changed."""
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin in (types.UnionType, typing.Union):
-    if value is None and type(None) in args:
-      return None
-    return _convert(next(a for a in args if a is not type(None)), value, path)
-  if dataclasses.is_dataclass(hint):
-    if isinstance(value, hint):
-      return value
-    check(isinstance(value, Mapping), path, f"must be a group of fields, got {value!r}")
-    return from_dict(hint, value, f"{path}.")
-  if origin is tuple:
-    check(isinstance(value, (tuple, list)), path, f"must be a list, got {value!r}")
-    if len(args) == 2 and args[1] is Ellipsis:
-      return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    check(len(value) == len(args), path, f"must have {len(args)} values, got {len(value)}")
-    return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-  if hint is float:
-    check(
-      isinstance(value, (int, float)) and not isinstance(value, bool),
-      path,
-      f"must be a number, got {value!r}",
-    )
-    return float(value)
-  if hint is int:
-    check(
-      isinstance(value, int) and not isinstance(value, bool), path, f"must be a whole number, got {value!r}"
-    )
-    return value
-  if hint in (str, bool):
-    check(
-      isinstance(value, hint), path, f"must be {'text' if hint is str else 'true or false'}, got {value!r}"
-    )
-    return value
-  return value

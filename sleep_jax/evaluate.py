@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import blocks, model
-from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
 
 COST_ROUNDS = 30
 
@@ -107,8 +107,8 @@ def sleep_changes(
     Block -> [windows][passes] of ||S_after - S_before|| / ||S_after||: Frobenius over all heads, mean over
     the batch.
   """
-  state = model.init_state(cfg, batch.inputs.shape[0])
-  changes: dict[str, list[list[float]]] = {i: [] for i in state}
+  state = model.init_state(cfg, batch.inputs.shape[0], sleep_cfg)
+  changes: dict[str, list[list[float]]] = {i: [] for i in state if cfg.blocks[int(i)] not in ATTENTION}
 
   @jax.jit
   def passes(weights, state, tokens, valid):
@@ -117,7 +117,7 @@ def sleep_changes(
       so_far = dataclasses.replace(sleep_cfg, num_passes=n, backprop_passes=None, remat="none")
       done.append(model.consolidate(weights, tokens, state, cfg, so_far, valid=valid))
     return done[-1], [
-      {i: _change(a[i].S, b[i].S) for i in state} for a, b in zip(done, done[1:], strict=False)
+      {i: _change(a[i].S, b[i].S) for i in changes} for a, b in zip(done, done[1:], strict=False)
     ]
 
   @jax.jit
@@ -146,7 +146,7 @@ def cost(weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> dic
     sleep_ms_per_window: one window of L tokens slept on, N passes.
     state_bytes: what is kept of everything read so far.
   """
-  state = model.init_state(cfg, 1)
+  state = model.init_state(cfg, 1, sleep_cfg)
   cache = blocks.init_cache(cfg, 1)
   token, window = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, cfg.window), jnp.int32)
   plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
@@ -155,13 +155,13 @@ def cost(weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> dic
   return {
     "wake_ms_per_answer": _median_ms(awake, weights, state, cache),
     "sleep_ms_per_window": _median_ms(asleep, weights, state),
-    "state_bytes": state_bytes(cfg),
+    "state_bytes": state_bytes(cfg, sleep_cfg),
   }
 
 
-def state_bytes(cfg: ModelConfig) -> int:
-  """Bytes of one sequence's state: fast weights and convolution inputs."""
-  state = jax.eval_shape(lambda: model.init_state(cfg, 1))
+def state_bytes(cfg: ModelConfig, sleep_cfg: SleepConfig | None = None) -> int:
+  """Bytes of one sequence's state: fast weights, convolution inputs and what sliding eviction keeps."""
+  state = jax.eval_shape(lambda: model.init_state(cfg, 1, sleep_cfg))
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

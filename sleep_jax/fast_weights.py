@@ -3,7 +3,8 @@
 A *rule* is how S is written, nothing more: `(q, k, v, g, b, S, *, mask, implementation) -> (o, S)`
 with q, k `[B, T, H, K]`, v `[B, T, H, V]`, log decay g and write strength b `[B, T, H]` in float32.
 The layer around it is that of Gated DeltaNet (arXiv 2412.06464) for every rule, so that a comparison
-of rules compares rules. A rule of your own is one entry in `RULES`; its name is then a block name.
+of rules compares rules; `jet` alone convolves otherwise, as Jet-Nemotron's blocks do. A rule of your own is
+one entry in `RULES`; its name is then a block name.
 """
 
 import functools
@@ -23,7 +24,9 @@ Rule = Callable[..., tuple[jax.Array, jax.Array]]
 RULES: dict[str, Rule] = {
   "gdn": gated_delta,  # S <- exp(g) S + b k (v - exp(g) S^T k)^T
   "hebbian": gated_hebbian,  # S <- exp(g) S + b k v^T, equation 3 of arXiv 2605.26099
+  "jet": gated_delta,  # as gdn; the layer around it convolves v alone, dynamically
 }
+DYNAMIC = ("jet",)  # layers of JetBlock's form (arXiv 2508.15884): see `declare`
 
 OUT_NORM_EPS = 1e-5
 
@@ -34,16 +37,21 @@ class FastWeights:
 
   Attributes:
     S: fast weights [B, H, K, V], float32.
-    context: the last c - 1 inputs of the short convolutions on q, k and v, [B, c-1, H, K + K + V], in
-      the activation dtype; None without a convolution.
+    context: the last c - 1 inputs of the short convolutions on q, k and v, [B, c-1, H, K + K + V], or of
+      the dynamic one on v, [B, c-1, H, V], in the activation dtype; None without a convolution.
   """
 
   S: jax.Array
   context: jax.Array | None = None
 
 
-def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
-  """The weights of one fast-weight mixer."""
+def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
+  """The weights of one fast-weight mixer.
+
+  A layer in `DYNAMIC` has no convolution on q and k. That on v has taps of each token's own,
+  silu(x W_1) W_2 + b_2. At the start W_2 is small and b_2 passes the current token on: with both
+  matrices zero, as they are published, neither would ever get a gradient.
+  """
   d, fast = cfg.embed_dim, cfg.fast
   heads, key, value, taps = fast.num_heads, fast.key_dim, fast.value_dim, fast.conv_size
   into, per_head = ("w_embed", "heads", "head_dim"), ("w_embed", "heads")
@@ -60,21 +68,29 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
     "dt_bias": params.Weight((heads,), ("heads",), _softplus_inverse_of_step, decay=False),
     "out_norm": params.scale(value),
   }
-  if taps:
+  if kind in DYNAMIC:
+    hidden = heads * value // fast.generator_reduction
+    to_taps = (None, "heads", "head_dim", None)
+    weights |= {
+      "conv_w1": params.matrix(d, hidden, axes=("w_embed", None)),
+      "conv_w2": params.Weight((hidden, heads, value, taps), to_taps, params.normal(0.02), group="muon"),
+      "conv_b2": params.Weight((heads, value, taps), to_taps[1:], _last_tap, decay=False),
+    }
+  elif taps:
     conv = (None, "heads", "head_dim")
     for name, width in (("q", key), ("k", key), ("v", value)):
       weights[f"{name}_conv"] = params.Weight((taps, heads, width), conv, params.normal(taps**-0.5))
   return weights
 
 
-def init_state(cfg: ModelConfig, batch: int) -> FastWeights:
+def init_state(cfg: ModelConfig, batch: int, kind: str = "gdn") -> FastWeights:
   """The state at the start of a sequence: all zero."""
   fast, per_head = cfg.fast, ("heads", "head_dim")
   S = jnp.zeros((batch, fast.num_heads, fast.key_dim, fast.value_dim), jnp.float32)
   S = sharding.constrain(S, ("batch", *per_head, "head_dim"))
   if not fast.conv_size:
     return FastWeights(S)
-  width = 2 * fast.key_dim + fast.value_dim
+  width = fast.value_dim if kind in DYNAMIC else 2 * fast.key_dim + fast.value_dim
   context = jnp.zeros((batch, fast.conv_size - 1, fast.num_heads, width), cfg.dtype)
   return FastWeights(S, sharding.constrain(context, ("batch", "seq", *per_head)))
 
@@ -122,10 +138,14 @@ def fast_weights(
     x, _joined(weights, "q", "k", "v", "gate"), heads
   )  # one large product, not four
   qkv, gate = jnp.split(qkv_and_gate, [sum(widths)], axis=-1)
+  if fast.conv_size and valid is not None:
+    qkv = jnp.where(valid[:, :, None, None], qkv, 0)
   context = None
-  if fast.conv_size:
-    if valid is not None:
-      qkv = jnp.where(valid[:, :, None, None], qkv, 0)
+  if "conv_w1" in weights:
+    qk, v = jnp.split(qkv, [sum(widths[:2])], axis=-1)
+    v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
+    qkv = jnp.concatenate([qk, v], axis=-1)
+  elif fast.conv_size:
     qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
   q, k, v = jnp.split(jax.nn.silu(qkv), [widths[0], sum(widths[:2])], axis=-1)
   q = layers.l2_normalize(q) * fast.key_dim**-0.5
@@ -139,6 +159,13 @@ def fast_weights(
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
   o = (o * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
   return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+
+
+def _generated_taps(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+  """Taps of the dynamic convolution, one set a token: [B, T, H, V, c] in x's dtype."""
+  hidden = jax.nn.silu(layers.dense(x, weights["conv_w1"], ("batch", "seq", None)))
+  taps = layers.dense(hidden, weights["conv_w2"], ("batch", "seq", "heads", "head_dim", None))
+  return taps + weights["conv_b2"].astype(x.dtype)
 
 
 def _joined(weights: dict[str, jax.Array], *names: str) -> jax.Array:
@@ -160,3 +187,9 @@ def _softplus_inverse_of_step(key, shape, dtype):
   """x with softplus(x) log-uniform on (1e-3, 1e-1): the usual start of `dt_bias`."""
   step = jnp.exp(jax.random.uniform(key, shape, dtype, minval=jnp.log(1e-3), maxval=jnp.log(1e-1)))
   return step + jnp.log(-jnp.expm1(-step))
+
+
+def _last_tap(key, shape, dtype):
+  """A convolution that passes the current token on."""
+  del key
+  return jnp.zeros(shape, dtype).at[..., -1].set(1)

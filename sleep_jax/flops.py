@@ -6,7 +6,7 @@ import math
 import jax
 
 from sleep_jax import model, params
-from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
 
 CHUNK = 64  # of the fast-weight kernels; shorter windows are one chunk
 TRAIN_FACTOR = 3  # a backward pass is two forward passes; recomputation (remat) is not useful work
@@ -49,7 +49,7 @@ def per_sequence(segments: model.Plan, cfg: ModelConfig, sleep_cfg: SleepConfig)
     by_block = [_block(kind, i, segment.length, cfg) * segment.count for i, kind in enumerate(cfg.blocks)]
     if segment.reads:
       head = 2 * cfg.embed_dim * cfg.vocab_size * len(segment.reads) * segment.count
-      awake += sum(by_block) + head
+      awake += cfg.predict_passes * sum(by_block) + head
     else:
       looped = sum(by_block[sleep_cfg.first_block : last])
       asleep += sum(by_block) + (sleep_cfg.num_passes - 1) * looped
@@ -60,8 +60,12 @@ def _block(kind: str, index: int, length: int, cfg: ModelConfig) -> float:
   """One pass of one block over a window of `length` tokens."""
   declared = jax.tree.leaves(model.declare(cfg)["blocks"][str(index)], is_leaf=params.is_weight)
   dense = sum(2 * math.prod(w.shape) for w in declared if w.group == "muon")
-  if kind == "attn":
-    mixing = 2 * cfg.attention.num_heads * cfg.head_dim * length  # scores and values, the causal half
+  if kind in ATTENTION:
+    near = length if kind == "attn" else min(length, cfg.attention.swa_window)
+    seen = near - near**2 / (2 * length)  # keys a query, on average over the window
+    if cfg.eviction == "sliding":  # what was kept fills every query's reach
+      seen = cfg.window if kind == "attn" else min(cfg.window, cfg.attention.swa_window)
+    mixing = 4 * cfg.attention.num_heads * cfg.head_dim * seen  # scores and values
   else:
     chunk, fast = min(length, CHUNK), cfg.fast
     mixing = (

@@ -24,11 +24,18 @@ def dense(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int 
   return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
 
 
-def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
-  """w * x / sqrt(mean(x^2) + eps) over the last axis; float32 inside, the product with w too."""
+def rms_norm(x: jax.Array, w: jax.Array, eps: float, cast: str = "last") -> jax.Array:
+  """w * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype.
+
+  Computed in float32 and rounded once, the product with w included; or with cast = "first" rounded before
+  that product and again after it. In bfloat16 the two differ in the last bit, and published models in which
+  they use.
+  """
   x32 = x.astype(jnp.float32)
-  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-  return (w * x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  if cast == "first":
+    return w.astype(x.dtype) * (x32 * scale).astype(x.dtype)
+  return (w * x32 * scale).astype(x.dtype)
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -79,3 +86,23 @@ def short_conv(x: jax.Array, w: jax.Array, context: jax.Array) -> tuple[jax.Arra
   padded = jnp.concatenate([context, x], axis=1)
   y = sum(w[i] * padded[:, i : i + length].astype(jnp.float32) for i in range(taps))
   return y.astype(x.dtype), padded[:, length:]
+
+
+def dynamic_conv(x: jax.Array, kernels: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Causal depthwise convolution with taps of each token's own: y_t = sum_i w_{t,i} x_{t - (c-1) + i}.
+
+  Args:
+    x: inputs, [B, T, H, V].
+    kernels: c taps a token and channel, [B, T, H, V, c]; the last one meets the current token.
+    context: the c - 1 inputs before x, [B, c-1, H, V].
+
+  Returns:
+    y [B, T, H, V] in x's dtype (float32 inside), and the last c - 1 inputs, which are the context
+    of what comes next.
+  """
+  length, taps = x.shape[1], kernels.shape[-1]
+  padded = jnp.concatenate([context, x], axis=1)
+  products = (
+    kernels[..., i].astype(jnp.float32) * padded[:, i : i + length].astype(jnp.float32) for i in range(taps)
+  )
+  return sum(products).astype(x.dtype), padded[:, length:]

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, layers, params, sharding
+from sleep_jax import blocks, eviction, layers, params, passes, sharding
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 from sleep_jax.sleep import loop, sleep
 
 Params = dict[str, Any]
+State = eviction.State
 
 
 @flax.struct.dataclass
@@ -103,12 +104,17 @@ def answer_positions(segments: Plan) -> np.ndarray:
 def declare(cfg: ModelConfig) -> dict[str, Any]:
   """All slow weights of the model, as a nested dict of `params.Weight`."""
   d, vocab = cfg.embed_dim, cfg.vocab_size
-  return {
+  declared = {
     "embed": params.Weight((vocab, d), ("vocab", None), params.normal(cfg.embed_std)),
     "blocks": blocks.declare(cfg),
     "final_norm": params.scale(d),
-    "head": params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5)),
   }
+  if not cfg.tied_embeddings:
+    declared["head"] = params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5))
+  if cfg.exit_gate:
+    gate = params.Weight((d, 1), ("w_embed", None), params.normal(d**-0.5))
+    declared["exit_gate"] = {"w": gate, "b": params.bias(1, axes=(None,))}
+  return declared
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
@@ -116,9 +122,14 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
   return params.init(declare(cfg), key)
 
 
-def init_state(cfg: ModelConfig, batch: int) -> blocks.State:
-  """The fast weights at the start of a sequence: zero."""
-  return blocks.init_state(cfg, batch)
+def init_state(cfg: ModelConfig, batch: int, sleep_cfg: SleepConfig | None = None) -> State:
+  """The state at the start of a sequence: fast weights zero and, under sliding eviction, caches empty.
+
+  Args:
+    sleep_cfg: how the sequence will be slept on; matters with `kept` = `each`, which needs N caches. None:
+      the default.
+  """
+  return eviction.init_state(cfg, batch, sleep_cfg or SleepConfig())
 
 
 def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -129,105 +140,125 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
-  h = layers.rms_norm(h, weights["final_norm"], cfg.norm_eps)
-  return layers.dense(h, weights["head"], ("batch", "seq", "vocab")).astype(jnp.float32)
+  head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
+  h = passes.normed(weights, h, cfg)
+  return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
 
 
 def consolidate(
   weights: Params,
   tokens: jax.Array,
-  state: blocks.State,
+  state: State,
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
   *,
   valid: jax.Array | None = None,
-) -> blocks.State:
-  """Sleeps on one window; its hidden states and its attention cache are dropped, the state stays.
+) -> State:
+  """Sleeps on one window; its hidden states are dropped, and of its attention cache all that is not kept.
 
   Args:
     tokens: [B, L] or shorter.
-    state: fast weights on entry.
+    state: fast weights on entry, and what was kept.
     valid: [B, L] bool, False for pads. None: all valid.
 
   Returns:
-    The fast weights after N passes.
+    The state after N passes.
   """
   first, last = sleep_cfg.first_block, sleep_cfg.last_block or len(cfg.blocks)
   unroll, remat = sleep_cfg.loops == "unroll", sleep_cfg.remat
-  start = blocks.open_window(state, cfg)
+  start = blocks.open_window(eviction.of_first_pass(state), cfg)
+  own = eviction.of_each_pass(state, sleep_cfg.num_passes)
 
   def run(h, state, **which):
     h, state, _ = blocks.run(weights["blocks"], h, state, cfg, valid=valid, remat=remat != "none", **which)
     return h, state
 
-  def one_pass(h, looped):
-    h, after = run(h, start | blocks.reopen(looped, start), first=first, last=last)
-    return h, {i: after[i] for i in looped}
+  def one_pass(h, looped, own):
+    before = {} if sleep_cfg.state == "reset" else blocks.reopen(looped, start)
+    h, after = run(h, start | before | own, first=first, last=last)
+    if cfg.loop_norm:
+      h = passes.normed(weights, h, cfg)
+    return h, {i: after[i] for i in looped}, {i: after[i] for i in own}
 
-  h, state = run(embed(weights, tokens, cfg), start, last=first)
-  h, looped = sleep(
+  h, after = run(embed(weights, tokens, cfg), start, last=first)
+  h, looped, own = sleep(
     one_pass,
     h,
-    {i: s for i, s in state.items() if first <= int(i) < last},
+    {i: s for i, s in after.items() if first <= int(i) < last and i not in own},
     num_passes=sleep_cfg.num_passes,
     backprop_passes=sleep_cfg.backprop_passes,
     remat=remat in ("pass", "window"),
     unroll=unroll,
+    own=own,
   )
-  _, state = run(h, state | looped, first=last)
-  return state
+  _, after = run(h, after | looped, first=last)
+  return eviction.left(state, after, own)
 
 
 def predict(
   weights: Params,
   tokens: jax.Array,
-  state: blocks.State,
+  state: State,
   cfg: ModelConfig,
   *,
   reads: Sequence[int] | None = None,
   valid: jax.Array | None = None,
   remat: bool = False,
-) -> tuple[jax.Array, blocks.State]:
-  """Reads one window awake, in a single pass.
+) -> tuple[jax.Array, State]:
+  """Reads one window awake, in a single pass (`predict_passes` for a model that was trained looped).
 
   Args:
     tokens: [B, L] or shorter.
-    state: fast weights on entry.
+    state: fast weights on entry, and what was kept.
     reads: positions whose logits are wanted. None: all.
     valid: [B, L] bool, False for pads. None: all valid.
     remat: keep only each block's input for the way back.
 
   Returns:
-    Logits [B, M, vocab] float32 at `reads`, and the fast weights after the window.
+    Logits [B, M, vocab] float32 at `reads`, and the state after the window.
   """
-  state = blocks.open_window(state, cfg)
+  start = blocks.open_window(eviction.of_first_pass(state), cfg)
   h = embed(weights, tokens, cfg)
-  h, state, _ = blocks.run(weights["blocks"], h, state, cfg, valid=valid, remat=remat)
+  outs, after, _ = passes.read(weights, h, start, cfg, valid=valid, remat=remat)
   if reads is not None and tuple(reads) != tuple(range(h.shape[1])):
-    h = h[:, np.asarray(reads)]
-  return logits_of(weights, h, cfg), state
+    outs = [h[:, np.asarray(reads)] for h in outs]
+  return logits_of(weights, passes.leave(weights, outs, cfg), cfg), eviction.left(state, after)
+
+
+def open_window(state: State, cfg: ModelConfig, batch: int) -> tuple[blocks.State, blocks.Cache]:
+  """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept."""
+  start = blocks.open_window(eviction.of_first_pass(state), cfg)
+  cache = blocks.init_cache(cfg, batch, start)
+  return {i: s for i, s in start.items() if i not in cache}, cache
 
 
 def decode(
-  weights: Params, tokens: jax.Array, state: blocks.State, cache: blocks.Cache, cfg: ModelConfig
+  weights: Params,
+  tokens: jax.Array,
+  state: blocks.State,
+  cache: blocks.Cache,
+  cfg: ModelConfig,
+  *,
+  valid: jax.Array | None = None,
 ) -> tuple[jax.Array, blocks.State, blocks.Cache]:
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
 
   Args:
     tokens: [B, T], T >= 1; together with the cache at most L.
-    state, cache: as the tokens before left them; `blocks.open_window` and `blocks.init_cache` at first.
+    state, cache: as the tokens before left them; from `open_window` at first.
+    valid: [B, T] bool, False for pads. None: all valid.
 
   Returns:
     Logits [B, T, vocab] float32, state and cache.
   """
   h = embed(weights, tokens, cfg)
-  h, state, cache = blocks.run(weights["blocks"], h, state, cfg, cache=cache)
-  return logits_of(weights, h, cfg), state, cache
+  outs, state, cache = passes.read(weights, h, state, cfg, valid=valid, cache=cache)
+  return logits_of(weights, passes.leave(weights, outs, cfg), cfg), state, cache
 
 
 def forward(
   weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
-) -> tuple[jax.Array, blocks.State]:
+) -> tuple[jax.Array, State]:
   """Reads whole sequences: sleeps on windows without a loss, answers in those with one.
 
   Args:
@@ -239,7 +270,7 @@ def forward(
   """
   if batch.inputs.shape[1] != (planned := segments[-1].start + segments[-1].length * segments[-1].count):
     raise ValueError(f"the plan is for {planned} tokens, the batch has {batch.inputs.shape[1]}")
-  state, logits = init_state(cfg, batch.inputs.shape[0]), []
+  state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
   for segment in segments:
 
     def windows(x: jax.Array | None, s: Segment = segment) -> jax.Array | None:

@@ -64,6 +64,11 @@ def scale(size: int, axis: str | None = None) -> Weight:
   return Weight((size,), (axis,), jax.nn.initializers.ones, decay=False)
 
 
+def bias(*shape: int, axes: tuple[str | None, ...]) -> Weight:
+  """A bias: zeros, no decay."""
+  return Weight(shape, axes, jax.nn.initializers.zeros, decay=False)
+
+
 @functools.cache
 def normal(std: float) -> Init:
   """N(0, std^2)."""

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 State = Any
-Blocks = Callable[[jax.Array, State], tuple[jax.Array, State]]
+Blocks = Callable[..., tuple[Any, ...]]
 
 
 def sleep(
@@ -19,7 +20,8 @@ def sleep(
   backprop_passes: int | None = None,
   remat: bool = False,
   unroll: bool = False,
-) -> tuple[jax.Array, State]:
+  own: Any = None,
+) -> tuple[Any, ...]:
   """Consolidates one window into the fast weights.
 
   Repeats `h, S <- Blocks(h, S)`: the branch without a loss in Algorithm 1 of arXiv:2605.26099. The
@@ -36,9 +38,12 @@ def sleep(
     remat: recompute each pass on the way back. Residuals shrink from N sets of activations to N
       carries, for about one more forward pass of time.
     unroll: write the passes out instead of `lax.scan`: the same numbers.
+    own: what each pass has for itself, a pytree of [N, ...]: pass n is then (h, S, own[n]) -> (h, S, what it
+      leaves of its own), e.g. its attention cache under sliding eviction.
 
   Returns:
-    h and S after the last pass: same structure, shapes, dtypes and shardings.
+    h and S after the last pass: same structure, shapes, dtypes and shardings. With `own` also what the
+    passes left of it, [N, ...].
 
   Raises:
     ValueError: if num_passes < 1 or backprop_passes is not in 1..num_passes.
@@ -50,17 +55,23 @@ def sleep(
   if not 1 <= k <= num_passes:
     raise ValueError(f"backprop_passes must lie in 1..{num_passes}, got {k}")
 
-  def one_pass(carry, _):
-    return blocks(*carry), None
+  def one_pass(carry, x):
+    if own is None:
+      return blocks(*carry), None
+    h, S, x = blocks(*carry, x)
+    return (h, S), x
 
+  early, late = (jax.tree.map(lambda x, part=part: x[part], own) for part in (np.s_[:-k], np.s_[-k:]))
   if k < num_passes:
-    (h, after), _ = loop(one_pass, (h, S), length=num_passes - k, unroll=unroll)
-    h = jax.lax.stop_gradient(h)
+    (h, after), early = loop(one_pass, (h, S), early, length=num_passes - k, unroll=unroll)
+    h, early = jax.lax.stop_gradient((h, early))
     S = jax.tree.map(_past, S, after)
   if remat:
     one_pass = jax.checkpoint(one_pass, prevent_cse=unroll or k == 1)  # inside a scan no barrier is needed
-  (h, S), _ = loop(one_pass, (h, S), length=k, unroll=unroll)
-  return h, S
+  (h, S), late = loop(one_pass, (h, S), late, length=k, unroll=unroll)
+  if own is None:
+    return h, S
+  return h, S, jax.tree.map(lambda *x: jnp.concatenate(x), early, late) if k < num_passes else late
 
 
 def loop(body, carry, xs=None, *, length: int, unroll: bool):
@@ -88,5 +99,7 @@ def _type(x: jax.Array) -> jax.core.ShapedArray:
 
 
 def _past(before: jax.Array, after: jax.Array) -> jax.Array:
-  """The value of `after`, to the bit, with the gradient of `before`."""
+  """The value of `after`, to the bit, with the gradient of `before`; a flag has none."""
+  if not jnp.issubdtype(after.dtype, jnp.inexact):
+    return after
   return jax.lax.stop_gradient(after) + (before - jax.lax.stop_gradient(before))

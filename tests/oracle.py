@@ -293,9 +293,17 @@ def forward(
   return {"logits": logits, "positions": np.array(positions, int), "state": state, "trace": trace}
 
 
-def loss(params: Tree, inputs: Array, targets: Array, loss_mask: Array, **settings: Any) -> np.generic:
-  """sum(mask * cross entropy) / sum(mask), where position i predicts targets[i]; `forward`'s settings."""
-  result = forward(params, inputs, loss_mask, **settings)
+def loss(
+  params: Tree,
+  inputs: Array,
+  targets: Array,
+  loss_mask: Array,
+  *,
+  run: Callable[..., Tree] | None = None,
+  **settings: Any,
+) -> np.generic:
+  """sum(mask * cross entropy) / sum(mask), i predicting targets[i]; settings of `forward` (or `run`)."""
+  result = (run or forward)(params, inputs, loss_mask, **settings)
   logits, at = result["logits"], result["positions"]
   mask, targets = np.asarray(loss_mask, np.float64)[:, at], np.asarray(targets)[:, at]
   shift = np.real(logits).max(axis=-1)

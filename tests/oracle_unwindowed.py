@@ -27,8 +27,11 @@ def unwindowed_hybrid(
   window: int,
   valid: Array | None = None,
   rope_theta: float = 10_000.0,
+  eviction: str = "hard",
 ) -> Tree:
   """The ordinary hybrid: what `forward` must be at num_passes = 1 with conv_context = "carry".
+
+  With eviction = "sliding" a token sees the newest `window` tokens, its own included.
 
   Shares no layer code with `forward`: the whole sequence goes through each block at once, attention
   has one T x T mask (causal and same window), RoPE turns complex numbers by absolute positions, the
@@ -48,7 +51,7 @@ def unwindowed_hybrid(
       p = params["blocks"][str(i)]
       x = _unit_rms(h, NORM_EPS) * p["norm"]
       if kind == "attn":
-        h = h + _whole_attention(p["mixer"], x, at, window, rope_theta)
+        h = h + _whole_attention(p["mixer"], x, at, window, rope_theta, eviction)
       else:
         o, memory = _whole_fast_weights(p["mixer"], x, kind)
         h, _ = h + o, S[str(i)].append(memory)
@@ -63,7 +66,7 @@ def _unit_rms(x: Array, eps: float) -> Array:
   return x * (np.einsum("...d,...d->...", x, x) / x.shape[-1] + eps)[..., None] ** -0.5
 
 
-def _whole_attention(p: Tree, x: Array, at: Array, window: int, theta: float) -> Array:
+def _whole_attention(p: Tree, x: Array, at: Array, window: int, theta: float, eviction: str) -> Array:
   """[T, D] -> [T, D] for tokens at absolute positions `at`."""
   groups = p["q"].shape[1] // p["k"].shape[1]
   q, k, v = (np.einsum("td,dhw->htw", x, p[name]) for name in ("q", "k", "v"))
@@ -75,7 +78,10 @@ def _whole_attention(p: Tree, x: Array, at: Array, window: int, theta: float) ->
   k, v = np.repeat(k, groups, axis=0), np.repeat(v, groups, axis=0)
   # The real part of a conjugate product is the dot product of the pairs that the numbers stand for.
   scores = np.real(np.einsum("htw,hsw->hts", q, np.conj(k))) * (2 * half) ** -0.5
-  seen = (at[:, None] >= at[None, :]) & (at[:, None] // window == at[None, :] // window)
+  near = at[:, None] - at[None, :] < window
+  if eviction == "hard":
+    near = at[:, None] // window == at[None, :] // window
+  seen = (at[:, None] >= at[None, :]) & near
   scores = np.where(seen, scores, -np.inf)
   weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
   weights = weights / weights.sum(axis=-1, keepdims=True)

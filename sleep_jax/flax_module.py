@@ -1,0 +1,69 @@
+"""A face for Flax users: an `nnx.Module` that holds the weights and calls the pure functions.
+
+    module = SleepingHybrid(cfg, sleep_cfg, jax.random.key(0))
+    optimizer = nnx.Optimizer(module, optax.adamw(1e-4), wrt=nnx.Param)
+    loss, grads = nnx.value_and_grad(lambda m: m.loss(batch, segments))(module)
+    optimizer.update(module, grads)
+
+The trainer of this package does not use it.
+"""
+
+import jax
+from flax import nnx
+
+from sleep_jax import blocks, model
+from sleep_jax.config import ModelConfig, SleepConfig
+
+
+class SleepingHybrid(nnx.Module):
+  """A model of this package as a Flax module. Its state between windows is passed and returned, never held.
+
+  Attributes:
+    weights: nested `nnx.Dict` of `nnx.Param`, named as in `model.declare`.
+  """
+
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    sleep_cfg: SleepConfig,
+    key: jax.Array | None = None,
+    *,
+    weights: model.Params | None = None,
+  ):
+    """Draws the weights from `key`, or holds `weights` (of a pretrained model, say).
+
+    Raises:
+      ValueError: unless exactly one of the two is given.
+    """
+    if (key is None) == (weights is None):
+      raise ValueError("give a key or weights")
+    self.cfg, self.sleep_cfg = cfg, sleep_cfg
+    self.weights = _held(model.init(cfg, key) if weights is None else weights)
+
+  def tree(self) -> model.Params:
+    """The weights as the nested dict of arrays that the rest of this package takes."""
+    return nnx.to_pure_dict(nnx.state(self, nnx.Param))["weights"]
+
+  def init_state(self, batch: int) -> blocks.State:
+    """See `model.init_state`."""
+    return model.init_state(self.cfg, batch)
+
+  def consolidate(self, tokens: jax.Array, state: blocks.State, *, valid: jax.Array | None = None):
+    """See `model.consolidate`."""
+    return model.consolidate(self.tree(), tokens, state, self.cfg, self.sleep_cfg, valid=valid)
+
+  def predict(self, tokens: jax.Array, state: blocks.State, *, valid: jax.Array | None = None):
+    """See `model.predict`."""
+    return model.predict(self.tree(), tokens, state, self.cfg, valid=valid)
+
+  def __call__(self, batch: model.Batch, segments: model.Plan) -> tuple[jax.Array, blocks.State]:
+    """See `model.forward`."""
+    return model.forward(self.tree(), batch, segments, self.cfg, self.sleep_cfg)
+
+  def loss(self, batch: model.Batch, segments: model.Plan) -> jax.Array:
+    """See `model.loss`; the scalar alone."""
+    return model.loss(self.tree(), batch, segments, self.cfg, self.sleep_cfg)[0]
+
+
+def _held(tree: model.Params) -> nnx.Dict:
+  return nnx.Dict({k: _held(v) if isinstance(v, dict) else nnx.Param(v) for k, v in tree.items()})

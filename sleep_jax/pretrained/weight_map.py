@@ -1,0 +1,110 @@
+"""Which published tensor is which weight of ours, and how its axes lie.
+
+Published matrices are [out, in], ours [*in, *out]; what has several heads is flat there. The taps of a
+dynamic convolution are flat as (channel, tap), tap fastest, which is our order [H, V, c] too.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from sleep_jax import model, params
+from sleep_jax.config import ModelConfig
+
+_MODEL = {
+  "embed": "model.embed_tokens.weight",
+  "final_norm": "model.norm.weight",
+  "head": "lm_head.weight",
+  "exit_gate/w": "model.early_exit_gate.weight",
+  "exit_gate/b": "model.early_exit_gate.bias",
+}
+_BLOCK = {
+  "norm": "input_layernorm.weight",
+  "post_norm": "input_layernorm_2.weight",
+  "mlp_norm": "post_attention_layernorm.weight",
+  "mlp_post_norm": "post_attention_layernorm_2.weight",
+  "mlp/gate": "mlp.gate_proj.weight",
+  "mlp/up": "mlp.up_proj.weight",
+  "mlp/down": "mlp.down_proj.weight",
+  "mixer/q": "self_attn.q_proj.weight",
+  "mixer/k": "self_attn.k_proj.weight",
+  "mixer/v": "self_attn.v_proj.weight",
+  "mixer/o": "self_attn.o_proj.weight",
+  "mixer/q_bias": "self_attn.q_proj.bias",
+  "mixer/k_bias": "self_attn.k_proj.bias",
+  "mixer/v_bias": "self_attn.v_proj.bias",
+  "mixer/gate": "self_attn.g_proj.weight",
+  "mixer/a": "self_attn.a_proj.weight",
+  "mixer/b": "self_attn.b_proj.weight",
+  "mixer/A_log": "self_attn.A_log",
+  "mixer/dt_bias": "self_attn.dt_bias",
+  "mixer/out_norm": "self_attn.o_norm.weight",
+  "mixer/conv_w1": "self_attn.dynamic_conv1d.kernel_generator.w1.weight",
+  "mixer/conv_w2": "self_attn.dynamic_conv1d.kernel_generator.w2.weight",
+  "mixer/conv_b2": "self_attn.dynamic_conv1d.kernel_generator.w2.bias",
+}
+_AS_THEY_ARE = ("embed",)
+_VECTORS = ("norm", "bias", "A_log", "conv_b2", "exit_gate/b")  # how the names of our vectors end
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One tensor.
+
+  Attributes:
+    name: as published.
+    path: ours, as `blocks/0/mixer/q`.
+    weight: its declaration.
+    memory: whether it belongs to a block that was added (`ModelConfig.without_mlp`).
+  """
+
+  name: str
+  path: str
+  weight: params.Weight
+  memory: bool = False
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """As published."""
+    ours, n = self.weight.shape, self.weight.num_in
+    if self.path in _AS_THEY_ARE:
+      return ours
+    if self.path.endswith(_VECTORS):
+      return (math.prod(ours),)
+    return (math.prod(ours[n:]), math.prod(ours[:n]))
+
+  def to_ours(self, x: np.ndarray) -> np.ndarray:
+    """A published tensor in our layout; a view."""
+    flat = x if len(self.shape) == 1 or self.path in _AS_THEY_ARE else x.T
+    return flat.reshape(self.weight.shape)
+
+  def to_published(self, x: np.ndarray) -> np.ndarray:
+    """Our array in the published layout."""
+    if len(self.shape) == 1 or self.path in _AS_THEY_ARE:
+      return x.reshape(self.shape)
+    return x.reshape(self.shape[::-1]).T
+
+
+def entries(cfg: ModelConfig) -> list[Entry]:
+  """Every weight of a model, with its published name.
+
+  Added blocks are `memory.layers.{j}.*`, counted from 0, with the names that a JetBlock has; the others keep
+  the numbers that they had before.
+  """
+  numbers, memories = {}, {}
+  for i in range(len(cfg.blocks)):
+    group = memories if i in cfg.without_mlp else numbers
+    group[str(i)] = len(group)
+  found = []
+  paths, _ = jax.tree_util.tree_flatten_with_path(model.declare(cfg), is_leaf=params.is_weight)
+  for path, weight in paths:
+    ours = params.name_of(path)
+    if not ours.startswith("blocks/"):
+      found.append(Entry(_MODEL[ours], ours, weight))
+      continue
+    _, i, inner = ours.split("/", 2)
+    prefix = f"memory.layers.{memories[i]}" if i in memories else f"model.layers.{numbers[i]}"
+    found.append(Entry(f"{prefix}.{_BLOCK[inner]}", ours, weight, i in memories))
+  return found

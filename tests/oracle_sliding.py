@@ -1,0 +1,108 @@
+"""Sleep under sliding eviction in plain NumPy: the judge of `sleep_jax.eviction` for any N.
+
+Nothing is ever shifted, cut or stacked here: a cache is the history of *all* tokens, a token sees those less
+than `window` positions back, and RoPE turns by absolute positions. Layers are those of `tests.oracle`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tests import oracle
+
+Array = np.ndarray
+Tree = dict[str, Any]
+
+
+def forward(
+  params: Tree,
+  inputs: Array,
+  loss_mask: Array,
+  *,
+  pattern: Sequence[str],
+  window: int,
+  num_passes: int,
+  valid: Array | None = None,
+  kept: str = "last",
+  reset: bool = False,
+  looped: tuple[int, int] | None = None,
+  rope_theta: float = 10_000.0,
+  **_: Any,
+) -> Tree:
+  """`oracle.forward` with the newest `window` - 1 tokens left in every attention block's cache.
+
+  Args:
+    kept: "last": every pass sees what the last pass over the earlier windows left. "each": pass n sees what
+      pass n left, or the last pass over a window that had fewer.
+    reset: each looped pass starts from the S that the window began with.
+
+  Returns:
+    logits [B, P, vocab] and positions [P] of windows that are read; S {block: [B, H, K, V]}; and history
+    {block: [(keys before RoPE, values) [B, T, Hkv, hd], one a cache]}.
+  """
+  params, tokens = oracle.as_float64(params), np.asarray(inputs)
+  valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
+  count = len(pattern)
+  first, last = looped or (0, count)
+  state = oracle.initial_state(params, pattern, len(tokens))
+  S, context = state["S"], state["conv"]
+  caches = num_passes if kept == "each" else 1
+  history: Tree = {str(i): [None] * caches for i, kind in enumerate(pattern) if kind == "attn"}
+  logits, positions = [], []
+  for start in range(0, tokens.shape[1], window):
+    stop = min(start + window, tokens.shape[1])
+    asleep = not np.any(np.asarray(loss_mask)[:, start:stop])
+    middle = [(i, n) for n in range(num_passes) for i in range(first, last)]
+    order = [(i, 0) for i in range(first)] + middle + [(i, 0) for i in range(last, count)]
+    before = {i: list(found) for i, found in history.items()}
+    S_before, left = dict(S), dict(context)
+    h = params["embed"][tokens[:, start:stop]]
+    for i, n in order if asleep else [(i, 0) for i in range(count)]:
+      p, name = params["blocks"][str(i)], str(i)
+      x = oracle.rms_norm(h, p["norm"])
+      if pattern[i] == "attn":
+        slot = min(n, caches - 1)
+        o, seen = _attention(p["mixer"], x, before[name][slot], valid[:, :stop], window, rope_theta)
+        history[name][slot:] = [seen] * (caches - slot)
+      else:
+        entry = S_before[name] if reset else S[name]
+        keep = valid[:, start:stop]
+        o, S[name], left[name] = oracle.fast_weights(p["mixer"], x, entry, context[name], keep, pattern[i])
+      h = h + o
+      h = h + oracle.mlp(p["mlp"], oracle.rms_norm(h, p["mlp_norm"]))
+    context = left
+    if not asleep:
+      logits.append(oracle.rms_norm(h, params["final_norm"]) @ params["head"])
+      positions.extend(range(start, stop))
+  empty = np.zeros((len(tokens), 0, params["head"].shape[1]))
+  logits = np.concatenate([empty, *logits], axis=1)
+  return {"logits": logits, "positions": np.array(positions, int), "S": S, "history": history}
+
+
+def _attention(
+  p: Tree, x: Array, past: tuple[Array, Array] | None, keep: Array, window: int, theta: float
+) -> tuple[Array, tuple[Array, Array]]:
+  """[B, L, D] -> [B, L, D] behind the whole past, and the past with these tokens; keep [B, T] of all."""
+  k, v = (np.einsum("btd,dhw->bthw", x, p[name]) for name in ("k", "v"))
+  if "k_norm" in p:
+    k = oracle.rms_norm(k, p["k_norm"])
+  if past is not None:
+    k, v = np.concatenate([past[0], k], axis=1), np.concatenate([past[1], v], axis=1)
+  heads, groups, offset = p["q"].shape[1], p["q"].shape[1] // p["k"].shape[1], k.shape[1] - x.shape[1]
+  out = 0
+  for j in range(heads):
+    i = j // groups
+    q = x @ p["q"][:, j]
+    if "q_norm" in p:
+      q = oracle.rms_norm(q, p["q_norm"])
+    keys = np.stack([oracle.rope(k[:, s, i], s, theta) for s in range(k.shape[1])], axis=1)
+    read = []
+    for t in range(offset, k.shape[1]):
+      near = slice(max(t - window + 1, 0), t + 1)
+      scores = np.einsum("bd,bsd->bs", oracle.rope(q[:, t - offset], t, theta), keys[:, near])
+      scores = np.where(keep[:, near], scores / np.sqrt(q.shape[-1]), -1e300)
+      o = np.einsum("bs,bsd->bd", oracle.softmax(scores), v[:, near, i])
+      read.append(np.where(keep[:, t, None], o, 0))
+    out = out + np.stack(read, axis=1) @ p["o"][j]
+  return out, (k, v)

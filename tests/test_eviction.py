@@ -1,0 +1,120 @@
+"""Sliding eviction against NumPy oracles that never shift a cache, and the baselines that it makes.
+
+Tolerances are those of `test_model_oracle`, for its reasons.
+"""
+
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from sleep_jax import config, model
+from tests import hybrids, oracle, oracle_sliding
+from tests.hybrids import HYBRID, assert_near
+
+NEAR, GRADIENT = 1e-4, 1e-3
+
+
+def prepared(pattern=HYBRID, *, length=14, scored=(6, 7, 13), pads=(0, 1, 5), sleep=None, **changes):
+  """Config, sleep config, parameters, batch, plan and the sliding oracle's settings."""
+  cfg = hybrids.model_config(pattern, eviction="sliding", **changes)
+  sleep_cfg = config.SleepConfig(**(sleep or {}))
+  batch, layout = hybrids.random_batch(length, scored, pads=pads)
+  settings = hybrids.oracle_settings(cfg, sleep_cfg, batch)
+  settings |= {"kept": sleep_cfg.kept, "reset": sleep_cfg.state == "reset"}
+  return cfg, sleep_cfg, hybrids.random_params(cfg), batch, model.plan(layout, cfg.window), settings
+
+
+class OrdinaryHybridTest(parameterized.TestCase):
+  @parameterized.parameters((("attn", "gdn"), 4), (("attn", "attn"), 3), (("gdn", "attn"), 1))
+  def test_one_pass_is_sliding_window_attention_without_windows(self, pattern, window):
+    cfg, sleep_cfg, params, batch, segments, _ = prepared(pattern, window=window)
+    logits, state = hybrids.reader(segments, cfg, sleep_cfg)(params, batch)
+    plain = oracle.unwindowed_hybrid(
+      params, batch.inputs, pattern=pattern, window=window, valid=batch.valid, eviction="sliding"
+    )
+    assert_near(logits, plain["logits"][:, model.answer_positions(segments)], NEAR)
+    assert_near({i: state[i].S for i in plain["S"]}, plain["S"], NEAR)
+
+
+CASES = (
+  ("last pass", {"num_passes": 3}),
+  ("each pass", {"num_passes": 3, "kept": "each"}),
+  (
+    "the middle loops, written out",
+    {"num_passes": 2, "kept": "each", "first_block": 1, "last_block": 3, "loops": "unroll", "remat": "pass"},
+  ),
+  ("reset", {"num_passes": 2, "state": "reset", "first_block": 1, "remat": "window"}),
+)
+
+
+class OracleTest(parameterized.TestCase):
+  @parameterized.named_parameters(*CASES)
+  def test_logits_and_state(self, sleep):
+    cfg, sleep_cfg, params, batch, segments, settings = prepared(sleep=sleep)
+    logits, state = hybrids.reader(segments, cfg, sleep_cfg)(params, batch)
+    expected = oracle_sliding.forward(params, batch.inputs, batch.loss_mask, **settings)
+    at = model.answer_positions(segments)
+    exact = expected["logits"][:, np.searchsorted(expected["positions"], at)]
+    keep = batch.valid[:, at]
+    assert_near(np.asarray(logits)[keep], exact[keep], NEAR)
+    for i, S in expected["S"].items():
+      assert_near(state[i].S, S, NEAR)
+    for i, caches in expected["history"].items():
+      here = sleep_cfg.first_block <= int(i) < (sleep_cfg.last_block or 4)
+      self.assertLen(state[i], len(caches) if here else 1)
+      for got, (k, v) in zip(state[i], caches, strict=False):
+        newest = batch.valid[:, -3:]
+        np.testing.assert_array_equal(got.valid, newest)
+        assert_near(np.asarray(got.k)[newest], k[:, -3:][newest], NEAR)
+        assert_near(np.asarray(got.v)[newest], v[:, -3:][newest], NEAR)
+
+  def test_the_tolerance_would_notice(self):
+    _, _, params, batch, _, settings = prepared(sleep=CASES[0][1])
+
+    def run(**wrong):
+      return oracle_sliding.forward(params, batch.inputs, batch.loss_mask, **settings | wrong)
+
+    for wrong in ({"kept": "each"}, {"reset": True}, {"num_passes": 2}, {"looped": (1, 4)}):
+      self.assertGreater(hybrids.distance(run(**wrong)["logits"], run()["logits"]), 10 * NEAR, wrong)
+
+  @parameterized.parameters("last", "each")
+  @pytest.mark.slow
+  def test_gradients_through_what_is_kept(self, kept):
+    cfg, sleep_cfg, params, batch, segments, settings = prepared(
+      ("gdn", "attn"), length=10, scored=(8, 9), sleep={"num_passes": 2, "kept": kept}
+    )
+    _, grads, _ = hybrids.program(segments, cfg, sleep_cfg)(params, batch)
+    data = (batch.inputs, batch.targets, batch.loss_mask)
+    for path, index, exact in oracle.sample_gradients(
+      params, *data, entries=2, run=oracle_sliding.forward, **settings
+    ):
+      got = np.asarray(oracle.leaf(grads, path), np.float64)
+      self.assertLess(abs(got[index] - exact), GRADIENT * np.abs(got).max(), (path, index))
+
+
+class BaselineTest(parameterized.TestCase):
+  def test_loop_with_reset_state_isolates_the_carry(self):
+    """With one pass there is nothing to carry; with two it differs from carrying S and nothing else."""
+    runs = {}
+    for n in (1, 2):
+      for state in ("carry", "reset"):
+        cfg, sleep_cfg, params, batch, segments, settings = prepared(
+          ("gdn", "attn"), sleep={"num_passes": n, "state": state, "loops": "unroll"}
+        )
+        runs[n, state] = np.asarray(hybrids.reader(segments, cfg, sleep_cfg)(params, batch)[0])
+    np.testing.assert_array_equal(runs[1, "carry"], runs[1, "reset"])
+    self.assertGreater(hybrids.distance(runs[2, "reset"], runs[2, "carry"]), 1e-3)
+
+  @parameterized.parameters(("hard", 8), ("sliding", 3))
+  def test_a_plain_transformers_answers_depend_on_what_is_cached_alone(self, eviction, oldest):
+    """Two attention blocks, L = 4, the answer at 9: hard sees from 8 on, sliding from 9 - 2 * 3 on."""
+    cfg = hybrids.model_config(("attn", "attn"), eviction=eviction)
+    batch, layout = hybrids.random_batch(10, (9,))
+    run = hybrids.reader(model.plan(layout, cfg.window), cfg, config.SleepConfig(num_passes=1))
+    params = hybrids.random_params(cfg)
+    answers = np.asarray(run(params, batch)[0])
+    for at in range(10):
+      other = np.array(batch.inputs)
+      other[:, at] = (other[:, at] + 1) % cfg.vocab_size
+      moved = np.any(np.asarray(run(params, batch.replace(inputs=other))[0]) != answers)
+      self.assertEqual(moved, at >= oldest, at)
