@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import measure, tables
 from experiments import gsm_infinite
 from experiments.configs import gsm_infinite as presets
 from sleep_jax import config, metrics, train, workdir
@@ -85,12 +85,13 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.data_wait", description=__doc__)
   parser.add_argument("--steps", type=int, default=40, help="of each run")
+  parser.add_argument("--passes", type=measure.whole_numbers, default=(1, 2, 4), help="N, as 1,2,4")
   parser.add_argument("--batches", type=int, default=4, help="of each preset, without training")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))
   sections = {
-    "Training": [trained(preset, n, args.steps) for preset in TRAINED for n in (1, 2, 4)],
+    "Training": [trained(preset, n, args.steps) for preset in TRAINED for n in args.passes],
     "Data alone": [alone(preset, args.batches) for preset in presets.PRESETS],
   }
   tables.save(args.out, "data_wait", "Waiting for data", sections, tables.finish(facts), NOTES)
