@@ -25,6 +25,7 @@ __all__ = [
   "above",
   "at_least",
   "check",
+  "check_sleep",
   "from_dict",
   "nearest",
   "one_of",
@@ -404,15 +405,12 @@ class Config:
 
   def __post_init__(self):
     at_least(self.seed, 0, "seed")
-    last = self.sleep.last_block
-    check(
-      last is None or last <= len(self.model.blocks),
-      "sleep.last_block",
-      f"must be at most {len(self.model.blocks)} (the number of model.blocks), got {last}",
-    )
-    first = self.sleep.first_block
-    check(
-      first < len(self.model.blocks),
-      "sleep.first_block",
-      f"must be below {len(self.model.blocks)} (the number of model.blocks), got {first}",
-    )
+    check_sleep(self.sleep, self.model)
+
+
+def check_sleep(sleep: SleepConfig, model: ModelConfig) -> None:
+  """Raises `ConfigError` if blocks are to be repeated that the model does not have."""
+  first, last, count = sleep.first_block, sleep.last_block, len(model.blocks)
+  known = f"{count} (the number of model.blocks)"
+  check(last is None or last <= count, "sleep.last_block", f"must be at most {known}, got {last}")
+  check(first < count, "sleep.first_block", f"must be below {known}, got {first}")
