@@ -313,6 +313,8 @@ class OptimConfig:
     warmup_steps: linear from 0.
     decay_steps: cosine down to `final_scale` over the last so many steps; 0 for a constant rate.
     final_scale: last multiplier.
+    trained: patterns of the names of weights that are trained, as in a shell (`blocks/2/*`). All others are
+      frozen: they have no gradient, no optimizer state and no decay.
   """
 
   muon_lr: float = 2e-3
@@ -328,6 +330,7 @@ class OptimConfig:
   warmup_steps: int = 0
   decay_steps: int = 0
   final_scale: float = 1e-3
+  trained: tuple[str, ...] = ("*",)
 
   def __post_init__(self):
     for name in ("muon_lr", "adam_lr", "adam_eps", "clip_norm"):
@@ -339,6 +342,7 @@ class OptimConfig:
     one_of(self.newton_schulz_dtype, ("bfloat16", "float32"), "optim.newton_schulz_dtype")
     for name in ("weight_decay", "warmup_steps", "decay_steps", "final_scale"):
       at_least(getattr(self, name), 0, f"optim.{name}")
+    check(bool(self.trained), "optim.trained", "must have at least 1 pattern, got none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,11 +90,14 @@ def train_step(
   """One optimizer step: backpropagation through the answers and, through S alone, through every sleep.
 
   Returns:
-    The next state, and the loss (nats a target) and the global gradient norm before clipping.
+    The next state, and the loss (nats a target) and the global gradient norm before clipping, of the weights
+    that are trained.
   """
-  (loss, _), grads = jax.value_and_grad(model.loss, has_aux=True)(
-    state.params, batch, segments, cfg.model, cfg.sleep
-  )
+  declared = optim.freeze(cfg.optim, model.declare(cfg.model))
+  (loss, _), grads = jax.value_and_grad(
+    lambda weights: model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep),
+    has_aux=True,
+  )(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
@@ -143,6 +146,7 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
   if cfg.model.fast.kernel is not None:
     known = kernels.ORDER.get(jax.default_backend(), kernels.ORDER["cpu"])
     one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
+  optim.freeze(cfg.optim, model.declare(cfg.model))
   mesh = sharding.make_mesh(cfg.mesh)
   size = mesh.shape["data"]
   for name in ("batch_size", "eval_batch_size"):
@@ -173,7 +177,7 @@ def train(
   """
   mesh = check_fits(cfg)
   segments = model.plan(task.layout, cfg.model.window)
-  declared = model.declare(cfg.model)
+  declared = optim.freeze(cfg.optim, model.declare(cfg.model))
   tx = optim.make(cfg.optim, declared, cfg.train.steps)
   with contextlib.ExitStack() as stack:
     if mesh.size > 1:
