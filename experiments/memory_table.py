@@ -119,6 +119,8 @@ def main() -> int:
   config.at_least(TOKENS.value, 1, "tokens")
   jax.config.update("jax_platforms", "cpu")
   models = rows()
+  for table in (sizes(models), gradients(models, passes, TOKENS.value), times(models, passes, TOKENS.value)):
+    print(table, end="\n\n")
   return cli.DONE
 
 

@@ -9,7 +9,18 @@ a caller needs one module.
 import dataclasses
 from typing import Any
 
-from sleep_jax.schema import ConfigError, above, at_least, check, from_dict, nearest, one_of, replace, to_dict
+from sleep_jax.schema import (
+  ConfigError,
+  above,
+  at_least,
+  check,
+  defaults_of,
+  from_dict,
+  nearest,
+  one_of,
+  replace,
+  to_dict,
+)
 
 __all__ = [
   "ATTENTION",
@@ -25,6 +36,7 @@ __all__ = [
   "above",
   "at_least",
   "check",
+  "defaults_of",
   "from_dict",
   "nearest",
   "one_of",

@@ -16,32 +16,31 @@ OURO = memory.memory_config(ouro.config_1_4b(dtype="bfloat16"))
 
 
 def test_what_a_gradient_keeps():
-  """tanh keeps its result, a product its other factor; what is recomputed keeps nothing but its input."""
+  """A sine keeps its cosine, a product its other factor; what is recomputed keeps nothing but its input."""
   x = np.ones((3, 5), np.float32)
 
   def layers(w, remat):
-    one = lambda h: jnp.tanh(h @ w)  # noqa: E731
+    one = lambda h: jnp.sin(h @ w)  # noqa: E731
     one = jax.checkpoint(one) if remat else one
     return jnp.sum(one(one(one(jnp.asarray(x)))))
 
   w = jax.ShapeDtypeStruct((5, 5), jnp.float32)
   plain, again = (footprint.saved(lambda w, r=r: layers(w, r), w) for r in (False, True))
   assert again == 4 * 3 * 15  # the three inputs
-  assert 4 * 3 * 15 < plain <= 4 * 3 * 2 * 15  # and 1 - tanh^2, or tanh
+  assert plain == 4 * (3 + 3) * 15  # and three cosines
 
 
 def test_a_fine_recomputation_keeps_less_and_only_passes_grow_with_n():
-  cfg = hybrids.model_config(("attn", "jet") * 3)
+  cfg = hybrids.model_config(("attn", "jet"))
 
   def kept(remat, n):
     return footprint.gradient(cfg, config.SleepConfig(num_passes=n, remat=remat), 8 * cfg.window)
 
   sizes = [kept(remat, 4) for remat in footprint.REMAT]
   assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
-  carry = hybrids.model_config(("attn", "jet") * 3)
-  per_pass = footprint.state(carry) + 4 * cfg.window * cfg.embed_dim
-  assert 7 * per_pass <= (kept("pass", 4) - kept("pass", 3)) <= 2 * 7 * per_pass
-  assert per_pass / 2 <= kept("window", 4) - kept("window", 3) <= 2 * per_pass
+  carry = 4 * (cfg.fast.num_heads * cfg.fast.key_dim * cfg.fast.value_dim + cfg.window * cfg.embed_dim)
+  assert kept("pass", 4) - kept("pass", 3) == 7 * carry  # S and h of one more pass in each window asleep
+  assert kept("window", 4) - kept("window", 3) == carry  # in one window
 
 
 def test_states_and_caches_of_the_published_sizes():
@@ -78,8 +77,6 @@ def test_operations_of_jet_nemotron_by_hand():
   attn = 2 * (2 * d * d + 2 * d * 256 + mlp) + 4 * d * length / 2
   swa = attn - 4 * d * length / 2 + 4 * d * (1152 - 1152**2 / (2 * length))
   cfg = jet_nemotron.config_2b()
-  loop = {"jet": 12, "attn": 2, "swa": 1 - 1}
-  assert [cfg.blocks[7:21].count(kind) for kind in loop][:2] == [11, 2]
   once = 24 * jet + 2 * attn + 2 * swa
   looped = 11 * jet + 2 * attn + swa
   segments = model.plan(np.arange(2 * length) == 2 * length - 1, length)
