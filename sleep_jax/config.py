@@ -369,6 +369,7 @@ class TrainConfig:
     eval_sequences: held-out sequences; a fixed set, from a seed of its own.
     eval_batch_size: sequences a device call of the evaluation.
     keep_checkpoints: newest ones that stay.
+    init_from: folder of a checkpoint in published format, whose weights a new run starts with. None: drawn.
   """
 
   steps: int = 100
@@ -380,10 +381,12 @@ class TrainConfig:
   eval_sequences: int = 4096
   eval_batch_size: int = 1024
   keep_checkpoints: int = 3
+  init_from: str | None = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      at_least(getattr(self, field.name), 1, f"train.{field.name}")
+      if field.name != "init_from":
+        at_least(getattr(self, field.name), 1, f"train.{field.name}")
     check(
       self.eval_sequences % self.eval_batch_size == 0,
       "train.eval_batch_size",

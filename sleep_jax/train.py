@@ -21,7 +21,7 @@ import optax
 from absl import logging
 
 from kernels import dispatch as kernels
-from sleep_jax import checkpoint, evaluate, metrics, model, optim, record, sharding, workdir
+from sleep_jax import checkpoint, evaluate, metrics, model, optim, pretrained, record, sharding, workdir
 from sleep_jax.config import Config, check, one_of
 
 # For what runs once: on a CPU it compiles in a quarter of the time.
@@ -77,6 +77,23 @@ def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   init_key, data_key = jax.random.split(jax.random.key(cfg.seed))
   weights = model.init(cfg.model, init_key)
   return TrainState(step=jnp.zeros((), jnp.int32), key=data_key, params=weights, opt_state=tx.init(weights))
+
+
+def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
+  """`init_state`, on the device, with the weights of `cfg.train.init_from` where that is given.
+
+  Raises:
+    ConfigError: if the checkpoint cannot be read or is another model.
+  """
+  start = functools.partial(init_state, cfg, tx)
+  if cfg.train.init_from is None:
+    return jax.jit(start, compiler_options=_QUICK)()
+  weights = pretrained.start_weights(cfg.model, cfg.train.init_from)
+
+  def put(weights):
+    return start().replace(params=weights, opt_state=tx.init(weights))  # what was drawn is never computed
+
+  return jax.jit(put, compiler_options=_QUICK, donate_argnums=0)(weights)
 
 
 def train_step(
@@ -147,6 +164,8 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
     known = kernels.ORDER.get(jax.default_backend(), kernels.ORDER["cpu"])
     one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
   optim.freeze(cfg.optim, model.declare(cfg.model))
+  if cfg.train.init_from is not None:
+    pretrained.check_start(cfg.model, cfg.train.init_from)
   mesh = sharding.make_mesh(cfg.mesh)
   size = mesh.shape["data"]
   for name in ("batch_size", "eval_batch_size"):
@@ -177,7 +196,7 @@ def train(
   """
   mesh = check_fits(cfg)
   segments = model.plan(task.layout, cfg.model.window)
-  declared = optim.freeze(cfg.optim, model.declare(cfg.model))
+  declared = model.declare(cfg.model)
   tx = optim.make(cfg.optim, declared, cfg.train.steps)
   with contextlib.ExitStack() as stack:
     if mesh.size > 1:
@@ -188,7 +207,8 @@ def train(
     )
     start = functools.partial(init_state, cfg, tx)
     restored = checkpoints.restore(jax.eval_shape(start))
-    state = jax.jit(start, compiler_options=_QUICK)() if restored is None else restored[1]
+    state = first_state(cfg, tx) if restored is None else restored[1]
+    declared = optim.freeze(cfg.optim, declared)
     optim.check_partition(state.opt_state, declared)
     done = int(state.step)
     if done:
