@@ -140,7 +140,7 @@ def _existing(path: str) -> tuple[str, str]:
 def _flags_of(argv: list[str]) -> list[tuple[str, str]]:
   """(name, value) of every --name=value and --name value."""
   given = []
-  for word, after in zip(argv[1:], [*argv[2:], "-"], strict=True):
+  for word, after in zip(argv[1:], [*argv[2:], "-"], strict=False):
     name, equals, value = word.lstrip("-").partition("=")
     if word.startswith("-") and (equals or not after.startswith("-")):
       given.append((name, value if equals else after))

@@ -83,7 +83,7 @@ def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
   folder = cli.required("workdir", WORKDIR.value)
   training.check_fits(cfg)
-  with workdir.prepare(folder, config.to_dict(cfg)) as run:
+  with workdir.prepare(folder, config.to_dict(cfg), defaults=config.defaults_of(cfg)) as run:
     if run.done_step is not None:
       print(f"{run.path} is complete: {run.done_step} steps")
       return cli.DONE

@@ -9,7 +9,18 @@ a caller needs one module.
 import dataclasses
 from typing import Any
 
-from sleep_jax.schema import ConfigError, above, at_least, check, from_dict, nearest, one_of, replace, to_dict
+from sleep_jax.schema import (
+  ConfigError,
+  above,
+  at_least,
+  check,
+  defaults_of,
+  from_dict,
+  nearest,
+  one_of,
+  replace,
+  to_dict,
+)
 
 __all__ = [
   "ATTENTION",
@@ -26,6 +37,7 @@ __all__ = [
   "at_least",
   "check",
   "check_sleep",
+  "defaults_of",
   "from_dict",
   "nearest",
   "one_of",
@@ -314,6 +326,8 @@ class OptimConfig:
     warmup_steps: linear from 0.
     decay_steps: cosine down to `final_scale` over the last so many steps; 0 for a constant rate.
     final_scale: last multiplier.
+    trained: patterns of the names of weights that are trained, as in a shell (`blocks/2/*`). All others are
+      frozen: they have no gradient, no optimizer state and no decay.
   """
 
   muon_lr: float = 2e-3
@@ -329,6 +343,7 @@ class OptimConfig:
   warmup_steps: int = 0
   decay_steps: int = 0
   final_scale: float = 1e-3
+  trained: tuple[str, ...] = ("*",)
 
   def __post_init__(self):
     for name in ("muon_lr", "adam_lr", "adam_eps", "clip_norm"):
@@ -340,6 +355,7 @@ class OptimConfig:
     one_of(self.newton_schulz_dtype, ("bfloat16", "float32"), "optim.newton_schulz_dtype")
     for name in ("weight_decay", "warmup_steps", "decay_steps", "final_scale"):
       at_least(getattr(self, name), 0, f"optim.{name}")
+    check(bool(self.trained), "optim.trained", "must have at least 1 pattern, got none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +370,7 @@ class TrainConfig:
     eval_sequences: held-out sequences; a fixed set, from a seed of its own.
     eval_batch_size: sequences a device call of the evaluation.
     keep_checkpoints: newest ones that stay.
+    init_from: folder of a checkpoint in published format, whose weights a new run starts with. None: drawn.
   """
 
   steps: int = 100
@@ -365,10 +382,12 @@ class TrainConfig:
   eval_sequences: int = 4096
   eval_batch_size: int = 1024
   keep_checkpoints: int = 3
+  init_from: str | None = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      at_least(getattr(self, field.name), 1, f"train.{field.name}")
+      if field.name != "init_from":
+        at_least(getattr(self, field.name), 1, f"train.{field.name}")
     check(
       self.eval_sequences % self.eval_batch_size == 0,
       "train.eval_batch_size",

@@ -7,6 +7,8 @@ orthogonalised apart, and the heads of one projection together.
 """
 
 import collections
+import dataclasses
+import fnmatch
 import functools
 import math
 from typing import Any, NamedTuple
@@ -16,14 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from sleep_jax import params
-from sleep_jax.config import OptimConfig
+from sleep_jax.config import OptimConfig, check
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 FROBENIUS_EPS = 1e-7
 
 
 def make(cfg: OptimConfig, declared: Any, steps: int) -> optax.GradientTransformation:
-  """The optimizer of one run.
+  """The optimizer of one run. Weights that `cfg.trained` leaves out have no state and stay what they are.
 
   Args:
     cfg: settings.
@@ -32,7 +34,11 @@ def make(cfg: OptimConfig, declared: Any, steps: int) -> optax.GradientTransform
 
   Returns:
     A transformation whose updates are added to the parameters.
+
+  Raises:
+    ConfigError: as `freeze`.
   """
+  declared = freeze(cfg, declared)
   weights = _by_name(declared)
   multiplier = schedule(cfg, steps)
   decay = functools.partial(
@@ -51,7 +57,43 @@ def make(cfg: OptimConfig, declared: Any, steps: int) -> optax.GradientTransform
     ),
   }
   labels = jax.tree.map(lambda w: w.group, declared, is_leaf=params.is_weight)
-  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.partition(groups, labels))
+  clip = optax.clip_by_global_norm(cfg.clip_norm)
+  frozen = jax.tree.map(lambda label: label == "frozen", labels)
+  if any(jax.tree.leaves(frozen)):
+    groups["frozen"] = optax.set_to_zero()
+    clip = optax.chain(optax.masked(optax.set_to_zero(), frozen), clip)  # the norm of what is trained
+  return optax.chain(clip, optax.partition(groups, labels))
+
+
+def freeze(cfg: OptimConfig, declared: Any) -> Any:
+  """The declarations with all weights in group `frozen` that no pattern of `cfg.trained` names.
+
+  Raises:
+    ConfigError: if a pattern names no weight.
+  """
+  names = _by_name(declared)
+  for i, pattern in enumerate(cfg.trained):
+    found = fnmatch.filter(names, pattern)
+    check(
+      bool(found), f"optim.trained[{i}]", f"names no weight: {pattern!r}; a name is {next(iter(names))!r}"
+    )
+
+  def one(path, weight):
+    name = params.name_of(path)
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.trained):
+      return weight
+    return dataclasses.replace(weight, group="frozen")
+
+  return jax.tree_util.tree_map_with_path(one, declared, is_leaf=params.is_weight)
+
+
+def hold(declared: Any, weights: Any) -> Any:
+  """The weights, with frozen ones as constants: nothing is saved or computed for their gradients."""
+
+  def one(weight, value):
+    return jax.lax.stop_gradient(value) if weight.group == "frozen" else value
+
+  return jax.tree.map(one, declared, weights, is_leaf=params.is_weight)
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -126,29 +168,34 @@ def partition_table(declared: Any) -> str:
     kinds[(w.group, w.shape, w.decay)].append(name)
     totals[w.group] += math.prod(w.shape)
   lines = [
-    f"  {group:5} {'x'.join(map(str, shape)):>12} {'' if decay else 'no decay':9} {', '.join(names)}"
+    f"  {group:6} {'x'.join(map(str, shape)):>12} {'' if decay else 'no decay':9} {', '.join(names)}"
     for (group, shape, decay), names in sorted(kinds.items(), key=lambda item: item[0][0], reverse=True)
   ]
   return "\n".join(
-    [*lines, "  " + ", ".join(f"{group}: {totals[group]:,} parameters" for group in params.GROUPS)]
+    [*lines, "  " + ", ".join(f"{group}: {totals[group]:,} parameters" for group in _groups_of(totals))]
   )
 
 
 def check_partition(opt_state: Any, declared: Any) -> None:
-  """Asserts that Muon's momentum exists for exactly the weights that are declared `muon`.
+  """Asserts that Muon's momentum exists for exactly the weights that are declared `muon`, and AdamW's moments
+  for those declared `adam`.
 
   Raises:
     AssertionError: naming the weights that differ.
   """
-  found = set()
-  for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, MuonState)):
-    if isinstance(state, MuonState):
-      found |= {params.name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(state.momentum)[0]}
-  wanted = {name for name, w in _by_name(declared).items() if w.group == "muon"}
-  if found != wanted:
-    raise AssertionError(
-      f"muon holds {sorted(found - wanted)} beside what was declared and lacks {sorted(wanted - found)}"
-    )
+  kinds = {"muon": (MuonState, "momentum"), "adam": (optax.ScaleByAdamState, "mu")}
+  states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, tuple(k for k, _ in kinds.values())))
+  for group, (kind, field) in kinds.items():
+    found = set()
+    for state in states:
+      if isinstance(state, kind):
+        held = jax.tree_util.tree_leaves_with_path(getattr(state, field))
+        found |= {params.name_of(path) for path, _ in held}
+    wanted = {name for name, w in _by_name(declared).items() if w.group == group}
+    if found != wanted:
+      raise AssertionError(
+        f"{group} holds {sorted(found - wanted)} beside what was declared and lacks {sorted(wanted - found)}"
+      )
 
 
 def _orthogonalize_all(num_in: list[int], cfg: OptimConfig, arrays: list[jax.Array]) -> list[jax.Array]:
@@ -168,6 +215,11 @@ def _orthogonalize_all(num_in: list[int], cfg: OptimConfig, arrays: list[jax.Arr
       matrix = matrix.T if fan_in > fan_out else matrix
       out[i] = (math.sqrt(max(1.0, fan_out / fan_in)) * matrix.astype(x.dtype)).reshape(x.shape)
   return out
+
+
+def _groups_of(totals: collections.Counter) -> list[str]:
+  """Groups to be told of; frozen weights only where there are any."""
+  return [group for group in params.GROUPS if group != "frozen" or totals[group]]
 
 
 def _by_name(declared: Any) -> dict[str, params.Weight]:

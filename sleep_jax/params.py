@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from sleep_jax import sharding
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-GROUPS = ("muon", "adam")
+GROUPS = ("muon", "adam", "frozen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Weight:
     shape: of the array.
     axes: logical name of each dimension, looked up in `sharding.RULES`; None for never split.
     init: (key, shape, dtype) -> array.
-    group: `muon` (a matrix of the body) or `adam` (embedding, head, norm, gate, convolution, bias).
+    group: `muon` (a matrix of the body) or `adam` (embedding, head, norm, gate, convolution, bias); `frozen`
+      where a run leaves it as it is (`optim.freeze`).
     num_in: a matrix maps its first `num_in` dimensions to the others; Muon and the fan-in read this.
     decay: whether weight decay applies.
   """

@@ -74,6 +74,18 @@ def to_dict(config: Any) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+  """Of all fields of the config, and of the configs in it, those that have a default, with it; nested."""
+  found = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      found[field.name] = defaults_of(value)
+    elif field.default is not dataclasses.MISSING:
+      found[field.name] = field.default
+  return found
+
+
 def replace(config: Any, **changes: Any) -> Any:
   """A copy with nested fields changed: `replace(c, sleep={"num_passes": 2}, seed=1)`."""
   flat = {}

@@ -21,7 +21,19 @@ import optax
 from absl import logging
 
 from kernels import dispatch as kernels
-from sleep_jax import checkpoint, evaluate, feeding, flops, metrics, model, optim, record, sharding, workdir
+from sleep_jax import (
+  checkpoint,
+  evaluate,
+  feeding,
+  flops,
+  metrics,
+  model,
+  optim,
+  pretrained,
+  record,
+  sharding,
+  workdir,
+)
 from sleep_jax.config import Config, check, one_of
 
 # For what runs once: on a CPU it compiles in a quarter of the time.
@@ -79,6 +91,23 @@ def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(step=jnp.zeros((), jnp.int32), key=data_key, params=weights, opt_state=tx.init(weights))
 
 
+def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
+  """`init_state`, on the device, with the weights of `cfg.train.init_from` where that is given.
+
+  Raises:
+    ConfigError: if the checkpoint cannot be read or is another model.
+  """
+  start = functools.partial(init_state, cfg, tx)
+  if cfg.train.init_from is None:
+    return jax.jit(start, compiler_options=_QUICK)()
+  weights = pretrained.start_weights(cfg.model, cfg.train.init_from)
+
+  def put(weights):
+    return start().replace(params=weights, opt_state=tx.init(weights))  # what was drawn is never computed
+
+  return jax.jit(put, compiler_options=_QUICK, donate_argnums=0)(weights)
+
+
 def train_step(
   state: TrainState,
   batch: model.Batch,
@@ -90,11 +119,14 @@ def train_step(
   """One optimizer step: backpropagation through the answers and, through S alone, through every sleep.
 
   Returns:
-    The next state, and the loss (nats a target) and the global gradient norm before clipping.
+    The next state, and the loss (nats a target) and the global gradient norm before clipping, of the weights
+    that are trained.
   """
-  (loss, _), grads = jax.value_and_grad(model.loss, has_aux=True)(
-    state.params, batch, segments, cfg.model, cfg.sleep
-  )
+  declared = optim.freeze(cfg.optim, model.declare(cfg.model))
+  (loss, _), grads = jax.value_and_grad(
+    lambda weights: model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep),
+    has_aux=True,
+  )(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
@@ -143,6 +175,9 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
   if cfg.model.fast.kernel is not None:
     known = kernels.ORDER.get(jax.default_backend(), kernels.ORDER["cpu"])
     one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
+  optim.freeze(cfg.optim, model.declare(cfg.model))
+  if cfg.train.init_from is not None:
+    pretrained.check_start(cfg.model, cfg.train.init_from)
   mesh = sharding.make_mesh(cfg.mesh)
   size = mesh.shape["data"]
   for name in ("batch_size", "eval_batch_size"):
@@ -187,7 +222,8 @@ def train(
     )
     start = functools.partial(init_state, cfg, tx)
     restored = checkpoints.restore(jax.eval_shape(start))
-    state = jax.jit(start, compiler_options=_QUICK)() if restored is None else restored[1]
+    state = first_state(cfg, tx) if restored is None else restored[1]
+    declared = optim.freeze(cfg.optim, declared)
     optim.check_partition(state.opt_state, declared)
     done = int(state.step)
     if done:

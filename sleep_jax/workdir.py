@@ -82,6 +82,7 @@ def prepare(
   config: Mapping[str, Any],
   *,
   may_change: Collection[str] = (),
+  defaults: Mapping[str, Any] | None = None,
   primary: bool = True,
 ) -> Workdir:
   """Makes a directory ready for a run, or for the resumption of the run that it holds.
@@ -90,6 +91,8 @@ def prepare(
     path: the directory, made if absent. A relative one is taken from the current directory.
     config: the configuration as nested mappings, sequences, strings, numbers, booleans and None.
     may_change: dotted keys that may differ from config.json; it then takes the new values.
+    defaults: values, nested like `config`, that fields had before there was such a field: a config.json which
+      lacks one of them is of that time, and counts as if it had it. None: every field must be there.
     primary: whether this process writes and locks. Of several processes in one run only the first does.
 
   Raises:
@@ -115,7 +118,7 @@ def prepare(
   _check_foreign(workdir.path)
   workdir._lock = _take_lock(workdir.path / _LOCK)
   try:
-    if _resolve_config(workdir.path / _CONFIG, wanted, may_change):
+    if _resolve_config(workdir.path / _CONFIG, wanted, may_change, _as_json(defaults or {})):
       write_file(workdir.path / _CONFIG, json.dumps(wanted, indent=2) + "\n")
     write_file(workdir.path / _ENV, json.dumps(_env(workdir.path / _ENV), indent=2) + "\n")
     for folder in _FOLDERS:
@@ -173,8 +176,10 @@ def _take_lock(path: pathlib.Path) -> int:
   return lock
 
 
-def _resolve_config(path: pathlib.Path, wanted: dict[str, Any], may_change: Collection[str]) -> bool:
-  """Whether config.json is to be written: it is absent, or differs only where it may."""
+def _resolve_config(
+  path: pathlib.Path, wanted: dict[str, Any], may_change: Collection[str], defaults: dict[str, Any]
+) -> bool:
+  """Whether config.json is to be written: it is absent, lacks defaults, or differs only where it may."""
   if not path.exists():
     return True
   try:
@@ -184,6 +189,8 @@ def _resolve_config(path: pathlib.Path, wanted: dict[str, Any], may_change: Coll
   except (OSError, ValueError) as e:
     raise WorkdirError(f"{path} cannot be read: {e}; nothing was overwritten") from e
   old, new = dict(_dotted(here)), dict(_dotted(wanted))
+  lacking = {key: value for key, value in _dotted(defaults) if key in new and key not in old}
+  old |= lacking
   changed = [key for key in {**old, **new} if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))]
   refused = [key for key in changed if key not in may_change]
   if refused:
@@ -193,7 +200,7 @@ def _resolve_config(path: pathlib.Path, wanted: dict[str, Any], may_change: Coll
     )
     more = f"; and {len(refused) - _MAX_NAMED} more" if len(refused) > _MAX_NAMED else ""
     raise WorkdirError(f"{path.parent} was made with another configuration: {told}{more}")
-  return bool(changed)
+  return bool(changed or lacking)
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:

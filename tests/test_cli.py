@@ -61,6 +61,7 @@ WHOLE = {
   "preset": ((f"--config={FILE}:huge", "--workdir=new"), "unknown preset 'huge'; known: tiny, demo"),
   "no_preset": ((f"--config={FILE}:", "--workdir=new"), "unknown preset ''; known: tiny, demo"),
   "no_config": (("--workdir=new",), "--config is required"),
+  "nothing": ((), "--config is required"),
   "no_workdir": ((TINY,), "--workdir is required"),
   "empty_workdir": ((TINY, "--workdir="), "the workdir is an empty path"),
   "no_such_file": (

@@ -259,6 +259,16 @@ class ConfigTest(parameterized.TestCase):
     self.assertEqual(got.model.blocks, ("gdn",))
     self.assertIsInstance(got.optim.clip_norm, float)
 
+  def test_defaults_are_those_of_all_fields_that_have_one(self):
+    found = config.defaults_of(SMALL)
+    self.assertEqual(found["seed"], 0)
+    self.assertEqual(found["sleep"], config.to_dict(SleepConfig()))
+    self.assertNotIn("vocab_size", found["model"])
+    self.assertEqual(found["model"]["window"], 24)
+    self.assertEqual(found["model"]["fast"], config.to_dict(FastConfig()))
+    self.assertEqual(found["data"], {f.name: f.default for f in dataclasses.fields(Rule110Config)
+                                     if f.default is not dataclasses.MISSING})  # fmt: skip
+
   def test_replace_changes_what_it_names_and_checks_the_result(self):
     got = config.replace(SMALL, model={"attention": {"num_heads": 2}}, seed=1)
     want = config.to_dict(SMALL)

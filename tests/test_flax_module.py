@@ -51,6 +51,7 @@ def test_two_steps_of_plain_nnx_are_two_steps_of_our_trainer():
     assert moved["embed"] and moved["blocks"]["1"]["mixer"]["q"]
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_nnx_takes_it_as_it_is():
   batch, layout = hybrids.random_batch(7, [5, 6])
   segments = model.plan(layout, CFG.window)

@@ -1,5 +1,6 @@
 """The optimizer against the recipe of arXiv 2511.07384, written again in NumPy as PyTorch would have it."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ from absl.testing import parameterized
 from jax.sharding import PartitionSpec as P
 
 from sleep_jax import model, optim, params, sharding
-from sleep_jax.config import AttentionConfig, FastConfig, MeshConfig, ModelConfig, OptimConfig
+from sleep_jax.config import AttentionConfig, ConfigError, FastConfig, MeshConfig, ModelConfig, OptimConfig
 
 STEPS = 8
 CONFIG = OptimConfig(
@@ -289,6 +290,41 @@ class PartitionTest(parameterized.TestCase):
     self.assertEqual(set(flat(momentum)), set(NUM_IN))
     adam = optax.tree_utils.tree_get(state, "mu")
     self.assertEqual(set(flat(adam)), {"embed", "norm"})
+
+  def test_frozen_weights_have_no_state_no_update_and_no_part_in_the_norm(self):
+    cfg = dataclasses.replace(CONFIG, trained=("heads/*", "norm"), clip_norm=1.0)
+    tree = optim.freeze(cfg, self.tree)
+    text = optim.partition_table(tree).splitlines()
+    self.assertEqual({line.split()[0]: len(line.split(", ")) for line in text[:-1]}["frozen"], 1)
+    self.assertTrue(text[-1].endswith(f"frozen: {64 + 160 + 160 + 32} parameters"), text[-1])
+    grads = random_like(self.tree, 1)
+    [after], state = run(cfg, self.tree, self.weights, [grads])
+    optim.check_partition(state, tree)
+    sizes = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    self.assertEqual(sizes, 8 * 2 * 10 + 8 * 2 * 3 + 2 * 10 * 8 + 2 * 8)  # one momentum, two moments
+    part = {name: self.tree[name] for name in ("heads", "norm")}
+    [alone], _ = run(
+      dataclasses.replace(cfg, trained=("*",)),
+      part,
+      {name: self.weights[name] for name in part},
+      [{name: grads[name] for name in part}],
+    )
+    for name, x in flat(after).items():
+      want = flat(alone)[name] if name.startswith(("heads", "norm")) else flat(self.weights)[name]
+      np.testing.assert_array_equal(x, want, err_msg=name)
+      self.assertEqual(np.array_equal(x, flat(self.weights)[name]), not name.startswith(("heads", "norm")))
+
+  def test_a_state_for_frozen_weights_is_noticed(self):
+    state = optim.make(CONFIG, self.tree, STEPS).init(self.weights)
+    frozen = optim.freeze(dataclasses.replace(CONFIG, trained=("[!n]*",)), self.tree)
+    with self.assertRaisesRegex(AssertionError, r"adam holds \['norm'\] beside"):
+      optim.check_partition(state, frozen)
+
+  def test_a_pattern_that_names_nothing_is_refused(self):
+    with self.assertRaisesRegex(ConfigError, r"^optim.trained\[1\]: names no weight: 'head'"):
+      optim.make(dataclasses.replace(CONFIG, trained=("embed", "head")), self.tree, STEPS)
+    with self.assertRaisesRegex(ConfigError, "^optim.trained: must have at least 1"):
+      OptimConfig(trained=())
 
   def test_another_partition_is_noticed(self):
     other = self.tree | {"embed": params.matrix(4, 8, axes=("vocab", None)), "tall": None}

@@ -134,6 +134,23 @@ class WorkdirTest(parameterized.TestCase):
     self.assert_refused(pattern, config=changed(**change), may_change=may_change)
     prepare(self.path, CONFIG).close()  # the refusal let go of the lock
 
+  def test_a_field_that_came_later_had_its_default(self):
+    """A run from before `model.remat` and the group `sleep` goes on, and its config.json then has them."""
+    later = changed(model__remat="none") | {"sleep": {"state": "carry", "kept": None}}
+    defaults = {"model": {"remat": "none", "window": 24}, "sleep": {"state": "carry", "kept": None}}
+    prepare(self.path, CONFIG).close()
+    for values, pattern in (
+      (later | {"seed": 1}, r"configuration: seed: 0 in the workdir, 1 asked for$"),
+      (later | {"new": 1}, r"configuration: new: absent in the workdir, 1 asked for$"),
+      (changed(model__remat="block"), r'model.remat: "none" in the workdir, "block" asked for$'),
+      (changed(model__window=24), r"model.window: 16 in the workdir, 24 asked for$"),
+      (changed(model__window=None), r"model.window: 16 in the workdir, absent asked for$"),
+    ):
+      self.assert_refused(pattern, config=values, defaults=defaults)
+    prepare(self.path, later, defaults=defaults).close()
+    self.assertEqual(json.loads((self.path / "config.json").read_text())["model"]["remat"], "none")
+    prepare(self.path, later).close()
+
   def test_equal_numbers_are_equal_settings(self):
     prepare(self.path, changed(optim__muon_lr=1.0)).close()
     prepare(self.path, changed(optim__muon_lr=1)).close()

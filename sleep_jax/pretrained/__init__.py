@@ -8,6 +8,17 @@ Weights are safetensors and configs are data: nothing that was downloaded is exe
 """
 
 from sleep_jax.pretrained.loading import PretrainedError, Source, export, load, open_source
-from sleep_jax.pretrained.memory import add_memory
+from sleep_jax.pretrained.memory import add_memory, memory_weights
+from sleep_jax.pretrained.start import check_start, start_weights
 
-__all__ = ["PretrainedError", "Source", "add_memory", "export", "load", "open_source"]
+__all__ = [
+  "PretrainedError",
+  "Source",
+  "add_memory",
+  "check_start",
+  "export",
+  "load",
+  "memory_weights",
+  "open_source",
+  "start_weights",
+]

@@ -45,6 +45,11 @@ def memory_config(
   )
 
 
+def memory_weights(cfg: ModelConfig) -> tuple[str, ...]:
+  """Patterns of the names of inserted layers' weights, for `optim.trained`: stage 1 trains these alone."""
+  return tuple(f"blocks/{i}/*" for i in cfg.without_mlp)
+
+
 def add_memory(
   cfg: ModelConfig,
   weights: model.Params,

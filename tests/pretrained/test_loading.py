@@ -193,6 +193,7 @@ def test_an_ignored_field_is_no_mistake(copy):
   assert pretrained.open_source(folder, ignore=("colour",)).model.embed_dim == 64
 
 
+@pytest.mark.slow
 def test_memory_has_documented_names_and_comes_back(tmp_path):
   fast = config.FastConfig(num_heads=2, key_dim=8, value_dim=8)
   told = convert.convert(

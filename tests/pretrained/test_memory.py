@@ -14,6 +14,7 @@ FAST = config.FastConfig(num_heads=2, key_dim=3, value_dim=4)
 SLEEP = config.SleepConfig(num_passes=2)
 
 
+@pytest.mark.slow
 def test_fresh_memory_changes_no_bit_and_trains_away():
   weights = model.init(BASE, jax.random.key(0))
   cfg, larger = pretrained.add_memory(BASE, weights, jax.random.key(1), num_layers=2, fast=FAST)
@@ -65,6 +66,7 @@ def test_prelude_and_coda_write_once_and_the_loop_n_times():
   hybrids.assert_near(got, want, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
 @pytest.mark.parametrize("tied", [False, True])

@@ -158,6 +158,7 @@ def near_gradients(name: str, gradients) -> None:
       near(name, f"grad.full.{entry.name}", got, GRADIENT * norm)
 
 
+@pytest.mark.slow
 def test_jet_gradients():
   cfg, weights, _, golden = loaded(JET)
   tokens = golden["run0.input_ids"]
@@ -248,6 +249,7 @@ def test_ouro_decoding_with_a_cache_for_each_loop():
   near(OURO, "decode.step_logits", steps, HIDDEN)
 
 
+@pytest.mark.slow
 def test_ouro_gradients():
   """The expected loss over exits: mean over tokens of sum_u p_u CE_u."""
   cfg, weights, _, golden = loaded(OURO)
@@ -272,6 +274,7 @@ def test_ouro_gradients():
   near_gradients(OURO, gradients)
 
 
+@pytest.mark.slow
 def test_shared_cache_is_one_slot_and_equals_own_caches_within_one_call():
   """From an empty cache all tokens of a call see the keys of their own loop; one slot a block remains."""
   cfg, weights, _, golden = loaded(OURO)
@@ -289,6 +292,7 @@ def test_shared_cache_is_one_slot_and_equals_own_caches_within_one_call():
   assert np.max(np.abs(np.asarray(got - want))) > 1e-2  # afterwards it is another model, as documented
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "most"), [(JET, 0.1), (OURO, 0.1)])
 def test_bfloat16_stays_near(name, most):
   """Activations in bfloat16, relative to the spread of the logits. Measured: 0.033 (Jet), 0.026 (Ouro)."""
