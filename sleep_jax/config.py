@@ -23,27 +23,10 @@ from sleep_jax.schema import (
 )
 
 __all__ = [
-  "ATTENTION",
-  "AttentionConfig",
-  "Config",
-  "ConfigError",
-  "FastConfig",
-  "MeshConfig",
-  "ModelConfig",
-  "OptimConfig",
-  "SleepConfig",
-  "TrainConfig",
-  "above",
-  "at_least",
-  "check",
-  "check_sleep",
-  "defaults_of",
-  "from_dict",
-  "nearest",
-  "one_of",
-  "replace",
-  "to_dict",
-]
+  "ATTENTION", "AttentionConfig", "Config", "ConfigError", "FastConfig", "MeshConfig", "ModelConfig",
+  "OptimConfig", "SleepConfig", "TrainConfig", "above", "at_least", "check", "check_sleep", "defaults_of",
+  "from_dict", "nearest", "one_of", "replace", "to_dict"
+]  # fmt: skip
 
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
 
