@@ -18,10 +18,8 @@ def compiler():
 @pytest.mark.parametrize(
   ("shape", "dtype"),
   [
-    ((1, 256, 8, 128, 256), "bfloat16"),
-    ((2, 300, 3, 96, 192), "bfloat16"),  # T and K fit nothing
-    ((2, 75, 8, 64, 64), "float32"),
-    ((3, 1, 2, 8, 12), "float32"),
+    ((1, 256, 2, 128, 256), "bfloat16"),  # whole chunks, two rows a step, S carried over a chunk
+    ((3, 75, 1, 40, 72), "float32"),  # T, K and V fit nothing
   ],
 )
 def test_forward_and_backward_compile(device, shape, dtype):
