@@ -1,12 +1,15 @@
 """The TPU kernels through the TPU's own compiler, for three generations, on a machine that has none."""
 
+import importlib.metadata
+import json
+
 import pytest
 
+from kernels import static_tpu
 from kernels.gated_delta import pallas_tpu
-from tests.kernels import aot
 
 pytestmark = pytest.mark.aot
-every_device = pytest.mark.parametrize("device", aot.TOPOLOGIES)
+every_device = pytest.mark.parametrize("device", static_tpu.TOPOLOGIES)
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,13 @@ def compiler():
   ],
 )
 def test_forward_and_backward_compile(device, shape, dtype):
-  program = aot.compiled(device, shape, "grad", pallas_tpu.gated_delta, dtype)
+  program = static_tpu.compiled(device, shape, "grad", pallas_tpu.gated_delta, dtype)
   text = program.as_text()
   assert "gated_delta_forward" in text and "gated_delta_backward" in text
+
+
+def test_budgets():
+  """On one generation; `python -m kernels.static_tpu` has all, and --write-budgets for a change meant."""
+  budgets = json.loads(static_tpu.BUDGETS.read_text(encoding="utf-8"))[importlib.metadata.version("libtpu")]
+  rows = [row for program in ("forward", "grad") for row in static_tpu.price("v5e", "128/256", program)]
+  assert static_tpu.over_budget(rows, budgets) == []
