@@ -109,21 +109,27 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
   r, C, _ = q_ref.shape
   row, col = parts.grid_of(C)
   gates = parts.gates(g_ref[0, 0], b_ref[0, 0])
-  for h in range(r):
+
+  def head(h):
     q, k, S = q_ref[h], k_ref[h], S_ref[h]
-    decay = gates.decay(h, row, col)
     b, since = gates.column("b", h), gates.column("since", h)
-    reads = jnp.concatenate([q, k], 0)
-    scores = dot(reads, k, "nt")
+    scores = dot(jnp.concatenate([q, k], 0), k, "nt")
+    yield
+    decay = gates.decay(h, row, col)
     A = jnp.where(row > col, b * decay * scores[C:], 0.0)
-    inverse = parts.unit_lower_inverse(A, dtype).astype(dtype)
-    seen = dot(reads, S.astype(dtype))
+    P = (decay * scores[:C]).astype(dtype)
+    inverse = (yield from parts.unit_lower_inverse(A, dtype)).astype(dtype)
+    seen = dot(jnp.concatenate([q, k], 0), S.astype(dtype))
+    yield
     U = dot(inverse, (b * (v_ref[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))
+    yield
     U = jnp.where(gates.column("kept_b", h) == 0, 0.0, U)
-    o = since * seen[:C] + dot((decay * scores[:C]).astype(dtype), U.astype(dtype))
-    o_ref[h] = o.astype(o_ref.dtype)
+    o_ref[h] = (since * seen[:C] + dot(P, U.astype(dtype))).astype(o_ref.dtype)
     if kept_refs:
       inverse_ref, met_ref = kept_refs
       inverse_ref[h] = inverse
       met_ref[h, 0] = S.astype(dtype)
+    yield
     S_ref[h] = gates.whole[h : h + 1] * S + dot(k, (gates.column("until", h) * U).astype(dtype), "tn")
+
+  parts.in_step([head(h) for h in range(r)])

@@ -4,6 +4,7 @@ Everything here runs inside a kernel on one chunk, except `Cut` and its methods,
 """
 
 import dataclasses
+from collections.abc import Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jax.lax import Precision
 
 CHUNK = 128  # tokens: the width of the matrix unit
 HEADS = 8  # at most so many rows of [B * H] a grid step: their products hide each other's latency
+IN_STEP = 4  # of them, interleaved
+DONE = object()
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
 VMEM_BYTES = 48 << 20
 STEP, FORGET = 16.0, -1000.0  # as in kernels/chunk.py
@@ -158,31 +161,48 @@ def gates(g: jax.Array, b: jax.Array) -> Gates:
   return Gates(coarse, fine, since[:, C - 1 :], columns, r)
 
 
-def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def in_step(tasks: Sequence[Generator]) -> None:
+  """Runs tasks that stop (`yield`) wherever they would wait for a matrix unit, IN_STEP of them in turn.
+
+  The compiler keeps roughly the order in which a kernel is traced: one head after the other would leave
+  the matrix units empty while each product waits for the one before it.
+  """
+  for i in range(0, len(tasks), IN_STEP):
+    running = list(tasks[i : i + IN_STEP])
+    while running:
+      running = [task for task in running if next(task, DONE) is not DONE]
+
+
+def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, jax.Array]:
   """(I + A)^-1 for strictly lower triangular A [C, C] float32, C a power of two from 16 on; float32.
 
   A ladder: from the inverses of the diagonal blocks of width m to those of width 2 m,
   X <- X - X L X with L the off-diagonal blocks between them. From m = 16 on only the rows that change are
-  multiplied. No powers of A: nothing grows that the inverse does not hold.
+  multiplied. No powers of A: nothing grows that the inverse does not hold. A task for `in_step`.
   """
   C = A.shape[0]
   row, col = grid_of(C)
   apart = row ^ col
   X = jnp.where(row == col, 1.0, jnp.where(apart == 1, -A, 0.0))
+  A = A.astype(dtype)
+  zero = jnp.zeros((), dtype)
   m = 2
   while m < C:
-    L = jnp.where((apart >> (m.bit_length() - 1)) == 1, A, 0.0).astype(dtype)
     Xd = X.astype(dtype)
     if m < 16:
-      X = X - dot(Xd, dot(L, Xd).astype(dtype))
+      L = jnp.where((apart >> (m.bit_length() - 1)) == 1, A, zero)
+      LX = dot(L, Xd).astype(dtype)
+      yield
+      X = X - dot(Xd, LX)
+      yield
     else:
       low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
-      LX = dot(jnp.concatenate([L[s] for s in low], 0), Xd).astype(dtype)
-      Y = jnp.concatenate([Xd[s, s] for s in low], 0)  # [C / 2, m]
-      parts = []
-      for i, s in enumerate(low):
-        corner = dot(Y[i * m : (i + 1) * m], LX[i * m : (i + 1) * m])
-        parts += [X[s.start - m : s.start], X[s] - corner]
-      X = jnp.concatenate(parts, 0)
+      at_left = lambda s: (col[s] >= s.start - m) & (col[s] < s.start)  # noqa: E731, B023
+      L = jnp.concatenate([jnp.where(at_left(s), A[s], zero) for s in low], 0)
+      LX = dot(L, Xd).astype(dtype)
+      yield
+      corners = [dot(Xd[s, s], LX[i * m : (i + 1) * m]) for i, s in enumerate(low)]
+      yield
+      X = jnp.concatenate([x for s, c in zip(low, corners, strict=True) for x in (X[s.start - m : s.start], X[s] - c)], 0)
     m *= 2
   return X
