@@ -15,6 +15,7 @@ CHUNK = 128  # tokens: the width of the matrix unit
 HEADS = 8  # at most so many rows of [B * H] a grid step: their products hide each other's latency
 IN_STEP = 4  # of them, interleaved
 DONE = object()
+LEAF = 16  # width of the blocks on the diagonal that are inverted row by row
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
 VMEM_BYTES = 48 << 20
 STEP, FORGET = 16.0, -1000.0  # as in kernels/chunk.py
@@ -130,6 +131,7 @@ class Gates:
 
   coarse_row: jax.Array
   fine_row: jax.Array
+  until_row: jax.Array
   whole: jax.Array  # [r, 1] exp(G_C)
   columns: jax.Array  # [C, 6 r]: coarse, fine, b, kept b, since, until
   r: int
@@ -158,7 +160,7 @@ def gates(g: jax.Array, b: jax.Array) -> Gates:
   until = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
   safe = jnp.where(jnp.abs(b) < TINY, TINY, b)
   columns = jnp.concatenate([coarse, fine, safe, b, since, until], 0).T
-  return Gates(coarse, fine, since[:, C - 1 :], columns, r)
+  return Gates(coarse, fine, until, since[:, C - 1 :], columns, r)
 
 
 def in_step(tasks: Sequence[Generator]) -> None:
@@ -182,27 +184,48 @@ def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, 
   """
   C = A.shape[0]
   row, col = grid_of(C)
-  apart = row ^ col
-  X = jnp.where(row == col, 1.0, jnp.where(apart == 1, -A, 0.0))
+  X = yield from _diagonal_inverses(A, dtype)
   A = A.astype(dtype)
-  zero = jnp.zeros((), dtype)
-  m = 2
+  m = LEAF
   while m < C:
+    low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
+    left = lambda s: (col[s] >= s.start - m) & (col[s] < s.start)  # noqa: E731, B023
+    L = jnp.concatenate([jnp.where(left(s), A[s], jnp.zeros((), dtype)) for s in low], 0)
     Xd = X.astype(dtype)
-    if m < 16:
-      L = jnp.where((apart >> (m.bit_length() - 1)) == 1, A, zero)
-      LX = dot(L, Xd).astype(dtype)
-      yield
-      X = X - dot(Xd, LX)
-      yield
-    else:
-      low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
-      at_left = lambda s: (col[s] >= s.start - m) & (col[s] < s.start)  # noqa: E731, B023
-      L = jnp.concatenate([jnp.where(at_left(s), A[s], zero) for s in low], 0)
-      LX = dot(L, Xd).astype(dtype)
-      yield
-      corners = [dot(Xd[s, s], LX[i * m : (i + 1) * m]) for i, s in enumerate(low)]
-      yield
-      X = jnp.concatenate([x for s, c in zip(low, corners, strict=True) for x in (X[s.start - m : s.start], X[s] - c)], 0)
+    LX = dot(L, Xd).astype(dtype)
+    yield
+    high = jnp.zeros((m, C), dtype)
+    LX = jnp.concatenate([x for i in range(len(low)) for x in (high, LX[i * m : (i + 1) * m])], 0)
+    corners = dot(jnp.concatenate([Xd[s] for s in low], 0), LX)
+    yield
+    pieces = [(X[s.start - m : s.start], X[s] - corners[i * m : (i + 1) * m]) for i, s in enumerate(low)]
+    X = jnp.concatenate([x for pair in pieces for x in pair], 0)
     m *= 2
   return X
+
+
+def _diagonal_inverses(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, jax.Array]:
+  """The inverses of the diagonal blocks of I + A of width LEAF, and zeros elsewhere: [C, C] float32.
+
+  Row by row, X_i = e_i - sum_j<i A_ij X_j, all blocks side by side in [LEAF, C]. A product with ones spreads
+  each A_ij over the lanes of its block.
+  """
+  C = A.shape[0]
+  row, col = grid_of(C)
+  own = (row >> 4) == (col >> 4)
+  side_by_side = sum(jnp.where(own, A, 0.0)[i : i + LEAF] for i in range(0, C, LEAF))
+  at, lane = row[:LEAF], col[:LEAF] & (LEAF - 1)
+  alone = [jnp.where(lane == j, side_by_side, 0.0) for j in range(LEAF - 1)]
+  spread = dot(jnp.concatenate(alone, 0).astype(dtype), own.astype(dtype))
+  yield
+  half = LEAF // 2
+  X = jnp.where(lane == at, 1.0, 0.0)
+  top, bottom = X[:half], X[half:]
+  for j in range(LEAF - 1):
+    x = top[j : j + 1] if j < half else bottom[j - half : j - half + 1]
+    column = spread[j * LEAF : (j + 1) * LEAF]  # zero down to row j
+    if j < half - 1:
+      top = top - column[:half] * x
+    bottom = bottom - column[half:] * x
+    yield
+  return jnp.where(own, jnp.concatenate([top, bottom] * (C // LEAF), 0), 0.0)
