@@ -120,7 +120,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
     A = jnp.where(row > col, b * decay * scores[C:], 0.0)
     writes = (kT.astype(jnp.float32) * gates.until_row[h : h + 1]).astype(dtype)
     uses = jnp.concatenate([(decay * scores[:C]).astype(dtype), writes], 0)  # of U: for o and for S
-    inverse = (yield from parts.unit_lower_inverse(A, dtype)).astype(dtype)
+    inverse = yield from parts.unit_lower_inverse(A, dtype)
     seen = dot(reads, S.astype(dtype))
     yield
     U = dot(inverse, (b * (v_ref[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))

@@ -184,22 +184,21 @@ def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, 
   """
   C = A.shape[0]
   row, col = grid_of(C)
-  X = yield from _diagonal_inverses(A, dtype)
-  A = A.astype(dtype)
+  X = (yield from _diagonal_inverses(A, dtype)).astype(dtype)
   m = LEAF
   while m < C:
     low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
     left = lambda s: (col[s] >= s.start - m) & (col[s] < s.start)  # noqa: E731, B023
-    L = jnp.concatenate([jnp.where(left(s), A[s], jnp.zeros((), dtype)) for s in low], 0)
-    Xd = X.astype(dtype)
-    LX = dot(L, Xd).astype(dtype)
+    L = jnp.concatenate([jnp.where(left(s), A[s], 0.0) for s in low], 0).astype(dtype)
+    LX = dot(L, X).astype(dtype)
     yield
     high = jnp.zeros((m, C), dtype)
     LX = jnp.concatenate([x for i in range(len(low)) for x in (high, LX[i * m : (i + 1) * m])], 0)
-    corners = dot(jnp.concatenate([Xd[s] for s in low], 0), LX)
+    corners = dot(jnp.concatenate([X[s] for s in low], 0), LX)
     yield
-    pieces = [(X[s.start - m : s.start], X[s] - corners[i * m : (i + 1) * m]) for i, s in enumerate(low)]
-    X = jnp.concatenate([x for pair in pieces for x in pair], 0)
+    # Where a corner is not zero, X was: nothing is rounded twice.
+    X = [(X[s.start - m : s.start], X[s].astype(jnp.float32), i * m) for i, s in enumerate(low)]
+    X = jnp.concatenate([x for top, x0, i in X for x in (top, (x0 - corners[i : i + m]).astype(dtype))], 0)
     m *= 2
   return X
 
