@@ -119,7 +119,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
     decay = gates.decay(h, row, col)
     A = jnp.where(row > col, b * decay * scores[C:], 0.0)
     writes = (kT.astype(jnp.float32) * gates.until_row[h : h + 1]).astype(dtype)
-    uses = jnp.concatenate([(decay * scores[:C]).astype(dtype), writes], 0)  # of U: for o and for S
+    uses = jnp.concatenate(
+      [(decay * scores[:C] * gates.kept_row[h : h + 1]).astype(dtype), writes], 0
+    )  # of U: for o and for S
     inverse = yield from parts.unit_lower_inverse(A, dtype)
     seen = dot(reads, S.astype(dtype))
     yield
@@ -129,9 +131,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
       inverse_ref, met_ref = kept_refs
       inverse_ref[h] = inverse
       met_ref[h, 0] = S.astype(dtype)
-    used = dot(uses, jnp.where(gates.column("kept_b", h) == 0, 0.0, U).astype(dtype))
+    used = dot(uses, U.astype(dtype))
     yield
     o_ref[h] = (since * seen[:C] + used[:C]).astype(o_ref.dtype)
     S_ref[h] = gates.whole[h : h + 1] * S + used[C:]
 
-  parts.in_step([head(h) for h in range(r)])
+  parts.in_step([head(h) for h in range(r)], r)

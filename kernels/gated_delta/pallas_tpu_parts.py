@@ -13,8 +13,8 @@ from jax.lax import Precision
 
 CHUNK = 128  # tokens: the width of the matrix unit
 HEADS = 8  # at most so many rows of [B * H] a grid step: their products hide each other's latency
-IN_STEP = 4  # of them, interleaved
-DONE = object()
+HEADS_BACKWARD = 4  # of them that take turns on the way back
+DONE = object()  # what a task that has ended answers
 LEAF = 16  # width of the blocks on the diagonal that are inverted row by row
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
 VMEM_BYTES = 48 << 20
@@ -131,7 +131,8 @@ class Gates:
 
   coarse_row: jax.Array
   fine_row: jax.Array
-  until_row: jax.Array
+  until_row: jax.Array  # 0 where b is
+  kept_row: jax.Array  # 0 where b is, else 1
   whole: jax.Array  # [r, 1] exp(G_C)
   columns: jax.Array  # [C, 6 r]: coarse, fine, b, kept b, since, until
   r: int
@@ -158,19 +159,20 @@ def gates(g: jax.Array, b: jax.Array) -> Gates:
   coarse, fine = G[:r], G[r:]
   since = jnp.exp(coarse + fine)
   until = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
+  kept = jnp.where(b == 0, 0.0, 1.0)
   safe = jnp.where(jnp.abs(b) < TINY, TINY, b)
   columns = jnp.concatenate([coarse, fine, safe, b, since, until], 0).T
-  return Gates(coarse, fine, until, since[:, C - 1 :], columns, r)
+  return Gates(coarse, fine, until * kept, kept, since[:, C - 1 :], columns, r)
 
 
-def in_step(tasks: Sequence[Generator]) -> None:
-  """Runs tasks that stop (`yield`) wherever they would wait for a matrix unit, IN_STEP of them in turn.
+def in_step(tasks: Sequence[Generator], width: int) -> None:
+  """Runs tasks that stop (`yield`) wherever they would wait for a matrix unit, `width` of them in turn.
 
   The compiler keeps roughly the order in which a kernel is traced: one head after the other would leave
   the matrix units empty while each product waits for the one before it.
   """
-  for i in range(0, len(tasks), IN_STEP):
-    running = list(tasks[i : i + IN_STEP])
+  for i in range(0, len(tasks), width):
+    running = list(tasks[i : i + width])
     while running:
       running = [task for task in running if next(task, DONE) is not DONE]
 
@@ -190,7 +192,7 @@ def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, 
     low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
     left = lambda s: (col[s] >= s.start - m) & (col[s] < s.start)  # noqa: E731, B023
     L = jnp.concatenate([jnp.where(left(s), A[s], 0.0) for s in low], 0).astype(dtype)
-    LX = dot(L, X).astype(dtype)
+    LX = (dot(L[:, :m], X[:m]) if 2 * m == C else dot(L, X)).astype(dtype)
     yield
     high = jnp.zeros((m, C), dtype)
     LX = jnp.concatenate([x for i in range(len(low)) for x in (high, LX[i * m : (i + 1) * m])], 0)
@@ -214,17 +216,20 @@ def _diagonal_inverses(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, 
   own = (row >> 4) == (col >> 4)
   side_by_side = sum(jnp.where(own, A, 0.0)[i : i + LEAF] for i in range(0, C, LEAF))
   at, lane = row[:LEAF], col[:LEAF] & (LEAF - 1)
-  alone = [jnp.where(lane == j, side_by_side, 0.0) for j in range(LEAF - 1)]
+  half = LEAF // 2
+  rows = lambda j: slice(0 if j < half - 1 else half, LEAF)  # of column j that are below row j  # noqa: E731
+  alone = [jnp.where(lane == j, side_by_side, 0.0)[rows(j)] for j in range(LEAF - 1)]
+  alone.append(jnp.zeros((half, C), jnp.float32))  # to whole tiles of 16 rows
   spread = dot(jnp.concatenate(alone, 0).astype(dtype), own.astype(dtype))
   yield
-  half = LEAF // 2
   X = jnp.where(lane == at, 1.0, 0.0)
-  top, bottom = X[:half], X[half:]
+  top, bottom, start = X[:half], X[half:], 0
   for j in range(LEAF - 1):
     x = top[j : j + 1] if j < half else bottom[j - half : j - half + 1]
-    column = spread[j * LEAF : (j + 1) * LEAF]  # zero down to row j
     if j < half - 1:
-      top = top - column[:half] * x
-    bottom = bottom - column[half:] * x
+      top = top - spread[start : start + half] * x
+      start += half
+    bottom = bottom - spread[start : start + half] * x
+    start += half
     yield
   return jnp.where(own, jnp.concatenate([top, bottom] * (C // LEAF), 0), 0.0)
