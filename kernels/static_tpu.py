@@ -5,8 +5,8 @@
 Needs libtpu (`make test-aot` installs it). For each kernel the compiler's dump is read: bundles (instruction
 words, one a cycle), and how many registers they spill. Cycles per token-head = bundles / (tokens x heads of a
 grid step). Stalls on memory are not in it, and what runs only in the first chunk is. The pure-JAX form beside
-it is priced by XLA's own "estimated_cycles", loop bodies times their trip count: another yardstick, so a ratio
-of the two is a hint. --write-budgets makes the numbers the ones that the tests hold later code to.
+it is priced by XLA's own "estimated_cycles", loop bodies times their trip count: another yardstick, so that
+ratios between the two are a hint. --write-budgets: what the tests hold later code to.
 """
 
 import argparse
@@ -17,13 +17,16 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -268,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   for flag, known in (("devices", TOPOLOGIES), ("widths", SHAPES), ("programs", PROGRAMS)):
     parser.add_argument(f"--{flag}", type=listed(known), default=list(known), help=", ".join(known))
+  parser.add_argument("--jobs", type=int, default=1, help="compile so many at a time")
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md and .csv")
   parser.add_argument("--write-budgets", action="store_true", help=f"into {BUDGETS.name}")
   parser.add_argument("--child", nargs=3, metavar=("DEVICE", "WIDTHS", "PROGRAM"), help=argparse.SUPPRESS)
@@ -279,15 +283,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(child(*options.child)))
     return 0
 
-  command = "python -m kernels.static_tpu " + " ".join(sys.argv[1:] if arguments is None else arguments)
+  command = "python -m kernels.static_tpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
   rows: list[Row] = []
-  for device in options.devices:
-    for widths in options.widths:
-      for program in options.programs:
-        rows += price(device, widths, program)
-        print(f"done: {device} {widths} {program}", file=sys.stderr)
-        if options.out:
-          write(options.out, rows, markdown(rows, facts(command)))
+  todo = list(itertools.product(options.devices, options.widths, options.programs))
+  with ThreadPoolExecutor(options.jobs) as pool:
+    for job, found in zip(todo, pool.map(lambda job: price(*job), todo), strict=True):
+      rows += found
+      print(f"done: {' '.join(job)}", file=sys.stderr)
+      if options.out:
+        write(options.out, rows, markdown(rows, facts(command)))
   if options.write_budgets:
     write_budgets(rows)
   print(markdown(rows, facts(command)))

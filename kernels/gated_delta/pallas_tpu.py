@@ -136,4 +136,4 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
     o_ref[h] = (since * seen[:C] + used[:C]).astype(o_ref.dtype)
     S_ref[h] = gates.whole[h : h + 1] * S + used[C:]
 
-  parts.in_step([head(h) for h in range(r)], r)
+  parts.in_step([head(h) for h in range(r)])

@@ -132,7 +132,7 @@ def _backward_kernel(
     dg_ref[0, 0, h : h + 1] = end_ref[h : h + 1]
     end_ref[h : h + 1] = inner(met_ref[h, 0].astype(jnp.float32), dS)
 
-  parts.in_step([head(h) for h in range(r)], parts.HEADS_BACKWARD)
+  parts.in_step([head(h) for h in range(r)])
   rows = jnp.concatenate(dG + db, 1).T
   dg_ref[0, 0] += dot(rows[:r], (row >= col).astype(jnp.float32))
   db_ref[0, 0] = rows[r:]

@@ -13,7 +13,6 @@ from jax.lax import Precision
 
 CHUNK = 128  # tokens: the width of the matrix unit
 HEADS = 8  # at most so many rows of [B * H] a grid step: their products hide each other's latency
-HEADS_BACKWARD = 4  # of them that take turns on the way back
 DONE = object()  # what a task that has ended answers
 LEAF = 16  # width of the blocks on the diagonal that are inverted row by row
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
@@ -165,16 +164,15 @@ def gates(g: jax.Array, b: jax.Array) -> Gates:
   return Gates(coarse, fine, until * kept, kept, since[:, C - 1 :], columns, r)
 
 
-def in_step(tasks: Sequence[Generator], width: int) -> None:
-  """Runs tasks that stop (`yield`) wherever they would wait for a matrix unit, `width` of them in turn.
+def in_step(tasks: Sequence[Generator]) -> None:
+  """Runs tasks in turn, from `yield` to `yield`: they stop wherever they would wait for a matrix unit.
 
   The compiler keeps roughly the order in which a kernel is traced: one head after the other would leave
   the matrix units empty while each product waits for the one before it.
   """
-  for i in range(0, len(tasks), width):
-    running = list(tasks[i : i + width])
-    while running:
-      running = [task for task in running if next(task, DONE) is not DONE]
+  running = list(tasks)
+  while running:
+    running = [task for task in running if next(task, DONE) is not DONE]
 
 
 def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, jax.Array]:
