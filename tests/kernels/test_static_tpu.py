@@ -67,10 +67,11 @@ def test_over_budget():
 
 
 def test_every_kernel_has_a_budget():
-  """Of the compiler in requirements/aot.txt for each Python."""
+  """Of a compiler that requirements/aot.txt names."""
   budgets = json.loads(static_tpu.BUDGETS.read_text(encoding="utf-8"))
   pinned = static_tpu.BUDGETS.parents[2] / "requirements" / "aot.txt"
-  assert set(budgets) == set(re.findall(r"^libtpu==([\d.]+)", pinned.read_text(encoding="utf-8"), re.M))
+  versions = re.findall(r"^libtpu==([\d.]+)", pinned.read_text(encoding="utf-8"), re.M)
+  assert budgets and set(budgets) <= set(versions)
   for version, found in budgets.items():
     assert {f"v5e 128/256 {kernel}" for kernel in static_tpu.KERNELS} <= set(found), version
 
