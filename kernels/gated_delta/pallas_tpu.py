@@ -109,21 +109,31 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
   r, C, _ = q_ref.shape
   row, col = parts.grid_of(C)
   gates = parts.gates(g_ref[0, 0], b_ref[0, 0])
-  for h in range(r):
-    q, k, S = q_ref[h], k_ref[h], S_ref[h]
-    decay = gates.decay(h, row, col)
+
+  def head(h):
+    reads, S = jnp.concatenate([q_ref[h], k_ref[h]], 0), S_ref[h]
     b, since = gates.column("b", h), gates.column("since", h)
-    reads = jnp.concatenate([q, k], 0)
-    scores = dot(reads, k, "nt")
+    kT = k_ref[h].T
+    scores = dot(reads, kT)
+    yield
+    decay = gates.decay(h, row, col)
     A = jnp.where(row > col, b * decay * scores[C:], 0.0)
-    inverse = parts.unit_lower_inverse(A, dtype).astype(dtype)
+    writes = (kT.astype(jnp.float32) * gates.until_row[h : h + 1]).astype(dtype)
+    uses = jnp.concatenate(
+      [(decay * scores[:C] * gates.kept_row[h : h + 1]).astype(dtype), writes], 0
+    )  # of U: for o and for S
+    inverse = yield from parts.unit_lower_inverse(A, dtype)
     seen = dot(reads, S.astype(dtype))
+    yield
     U = dot(inverse, (b * (v_ref[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))
-    U = jnp.where(gates.column("kept_b", h) == 0, 0.0, U)
-    o = since * seen[:C] + dot((decay * scores[:C]).astype(dtype), U.astype(dtype))
-    o_ref[h] = o.astype(o_ref.dtype)
+    yield
     if kept_refs:
       inverse_ref, met_ref = kept_refs
       inverse_ref[h] = inverse
       met_ref[h, 0] = S.astype(dtype)
-    S_ref[h] = gates.whole[h : h + 1] * S + dot(k, (gates.column("until", h) * U).astype(dtype), "tn")
+    used = dot(uses, U.astype(dtype))
+    yield
+    o_ref[h] = (since * seen[:C] + used[:C]).astype(o_ref.dtype)
+    S_ref[h] = gates.whole[h : h + 1] * S + used[C:]
+
+  parts.in_step([head(h) for h in range(r)])

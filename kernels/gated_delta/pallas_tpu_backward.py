@@ -87,51 +87,52 @@ def _backward_kernel(
   dtype = q_ref.dtype
   row, col = parts.grid_of(C)
   gates = parts.gates(g_ref[0, 0], b_ref[0, 0])
-  columns = [[], []]  # of dG and db
-  for h in range(r):
-    q, k, v, S, inverse, do = (
-      q_ref[h],
-      k_ref[h],
-      v_ref[h].astype(jnp.float32),
-      met_ref[h, 0],
-      inverse_ref[h],
-      do_ref[h],
-    )
-    b, kept_b, since, until = (gates.column(name, h) for name in ("b", "kept_b", "since", "until"))
-    decay = gates.decay(h, row, col)
-    dS_after = dS_ref[h]
-    dS_operand = dS_after.astype(dtype)
-    U = dot(inverse, (b * (v - since * dot(k, S))).astype(dtype))
-    wrote = jnp.where(kept_b == 0, 0.0, U).astype(dtype)
+  dG, db = [None] * r, [None] * r  # columns
 
-    P = (decay * dot(q, k, "nt")).astype(dtype)
-    dU = dot(P, do, "tn") + until * dot(k, dS_operand)
-    dU = dot(inverse, dU.astype(dtype), "tn")
+  def head(h):
+    b, kept_b, since, until = (gates.column(name, h) for name in ("b", "kept_b", "since", "until"))
+    S, do = met_ref[h, 0], do_ref[h]
+    seen = dot(k_ref[h], S)
+    scores = dot(q_ref[h], k_ref[h], "nt")
+    yield
+    R = (b * (v_ref[h].astype(jnp.float32) - since * seen)).astype(dtype)
+    decay = gates.decay(h, row, col)
+    U = dot(inverse_ref[h], R)
+    dU = dot((decay * scores).astype(dtype), do, "tn")
+    dU = dU + until * dot(k_ref[h], dS_ref[h].astype(dtype))
+    yield
+    wrote = jnp.where(kept_b == 0, 0.0, U).astype(dtype)
+    dU = dot(inverse_ref[h], dU.astype(dtype), "tn")
+    yield
     dv = kept_b * dU
     dv_ref[h] = dv.astype(dv_ref.dtype)
-
-    reads, Y = jnp.concatenate([q, k], 0), jnp.concatenate([do, (-dv).astype(dtype)], 0)
+    v_dv = jnp.sum(v_ref[h].astype(jnp.float32) * dv, 1, keepdims=True)
+    db[h] = jnp.sum(dU * U, 1, keepdims=True) / b
+    Y = jnp.concatenate([do, (-dv).astype(dtype)], 0)
     products = dot(Y, wrote, "nt")
-    M = jnp.concatenate([decay * products[:C], jnp.where(row > col, decay * products[C:], 0.0)], 0).astype(
-      dtype
-    )
+    yield
+    M = [decay * products[:C], jnp.where(row > col, decay * products[C:], 0.0)]
+    M = jnp.concatenate(M, 0).astype(dtype)
     since_twice = jnp.concatenate([since, since], 0)
-    dreads = since_twice * dot(Y, S, "nt") + dot(M, k)
+    dreads = since_twice * dot(Y, S, "nt")
+    yield
+    dreads = dreads + dot(M, k_ref[h])
+    yield
     dq = dreads[:C]
     dq_ref[h] = dq.astype(dq_ref.dtype)
-    dk = dreads[C:] + dot(M, reads, "tn") + until * dot(wrote, dS_operand, "nt")
+    dG[h] = jnp.sum(q_ref[h].astype(jnp.float32) * dq, 1, keepdims=True) - v_dv
+    reads = jnp.concatenate([q_ref[h], k_ref[h]], 0)
+    dk = dreads[C:] + dot(M, reads, "tn")
+    dk = dk + until * dot(wrote, dS_ref[h].astype(dtype), "nt")
     dk_ref[h] = dk.astype(dk_ref.dtype)
-
-    dG = jnp.sum(q.astype(jnp.float32) * dq, 1, keepdims=True) - jnp.sum(v * dv, 1, keepdims=True)
-    columns[0].append(dG)
-    columns[1].append(jnp.sum(dU * U, 1, keepdims=True) / b)
-    dS = gates.whole[h : h + 1] * dS_after + dot(
-      (since_twice * reads.astype(jnp.float32)).astype(dtype), Y, "tn"
-    )
+    yield
+    reads = (since_twice * reads.astype(jnp.float32)).astype(dtype)
+    dS = gates.whole[h : h + 1] * dS_ref[h] + dot(reads, Y, "tn")
     dS_ref[h] = dS
     dg_ref[0, 0, h : h + 1] = end_ref[h : h + 1]
-    end_ref[h : h + 1] = inner(S.astype(jnp.float32), dS)
+    end_ref[h : h + 1] = inner(met_ref[h, 0].astype(jnp.float32), dS)
 
-  rows = jnp.concatenate(columns[0] + columns[1], 1).T
+  parts.in_step([head(h) for h in range(r)])
+  rows = jnp.concatenate(dG + db, 1).T
   dg_ref[0, 0] += dot(rows[:r], (row >= col).astype(jnp.float32))
   db_ref[0, 0] = rows[r:]

@@ -4,6 +4,7 @@ Everything here runs inside a kernel on one chunk, except `Cut` and its methods,
 """
 
 import dataclasses
+from collections.abc import Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jax.lax import Precision
 
 CHUNK = 128  # tokens: the width of the matrix unit
 HEADS = 8  # at most so many rows of [B * H] a grid step: their products hide each other's latency
+DONE = object()  # what a task that has ended answers
+LEAF = 16  # width of the blocks on the diagonal that are inverted row by row
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
 VMEM_BYTES = 48 << 20
 STEP, FORGET = 16.0, -1000.0  # as in kernels/chunk.py
@@ -127,6 +130,8 @@ class Gates:
 
   coarse_row: jax.Array
   fine_row: jax.Array
+  until_row: jax.Array  # 0 where b is
+  kept_row: jax.Array  # 0 where b is, else 1
   whole: jax.Array  # [r, 1] exp(G_C)
   columns: jax.Array  # [C, 6 r]: coarse, fine, b, kept b, since, until
   r: int
@@ -153,36 +158,76 @@ def gates(g: jax.Array, b: jax.Array) -> Gates:
   coarse, fine = G[:r], G[r:]
   since = jnp.exp(coarse + fine)
   until = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
+  kept = jnp.where(b == 0, 0.0, 1.0)
   safe = jnp.where(jnp.abs(b) < TINY, TINY, b)
   columns = jnp.concatenate([coarse, fine, safe, b, since, until], 0).T
-  return Gates(coarse, fine, since[:, C - 1 :], columns, r)
+  return Gates(coarse, fine, until * kept, kept, since[:, C - 1 :], columns, r)
 
 
-def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def in_step(tasks: Sequence[Generator]) -> None:
+  """Runs tasks in turn, from `yield` to `yield`: they stop wherever they would wait for a matrix unit.
+
+  The compiler keeps roughly the order in which a kernel is traced: one head after the other would leave
+  the matrix units empty while each product waits for the one before it.
+  """
+  running = list(tasks)
+  while running:
+    running = [task for task in running if next(task, DONE) is not DONE]
+
+
+def unit_lower_inverse(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, jax.Array]:
   """(I + A)^-1 for strictly lower triangular A [C, C] float32, C a power of two from 16 on; float32.
 
   A ladder: from the inverses of the diagonal blocks of width m to those of width 2 m,
   X <- X - X L X with L the off-diagonal blocks between them. From m = 16 on only the rows that change are
-  multiplied. No powers of A: nothing grows that the inverse does not hold.
+  multiplied. No powers of A: nothing grows that the inverse does not hold. A task for `in_step`.
   """
   C = A.shape[0]
   row, col = grid_of(C)
-  apart = row ^ col
-  X = jnp.where(row == col, 1.0, jnp.where(apart == 1, -A, 0.0))
-  m = 2
+  X = (yield from _diagonal_inverses(A, dtype)).astype(dtype)
+  m = LEAF
   while m < C:
-    L = jnp.where((apart >> (m.bit_length() - 1)) == 1, A, 0.0).astype(dtype)
-    Xd = X.astype(dtype)
-    if m < 16:
-      X = X - dot(Xd, dot(L, Xd).astype(dtype))
-    else:
-      low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
-      LX = dot(jnp.concatenate([L[s] for s in low], 0), Xd).astype(dtype)
-      Y = jnp.concatenate([Xd[s, s] for s in low], 0)  # [C / 2, m]
-      parts = []
-      for i, s in enumerate(low):
-        corner = dot(Y[i * m : (i + 1) * m], LX[i * m : (i + 1) * m])
-        parts += [X[s.start - m : s.start], X[s] - corner]
-      X = jnp.concatenate(parts, 0)
+    low = [slice(i + m, i + 2 * m) for i in range(0, C, 2 * m)]
+    left = lambda s: (col[s] >= s.start - m) & (col[s] < s.start)  # noqa: E731, B023
+    L = jnp.concatenate([jnp.where(left(s), A[s], 0.0) for s in low], 0).astype(dtype)
+    LX = (dot(L[:, :m], X[:m]) if 2 * m == C else dot(L, X)).astype(dtype)
+    yield
+    high = jnp.zeros((m, C), dtype)
+    LX = jnp.concatenate([x for i in range(len(low)) for x in (high, LX[i * m : (i + 1) * m])], 0)
+    corners = dot(jnp.concatenate([X[s] for s in low], 0), LX)
+    yield
+    # Where a corner is not zero, X was: nothing is rounded twice.
+    X = [(X[s.start - m : s.start], X[s].astype(jnp.float32), i * m) for i, s in enumerate(low)]
+    X = jnp.concatenate([x for top, x0, i in X for x in (top, (x0 - corners[i : i + m]).astype(dtype))], 0)
     m *= 2
   return X
+
+
+def _diagonal_inverses(A: jax.Array, dtype: jnp.dtype) -> Generator[None, None, jax.Array]:
+  """The inverses of the diagonal blocks of I + A of width LEAF, and zeros elsewhere: [C, C] float32.
+
+  Row by row, X_i = e_i - sum_j<i A_ij X_j, all blocks side by side in [LEAF, C]. A product with ones spreads
+  each A_ij over the lanes of its block.
+  """
+  C = A.shape[0]
+  row, col = grid_of(C)
+  own = (row >> 4) == (col >> 4)
+  side_by_side = sum(jnp.where(own, A, 0.0)[i : i + LEAF] for i in range(0, C, LEAF))
+  at, lane = row[:LEAF], col[:LEAF] & (LEAF - 1)
+  half = LEAF // 2
+  rows = lambda j: slice(0 if j < half - 1 else half, LEAF)  # of column j that are below row j  # noqa: E731
+  alone = [jnp.where(lane == j, side_by_side, 0.0)[rows(j)] for j in range(LEAF - 1)]
+  alone.append(jnp.zeros((half, C), jnp.float32))  # to whole tiles of 16 rows
+  spread = dot(jnp.concatenate(alone, 0).astype(dtype), own.astype(dtype))
+  yield
+  X = jnp.where(lane == at, 1.0, 0.0)
+  top, bottom, start = X[:half], X[half:], 0
+  for j in range(LEAF - 1):
+    x = top[j : j + 1] if j < half else bottom[j - half : j - half + 1]
+    if j < half - 1:
+      top = top - spread[start : start + half] * x
+      start += half
+    bottom = bottom - spread[start : start + half] * x
+    start += half
+    yield
+  return jnp.where(own, jnp.concatenate([top, bottom] * (C // LEAF), 0), 0.0)
