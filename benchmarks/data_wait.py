@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))
   sections = {
     "Training": [trained(preset, n, args.steps) for preset in TRAINED for n in args.passes],
-    "Data alone": [alone(preset, args.batches) for preset in presets.PRESETS],
+    "Making: data alone": [alone(preset, args.batches) for preset in presets.PRESETS],
   }
   tables.save(args.out, "data_wait", "Waiting for data", sections, tables.finish(facts), NOTES)
   return 0

@@ -6,8 +6,8 @@
 
     tiny     1-3 operations, 190-250 tokens, L = 96, 2 layers: from data to table in under three CPU minutes.
              N = 2, seed 0, 200 steps (51 CPU seconds of steps) gave 60.9, 51.6 and 62.5 % at 1, 2 and 3
-             operations, 64 problems each; the commonest answers get 45.3, 35.9 and 32.8 %. That is no reasoning
-             yet: naming the number that is written most often in such short texts gets about 55 %
+             operations, 64 problems each; the commonest answers get 45.3, 35.9 and 32.8 %. That is no
+             reasoning yet: naming the number that is written most often in such short texts gets about 55 %
     small    2-4 operations, 400-600 tokens, L = 256, 8 layers; for one GPU. Not run yet
     scratch  the paper's settings, from scratch instead of from a pretrained model: 1-8 operations, 2,000 to
              3,300 tokens, L = 2000, batch 256, Muon 1e-3, the middle half of the blocks looped. Not run yet.
