@@ -91,7 +91,7 @@ class Report:
       print(f"\n[slept {1e3 * seconds:.1f} ms | {self.line(session)}]", file=self._out, flush=True)
 
   def line(self, session: generate.Session) -> str:
-    """What was read and what it took, compilation included."""
+    """What was read and what it took."""
     awake, asleep = (1e3 * self._seconds[name] for name in ("awake", "asleep"))
     return (
       f"{session.tokens_read} tokens read, {session.windows} windows slept on, {self._passes} passes each, "
@@ -176,7 +176,7 @@ def run(
     if int(token[0]) in cfg.stop:
       break
   print(stream.end(), file=out, flush=True)
-  print(f"[{report.line(session)}]", file=told, flush=True)
+  print(f"[{report.line(session)}, compilation included]", file=told, flush=True)
   if session_path is not None:
     session_file.save(session_path, session, weights, architecture, cfg.sleep)
 

@@ -85,7 +85,9 @@ class LoopTest(parameterized.TestCase):
     runs = {}
     batch, layout = hybrids.random_batch(5, (4,))
     for n in (1, 2):
-      cfg, reset = baseline("loop_with_reset_state", sleep={"num_passes": n, "loops": "unroll"})
+      cfg, reset = baseline(
+        "loop_with_reset_state", sleep={"num_passes": n, "first_block": 0, "loops": "unroll"}
+      )
       carry = config.replace(reset, state="carry")
       self.assertEqual((cfg, reset.state), (hybrids.model_config(PAIR), "reset"))
       for sleep_cfg in (carry, reset):

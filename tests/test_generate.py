@@ -29,12 +29,16 @@ def weights_of(cfg):
 
 @functools.cache
 def programs(cfg, sleep_cfg):
-  """(tokens, state, valid) -> state asleep; -> logits awake."""
+  """(tokens, state, valid) -> state asleep; -> logits awake, of a window that is filled up with pads."""
   weights = weights_of(cfg)
-  return (
-    hybrids.jit(lambda x, s, valid: model.consolidate(weights, x, s, cfg, sleep_cfg, valid=valid)),
-    hybrids.jit(lambda x, s, valid: model.predict(weights, x, s, cfg, valid=valid)[0]),
-  )
+  asleep = hybrids.jit(lambda x, s, valid: model.consolidate(weights, x, s, cfg, sleep_cfg, valid=valid))
+  full = hybrids.jit(lambda x, s, valid: model.predict(weights, x, s, cfg, valid=valid)[0])
+
+  def awake(tokens, state, valid):
+    length, room = tokens.shape[1], ((0, 0), (0, cfg.window - tokens.shape[1]))
+    return full(np.pad(tokens, room), state, np.pad(valid, room))[:, :length]
+
+  return asleep, awake
 
 
 def slow_logits(tokens, cfg, sleep_cfg, valid=None):

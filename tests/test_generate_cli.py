@@ -83,14 +83,14 @@ class RunTest(parameterized.TestCase):
     size = generate.state_bytes(
       generate.start(pretrained.open_source(self.checkpoint).model, config.SleepConfig())
     )
-    tail = f"2 passes each, {size} bytes of state, _ ms awake, _ ms asleep]"
+    tail = f"2 passes each, {size} bytes of state, _ ms awake, _ ms asleep"
     self.assertEqual(
       told,
       [
-        f"[slept _ ms | 24 tokens read, 1 windows slept on, {tail}",
+        f"[slept _ ms | 24 tokens read, 1 windows slept on, {tail}]",
         "",
-        f"[slept _ ms | 48 tokens read, 2 windows slept on, {tail}",
-        f"[50 tokens read, 2 windows slept on, {tail}",
+        f"[slept _ ms | 48 tokens read, 2 windows slept on, {tail}]",
+        f"[50 tokens read, 2 windows slept on, {tail}, compilation included]",
       ],
     )
 
