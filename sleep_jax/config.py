@@ -9,40 +9,16 @@ a caller needs one module.
 import dataclasses
 from typing import Any
 
-from sleep_jax.schema import (
-  ConfigError,
-  above,
-  at_least,
-  check,
-  defaults_of,
-  from_dict,
-  nearest,
-  one_of,
-  replace,
-  to_dict,
-)
-
-__all__ = [
-  "ATTENTION",
-  "AttentionConfig",
-  "Config",
-  "ConfigError",
-  "FastConfig",
-  "MeshConfig",
-  "ModelConfig",
-  "OptimConfig",
-  "SleepConfig",
-  "TrainConfig",
-  "above",
-  "at_least",
-  "check",
-  "defaults_of",
-  "from_dict",
-  "nearest",
-  "one_of",
-  "replace",
-  "to_dict",
-]
+from sleep_jax.schema import ConfigError as ConfigError
+from sleep_jax.schema import above as above
+from sleep_jax.schema import at_least as at_least
+from sleep_jax.schema import check as check
+from sleep_jax.schema import defaults_of as defaults_of
+from sleep_jax.schema import from_dict as from_dict
+from sleep_jax.schema import nearest as nearest
+from sleep_jax.schema import one_of as one_of
+from sleep_jax.schema import replace as replace
+from sleep_jax.schema import to_dict as to_dict
 
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
 
