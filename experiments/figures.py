@@ -12,18 +12,19 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from sleep_jax import figures, figures_depo, report
+from sleep_jax import figures, figures_depo, figures_gsm_infinite, report
 from sleep_jax.config import ConfigError
 from sleep_jax.runs import Run, RunError, equal_compute_table, load_runs, summary_table, to_markdown
 
 RUNS = flags.DEFINE_list("runs", None, "workdirs or globs of workdirs, separated by commas")
 OUT = flags.DEFINE_string("out", "figures", "folder that the files are written to")
-FIGURE = flags.DEFINE_enum("figure", "all", ["all", "2a", "2b", "3", "demo", "sleep"], "what to draw")
+FIGURE = flags.DEFINE_enum("figure", "all", ["all", "2a", "2b", "3", "4", "demo", "sleep"], "what to draw")
 
 DRAW = {
   "2a": figures.figure_2a,
   "2b": figures.figure_2b,
   "3": figures_depo.figure_3,
+  "4": figures_gsm_infinite.figure_4,
   "demo": figures.demo_curves,
   "sleep": figures.sleep_changes,
 }
@@ -42,6 +43,8 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
     drawings.append(figures.sleep_changes(runs))
   if figures_depo.hops(runs):
     drawings.append(figures_depo.figure_3(runs))
+  if figures_gsm_infinite.operations(runs):
+    drawings.append(figures_gsm_infinite.figure_4(runs))
   if not drawings:
     raise RunError("nothing to draw yet: none of the runs has an evaluation")
   paths = [path for drawing in drawings for path in drawing.save(out)]

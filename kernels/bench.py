@@ -1,18 +1,21 @@
-"""Times the implementations of the gated delta rule and their peers side by side, in one process.
+"""Times the implementations of the update rules and their peers side by side, in one process.
 
-    python -m kernels.bench --shapes=R,D,E,J --mode=forward,grad --rounds=9 --out=kernels/results/cpu
+    python -m kernels.bench --rule=gated_delta,kda --shapes=R,D,E,J --rounds=9 --out=kernels/results/cpu
 
 Every round runs each contestant once, in turn, so that all of them meet the same weather. `grad` is forward
-and backward together: the gradients of q, k, v, g, b and S, through outputs and final state. Peers from
-PyTorch take part where torch and transformers are installed, with subnormal numbers flushed, as XLA does.
-Prints a table; --out also writes it as OUT.md and OUT.csv.
+and backward together: the gradients of all inputs, S among them, through outputs and final state. Peers take
+part where `kernels.bench_peers` finds them, those on a CPU with subnormal numbers flushed, as XLA does. On a
+GPU that torch is to share, start with XLA_PYTHON_CLIENT_PREALLOCATE=false. Prints a table; --out also writes
+it as OUT.md and OUT.csv and draws it in OUT.png.
 """
 
 import argparse
 import csv
 import dataclasses
 import datetime
+import functools
 import io
+import itertools
 import os
 import platform
 import statistics
@@ -25,17 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.gated_delta import gated_delta
+from kernels import bench_peers as peers
+from kernels import chart, dispatch
+from kernels.shapes import SHAPES, make_inputs
 
-SHAPES = {  # B, T, H, K, V
-  "R": (512, 24, 4, 64, 64),  # Rule 110
-  "D": (32, 75, 8, 64, 64),  # Depo
-  "J": (1, 2000, 12, 96, 256),  # the JetBlock of Jet-Nemotron 2B, one window of 2000
-  "E": (128, 12, 1, 64, 64),  # the demo
-  "A": (128, 1, 1, 64, 64),  # one token of the demo's answer
-}
-IMPLEMENTATIONS = ("xla", "reference")
-PEERS = ("torch_chunk_64", "torch_chunk_tuned", "torch_recurrent")
+IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")
 MODES = ("forward", "grad")
 
 
@@ -51,6 +48,7 @@ class Contestant:
 class Row:
   """One line of the table; times in milliseconds, cpu of all threads of the process."""
 
+  rule: str
   shape: str
   mode: str
   name: str
@@ -64,80 +62,42 @@ class Row:
   error: float
 
 
-def make_inputs(shape: Sequence[int], decay: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Inputs as a layer makes them (unit keys, mean log decay -`decay`) and cotangents of o and S."""
-  B, T, H, K, V = shape
-  rng = np.random.default_rng(0)
-  normal = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
-  q, k = normal(B, T, H, K), normal(B, T, H, K)
-  q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-  g = (-decay * rng.exponential(size=(B, T, H))).astype(np.float32)
-  b = rng.uniform(size=(B, T, H)).astype(np.float32)
-  inputs = [q * np.float32(K**-0.5), k, normal(B, T, H, V), g, b, normal(B, H, K, V)]
-  return inputs, [normal(B, T, H, V), normal(B, H, K, V)]
+def jax_program(rule: str, implementation: str, mode: str) -> Callable:
+  """The function (inputs, cotangents) -> o and S, or the gradients of the inputs."""
+  run = functools.partial(dispatch.call, rule, implementation=implementation)
 
-
-def jax_program(implementation: str, mode: str) -> Callable:
   def forward(inputs, cotangents):
     del cotangents
-    return gated_delta(*inputs, implementation=implementation)
+    return run(*inputs)
 
   def grad(inputs, cotangents):
-    _, pull = jax.vjp(lambda *x: gated_delta(*x, implementation=implementation), *inputs)
+    _, pull = jax.vjp(run, *inputs)
     return pull(cotangents)
 
   return forward if mode == "forward" else grad
 
 
-def jax_contestant(implementation: str, mode: str, inputs, cotangents) -> Contestant:
+def jax_contestants(
+  names: Sequence[str], rule: str, mode: str, inputs, cotangents, max_gb: float
+) -> list[Contestant]:
+  """Our own. Who cannot run here, or needs more than `max_gb` of temporary memory, is left out aloud."""
   arguments = tuple(map(jnp.asarray, inputs)), tuple(map(jnp.asarray, cotangents))
-  start = time.perf_counter()
-  program = jax.jit(jax_program(implementation, mode)).lower(*arguments).compile()
-  seconds = time.perf_counter() - start
-  temp = program.memory_analysis().temp_size_in_bytes / 1e6
-  return Contestant(implementation, lambda: jax.block_until_ready(program(*arguments)), seconds, temp)
-
-
-def torch_contestants(names: Sequence[str], mode: str, inputs, cotangents) -> list[Contestant]:
-  """The plain PyTorch functions of transformers, which scale q themselves."""
-  try:
-    import torch
-    from transformers.models.qwen3_next import modeling_qwen3_next as peer
-  except ImportError as reason:
-    print(f"without {', '.join(names)}: {reason}", file=sys.stderr)
-    return []
-  torch.set_flush_denormal(True)
-  if hasattr(os, "sched_getaffinity"):
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-  K, T = inputs[0].shape[3], inputs[0].shape[1]
-  leaves = [torch.tensor(x, requires_grad=mode == "grad") for x in (inputs[0] * K**0.5, *inputs[1:])]
-  given = [torch.tensor(x) for x in cotangents]
-
-  def contestant(name: str, f: Callable, **options) -> Contestant:
-    def run():
-      q, k, v, g, b, S = leaves
-      with torch.set_grad_enabled(mode == "grad"):
-        outputs = f(q, k, v, g=g, beta=b, initial_state=S, output_final_state=True, **options)
-        if mode == "forward":
-          return [x.numpy() for x in outputs]
-        grads = torch.autograd.grad(outputs, leaves, given)
-      return [grads[0].numpy() * K**0.5, *(x.numpy() for x in grads[1:])]
-
-    return Contestant(name, run)
-
-  found = []
-  if "torch_chunk_64" in names:
-    found.append(contestant("torch_chunk_64", peer.torch_chunk_gated_delta_rule, chunk_size=64))
-  if "torch_chunk_tuned" in names:
-    lengths = {C for C in (16, 32, T, -(-T // 2), -(-T // 3)) if 8 <= C <= 64} or {T}
-    tried = {
-      C: contestant(f"torch_chunk_{C}", peer.torch_chunk_gated_delta_rule, chunk_size=C) for C in lengths
-    }
-    best = min(tried, key=lambda C: min(measure(tried[C].run)[0] for _ in range(2)))
-    found.append(dataclasses.replace(tried[best], name=f"torch_chunk_tuned ({best})"))
-  if "torch_recurrent" in names:
-    found.append(contestant("torch_recurrent", peer.torch_recurrent_gated_delta_rule))
-  return found
+  field = []
+  for name in names:
+    start = time.perf_counter()
+    try:
+      program = jax.jit(jax_program(rule, name, mode)).lower(*arguments).compile()
+    except (NotImplementedError, ImportError) as reason:
+      print(f"{rule}: without {name}: {reason}", file=sys.stderr)
+      continue
+    seconds = time.perf_counter() - start
+    temp = program.memory_analysis().temp_size_in_bytes / 1e6
+    if temp > 1e3 * max_gb:
+      print(f"{rule}: without {name}: it needs {temp / 1e3:.0f} GB, --max-gb is {max_gb:g}", file=sys.stderr)
+      continue
+    run = lambda program=program: jax.block_until_ready(program(*arguments))  # noqa: E731
+    field.append(Contestant(name, run, seconds, temp))
+  return field
 
 
 def measure(run: Callable) -> tuple[float, float]:
@@ -147,30 +107,42 @@ def measure(run: Callable) -> tuple[float, float]:
   return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
-def exact(mode: str, inputs, cotangents) -> list[np.ndarray]:
+def exact(rule: str, mode: str, inputs, cotangents) -> list[np.ndarray]:
   """The chunked form in float64, which the tests hold against the recurrence to 1e-12."""
   with jax.enable_x64(True):
     double = [[jnp.asarray(x, jnp.float64) for x in group] for group in (inputs, cotangents)]
-    return [np.asarray(x) for x in jax.jit(jax_program("xla", mode))(double[0], tuple(double[1]))]
+    return [np.asarray(x) for x in jax.jit(jax_program(rule, "xla", mode))(double[0], tuple(double[1]))]
 
 
 def distance(got: Sequence, want: Sequence[np.ndarray]) -> float:
-  """Largest difference relative to the largest entry of its array."""
-  return max(
-    float(np.max(np.abs(np.asarray(x, np.float64) - y)) / np.max(np.abs(y)))
-    for x, y in zip(got, want, strict=True)
-  )
+  """Largest difference relative to the largest entry of its array; `got` may be torch's, on a GPU."""
+  arrays = [np.asarray(x.float().cpu() if hasattr(x, "cpu") else x, np.float64) for x in got]
+  return max(float(np.max(np.abs(x - y)) / np.max(np.abs(y))) for x, y in zip(arrays, want, strict=True))
 
 
 def race(
-  shape: str, mode: str, names: Sequence[str], *, rounds: int, seconds: float, decay: float
+  rule: str,
+  shape: str,
+  mode: str,
+  names: Sequence[str],
+  *,
+  rounds: int,
+  seconds: float,
+  decay: float = 1.0,
+  dtype: str = "float32",
+  max_gb: float = 16.0,
 ) -> list[Row]:
   """One table section. Who has used up `seconds` sits the remaining rounds out."""
-  inputs, cotangents = make_inputs(SHAPES[shape], decay)
-  field = [jax_contestant(name, mode, inputs, cotangents) for name in names if name in IMPLEMENTATIONS]
-  if peers := [name for name in names if name in PEERS]:
-    field += torch_contestants(peers, mode, inputs, cotangents)
-  want = exact(mode, inputs, cotangents)
+  named, cotangents = make_inputs(rule, SHAPES[shape], decay)
+  named |= {name: named[name].astype(jnp.dtype(dtype)) for name in "qkv"}
+  cotangents[0] = cotangents[0].astype(jnp.dtype(dtype))
+  inputs = tuple(named.values())
+  ours = [name for name in names if name in IMPLEMENTATIONS]
+  field = jax_contestants(ours, rule, mode, inputs, cotangents, max_gb)
+  theirs = [name for name in names if name in peers.NAMES]
+  runs = peers.contestants(theirs, rule, mode, named, cotangents, lambda run: measure(run)[0])
+  field += [Contestant(name, run) for name, run in runs.items()]
+  want = exact(rule, mode, inputs, cotangents)
   errors = {c.name: distance(c.run(), want) for c in field}  # warms up as well
   times: dict[str, list[tuple[float, float]]] = {c.name: [] for c in field}
   for _ in range(rounds):
@@ -181,13 +153,13 @@ def race(
   for c in field:
     wall, cpu = zip(*times[c.name], strict=True)
     spread = (statistics.median(wall), min(wall), statistics.median(cpu), min(cpu))
-    rows.append(Row(shape, mode, c.name, len(wall), *spread, c.temp_mb, c.compile_s, errors[c.name]))
+    rows.append(Row(rule, shape, mode, c.name, len(wall), *spread, c.temp_mb, c.compile_s, errors[c.name]))
   return rows
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
   """The table, with what is needed to read it."""
-  columns = ["shape", "mode", "contestant", "wall ms, median", "min", "cpu ms, median", "min"]
+  columns = ["rule", "shape", "mode", "contestant", "wall ms, median", "min", "cpu ms, median", "min"]
   columns += ["XLA temp MB", "compile s", "max error", "rounds"]
   lines = [f"* {name}: {value}" for name, value in facts.items()]
   lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -195,6 +167,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
   for r in rows:
     times = [show(x, 2 if x < 10 else 0) for x in (r.wall_median, r.wall_min, r.cpu_median, r.cpu_min)]
     cells = [
+      r.rule,
       r.shape,
       r.mode,
       r.name,
@@ -218,17 +191,20 @@ def machine(command: str) -> dict[str, str]:
     model = names[0] if names else model
   versions = [f"Python {platform.python_version()}", f"jax {jax.__version__}"]
   versions += [
-    f"{name} {sys.modules[name].__version__}" for name in ("torch", "transformers") if name in sys.modules
+    f"{name} {sys.modules[name].__version__}"
+    for name in ("torch", "transformers", "fla")
+    if name in sys.modules
   ]
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   load = f"; load average {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
   return {
     "machine": f"{jax.devices()[0].platform}, {model}, {cores} of {os.cpu_count()} cores{load}",
     "versions": ", ".join(versions),
+    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "not set"),
     "command": f"`{command}`",
     "date": datetime.date.today().isoformat(),
     "shapes (B, T, H, K, V)": "; ".join(f"{name} {shape}" for name, shape in SHAPES.items()),
-    "max error": "against float64, relative to the largest entry of its array: o and S, or the six gradients",
+    "max error": "against float64, relative to the largest entry of its array: o and S, or all gradients",
   }
 
 
@@ -241,30 +217,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
       raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
     return name
 
-  everyone = (*IMPLEMENTATIONS, *PEERS)
-  parser.add_argument("--shapes", type=listed(SHAPES), default=list(SHAPES), help=", ".join(SHAPES))
+  everyone = (*IMPLEMENTATIONS, *peers.NAMES)
+  rules = tuple(dispatch.OPERANDS)
+  parser.add_argument("--rule", type=listed(rules), default=["gated_delta"], help=", ".join(rules))
+  parser.add_argument(
+    "--shapes", type=listed(SHAPES), help=f"{', '.join(SHAPES)}; left out: all, L not on a CPU"
+  )
   parser.add_argument("--impl", type=listed(everyone), default=list(everyone), help=", ".join(everyone))
   parser.add_argument("--mode", type=listed(MODES), default=list(MODES), help=", ".join(MODES))
   parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument("--seconds", type=float, default=20.0, help="a contestant's time per shape and mode")
   parser.add_argument("--decay", type=float, default=1.0, help="mean of -g; 20 is strong")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of q, k and v")
+  parser.add_argument(
+    "--max-gb", type=float, default=16.0, help="leaves out those of ours that need more memory"
+  )
   parser.add_argument(
     "--cores", type=int, help="use so many; 1 compares best where others use the machine too"
   )
-  parser.add_argument("--out", type=Path, help="path without suffix: writes .md and .csv")
+  parser.add_argument("--out", type=Path, help="path without suffix: writes .md, .csv and .png")
   options = parser.parse_args(arguments)
 
   if options.cores:  # before JAX and torch count them
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
   command = "python -m kernels.bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
+  on_cpu = jax.default_backend() == "cpu"
+  shapes = options.shapes or [name for name in SHAPES if name != "L" or not on_cpu]
+  limits = {name: getattr(options, name) for name in ("rounds", "seconds", "decay", "dtype", "max_gb")}
   rows: list[Row] = []
-  for shape in options.shapes:
-    for mode in options.mode:
-      limits = {"rounds": options.rounds, "seconds": options.seconds, "decay": options.decay}
-      rows += race(shape, mode, options.impl, **limits)
-      print(f"done: {shape} {mode}", file=sys.stderr)
-      if options.out:
-        write(options.out, rows, markdown(rows, machine(command)))
+  for rule, shape, mode in itertools.product(options.rule, shapes, options.mode):
+    rows += race(rule, shape, mode, options.impl, **limits)
+    print(f"done: {rule} {shape} {mode}", file=sys.stderr)
+    if options.out:
+      write(options.out, rows, markdown(rows, machine(command)))
+  if options.out:
+    chart.draw(options.out.with_suffix(".csv"), "cpu_min" if on_cpu else "wall_min")
   print(markdown(rows, machine(command)))
 
 
@@ -272,11 +259,17 @@ def write(out: Path, rows: Sequence[Row], text: str) -> None:
   """OUT.md and OUT.csv, again after every section, so that a race that is stopped leaves what it had."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".md").write_text(text, encoding="utf-8")
+  write_csv(out.with_suffix(".csv"), rows)
+
+
+def write_csv(path: Path, rows: Sequence) -> None:
+  """Dataclasses of one kind (at least one of them), a line each, under the names of their fields."""
   table = io.StringIO()
-  writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+  names = [field.name for field in dataclasses.fields(rows[0])]
+  writer = csv.DictWriter(table, names, lineterminator="\n")
   writer.writeheader()
   writer.writerows(map(dataclasses.asdict, rows))
-  out.with_suffix(".csv").write_text(table.getvalue(), encoding="utf-8")
+  path.write_text(table.getvalue(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,50 @@
 """What every rule's public function does around the arithmetic: checks, mask, implementation, mesh."""
 
 import difflib
-import importlib
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from kernels import decode
+
 Rule = Callable[..., tuple[jax.Array, jax.Array]]
 
-# Implementations by platform; the first is the default. kernels/README.md has the table that earned it on a
-# CPU; elsewhere there is only one that is fast, and it has not been timed.
-ORDER = {"cpu": ("xla", "reference"), "gpu": ("xla", "reference"), "tpu": ("xla", "reference")}
+# Implementations that can be named, by platform. kernels/README.md has what was measured.
+ORDER = {
+  "cpu": ("xla", "reference"),
+  "gpu": ("xla", "reference", "pallas_gpu"),
+  "tpu": ("xla", "reference", "pallas_tpu"),
+}
+# What is tried, in turn, when none is named. A Pallas kernel moves in here, in front, with a measured table.
+DEFAULT = {"cpu": ("xla", "reference"), "gpu": ("xla", "reference"), "tpu": ("xla", "reference")}
 
-AXES = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTH", "b": "BTH", "S": "BHKV", "mask": "BT"}
+_SCALAR = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTH", "b": "BTH"}
+# The arguments of each rule, in order, with their axes; S and mask are everybody's.
+OPERANDS = {
+  "gated_delta": _SCALAR,
+  "gated_hebbian": _SCALAR,
+  "delta": {name: axes for name, axes in _SCALAR.items() if name != "g"},
+  "kda": _SCALAR | {"g": "BTHK"},
+  "gdn2": {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTHK", "e": "BTHK", "w": "BTHV"},
+}
+GATES = ("g", "b", "e", "w")  # zero at a pad: no decay, nothing erased, nothing written
+
+
+def axes_of(rule: str, name: str) -> str:
+  """The axes of an argument, a letter each."""
+  return (OPERANDS[rule] | {"S": "BHKV", "mask": "BT"})[name]
 
 
 def call(
   rule: str,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  g: jax.Array | None,
-  b: jax.Array,
-  S: jax.Array,
-  *,
+  *arrays: jax.Array,
   mask: jax.Array | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -34,45 +52,93 @@ def call(
 
   Args:
     rule: folder and function under `kernels`.
-    q, k, v, g, b, S, mask: as in the public functions; g None for a rule without decay.
-    implementation: run this one or raise; None for the platform's default.
+    *arrays: the rule's operands in the order of `OPERANDS`, then S.
+    mask: [B, T] bool or None, as in the public functions.
+    implementation: run this one or raise. None: those of `DEFAULT` in turn, until one can; each that cannot
+      (NotImplementedError, ImportError) is reported in one warning.
 
   Raises:
-    ValueError: a shape, a sharding or the name of the implementation.
-    TypeError: a dtype.
+    ValueError: a shape, a sharding, a positive log decay or the name of the implementation.
+    TypeError: a dtype; forward-mode differentiation.
+    NotImplementedError: the named implementation does not take these arrays, or has not got this rule.
   """
-  named = {"q": q, "k": k, "v": v, "g": g, "b": b, "S": S, "mask": mask}
-  named = {name: jnp.asarray(x) for name, x in named.items() if x is not None}
-  check(rule, named)
+  named = dict(zip((*OPERANDS[rule], "S"), map(jnp.asarray, arrays), strict=True))
+  if mask is not None:
+    named["mask"] = jnp.asarray(mask)
+  check(rule, named, axes_of)
+  if implementation is not None:
+    return _run(rule, implementation, named)
+  for name in DEFAULT.get(jax.default_backend(), DEFAULT["cpu"]):
+    try:
+      return _run(rule, name, named)
+    except (NotImplementedError, ImportError) as reason:
+      _warn_once(rule, name, str(reason))
+  raise NotImplementedError(f"{rule}: no implementation takes { ({n: x.shape for n, x in named.items()}) }")
+
+
+def step(rule: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """One token of a rule: checks, then `kernels.decode.update`. Arrays as in `call`, without T."""
+  named = dict(zip((*OPERANDS[rule], "S"), map(jnp.asarray, arrays), strict=True))
+  check(rule, named, lambda rule, name: axes_of(rule, name).replace("T", ""))
+  S = named.pop("S")
+  return decode.update(rule, named, S)
+
+
+def load(rule: str, implementation: str) -> Rule:
+  """The function of an implementation; imported by name, so that a CPU never loads what it cannot run.
+
+  Raises:
+    ValueError: no platform has an implementation of this name.
+    NotImplementedError: it belongs to another platform, or this rule has not got it.
+  """
+  here = jax.default_backend()
+  known = ORDER.get(here, ORDER["cpu"])
+  if implementation not in known:
+    if elsewhere := [platform for platform, names in ORDER.items() if implementation in names]:
+      where = f"runs on {', '.join(elsewhere)}, not on {here}"
+      raise NotImplementedError(f"{rule}: {implementation!r} {where}; known here: {', '.join(known)}")
+    near = difflib.get_close_matches(str(implementation), known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{rule}: no implementation {implementation!r} here, known: {', '.join(known)}{hint}")
+  module = f"kernels.{rule}.{implementation}"
+  if importlib.util.find_spec(module) is None:
+    raise NotImplementedError(f"{rule}: has no implementation {implementation!r}, use 'xla'")
+  return getattr(importlib.import_module(module), rule)
+
+
+def _run(rule: str, implementation: str, named: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   run = load(rule, implementation)
 
   def masked(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = dict(zip(named, arrays, strict=True))
     if "mask" in x:
       keep = x.pop("mask")[..., None]
-      x |= {name: jnp.where(keep, x[name], 0) for name in ("g", "b") if name in x}
+      for name in x.keys() & set(GATES):
+        x[name] = jnp.where(keep[..., None] if x[name].ndim == 4 else keep, x[name], 0)
     return run(*x.values())
 
-  return on_mesh(rule, masked, named)
+  try:
+    # What a Pallas call writes has no type that says over which axes it varies.
+    return on_mesh(rule, masked, named, typed=not implementation.startswith("pallas"))
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    raise TypeError(
+      f"{rule}: {implementation!r} has no forward-mode derivative (jax.jvp); "
+      "use reverse mode (jax.vjp, jax.grad) or implementation='reference'"
+    ) from error
 
 
-def load(rule: str, implementation: str | None) -> Rule:
-  """The function of an implementation; imported by name, so that a CPU never loads what it cannot run."""
-  known = ORDER.get(jax.default_backend(), ORDER["cpu"])
-  if implementation is None:
-    implementation = known[0]
-  if implementation not in known:
-    near = difflib.get_close_matches(str(implementation), known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{rule}: no implementation {implementation!r} here, known: {', '.join(known)}{hint}")
-  return getattr(importlib.import_module(f"kernels.{rule}.{implementation}"), rule)
+@functools.cache
+def _warn_once(rule: str, name: str, reason: str) -> None:
+  logging.warning("%s: skipped %s: %s", rule, name, reason)
 
 
-def check(rule: str, named: dict[str, jax.Array]) -> None:
+def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], str]) -> None:
   """Raises one line that names the argument, what it is and what is needed."""
   sizes: dict[str, int] = {}
   for name, x in named.items():
-    axes = AXES[name]
+    axes = axes_of(rule, name)
     if x.ndim != len(axes):
       raise ValueError(f"{rule}: {name} has shape {x.shape}, needs [{', '.join(axes)}]")
     need = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, x.shape, strict=True))
@@ -85,22 +151,32 @@ def check(rule: str, named: dict[str, jax.Array]) -> None:
   for name in ("q", "k", "v"):
     if not jnp.issubdtype(named[name].dtype, jnp.floating):
       raise TypeError(f"{rule}: {name} has dtype {named[name].dtype}, needs a floating point dtype")
-  for name in ("g", "b"):
+  for name in GATES:
     if name in named and named[name].dtype not in (jnp.float32, jnp.float64):
       raise TypeError(f"{rule}: {name} has dtype {named[name].dtype}, needs float32 (or float64)")
   widest = jnp.float64 if any(x.dtype == jnp.float64 for n, x in named.items() if n != "S") else jnp.float32
   if named["S"].dtype != widest:
-    why = "as one of the others is" if widest == jnp.float64 else "always, unless q, k, v, g or b is float64"
+    why = (
+      "as one of the others is" if widest == jnp.float64 else "always, unless one of the others is float64"
+    )
     raise TypeError(f"{rule}: S has dtype {named['S'].dtype}, needs {widest.dtype} ({why})")
   if "mask" in named and named["mask"].dtype != jnp.bool_:
     raise TypeError(f"{rule}: mask has dtype {named['mask'].dtype}, needs bool (False = pad)")
 
+  g = named.get("g")
+  if g is not None and not isinstance(g, jax.core.Tracer) and g.is_fully_addressable:
+    if (largest := float(np.max(np.asarray(g)))) > 0:
+      raise ValueError(f"{rule}: g reaches {largest:.3g}, needs <= 0: it is the log of the decay")
 
-def on_mesh(rule: str, run: Rule, named: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+
+def on_mesh(
+  rule: str, run: Rule, named: dict[str, jax.Array], *, typed: bool = True
+) -> tuple[jax.Array, jax.Array]:
   """Runs on each device's own rows and heads if an explicit mesh says who holds which.
 
   Rows and heads never meet in a rule, so nothing is communicated. What is split over batch or heads is read
   from the types of the operands; an operand that is whole along an axis where others are split is split too.
+  `typed` is shard_map's check_vma.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -110,7 +186,7 @@ def on_mesh(rule: str, run: Rule, named: dict[str, jax.Array]) -> tuple[jax.Arra
 
   placed: dict[str, object] = {"B": None, "H": None}
   for name, x in named.items():
-    for axis, where in zip(AXES[name], jax.typeof(x).sharding.spec, strict=True):
+    for axis, where in zip(axes_of(rule, name), jax.typeof(x).sharding.spec, strict=True):
       if where is None:
         continue
       if axis not in placed:
@@ -119,7 +195,8 @@ def on_mesh(rule: str, run: Rule, named: dict[str, jax.Array]) -> tuple[jax.Arra
         raise ValueError(f"{rule}: {name} is split along {axis} over {where!r}, others over {placed[axis]!r}")
       placed[axis] = where
 
-  specs = {name: P(*(placed.get(axis) for axis in AXES[name])) for name in named}
+  specs = {name: P(*(placed.get(axis) for axis in axes_of(rule, name))) for name in named}
   arrays = [jax.reshard(x, jax.NamedSharding(mesh, specs[name])) for name, x in named.items()]
-  sharded = jax.shard_map(run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=(specs["v"], specs["S"]))
+  out = specs["v"], specs["S"]
+  sharded = jax.shard_map(run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out, check_vma=typed)
   return sharded(*arrays)

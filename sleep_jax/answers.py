@@ -4,15 +4,18 @@ An answer is one or more tokens; it is right if all of them are. A sequence may 
 over sequences, so that they do not depend on how these are cut into batches.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import model
+from sleep_jax import model, sharding
+from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.data import pipeline
 
 Sums = dict[str, Any]
 
@@ -181,6 +184,92 @@ def make_evaluate(
   targets, answer = (np.concatenate([pair[i] for pair in made]) for i in (0, 1))
   baseline = majority(targets, answer, group, groups, num_answers)
   return lambda weights: rates(jax.device_get(sums(weights)), groups) | baseline
+
+
+def stack(
+  examples: Sequence[pipeline.Example],
+  bucket: pipeline.Bucket,
+  cut: pipeline.CutConfig,
+  window: int,
+  size: int = 0,
+) -> tuple[model.Batch, np.ndarray]:
+  """Examples as a batch of NumPy arrays, and their groups [B].
+
+  Args:
+    size: rows at least; those that are missing repeat the first example with no loss, so that they count
+      nowhere.
+  """
+  rows = [pipeline.place(example, bucket, cut, window) for example in examples]
+  rows += [rows[0] | {"loss_mask": np.zeros_like(rows[0]["loss_mask"])}] * (size - len(rows))
+  columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  group = columns.pop("group")
+  return model.Batch(**columns), group
+
+
+def make_fed_evaluate(
+  examples: Sequence[pipeline.Example],
+  groups: Sequence[str],
+  cut: pipeline.CutConfig,
+  batch_size: int,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[model.Params], dict[str, Any]]:
+  """An evaluation on fixed examples that the host holds.
+
+  An answer is right if all its tokens are, its end included. The model reads it awake in one pass, the true
+  tokens before each place given (teacher forcing), without loops or scratch tokens. That is the exact match
+  of greedy decoding: greedy decoding gives the model the true tokens as long as it was right so far, so both
+  agree up to the first wrong token, and from there on both have failed.
+
+  Every example has the shape of its own bucket whatever the batch, and rows that fill up the last batch of a
+  bucket have no loss: scores do not depend on `batch_size`.
+
+  Args:
+    examples: held out; `Example.group` is an index of `groups`.
+    batch_size: sequences a device call, a multiple of the mesh axis `data`.
+
+  Returns:
+    weights -> `rates` and `majority`.
+  """
+  plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
+  buckets: dict[pipeline.Bucket, list[pipeline.Example]] = {}
+  for example in examples:
+    buckets.setdefault(pipeline.bucket_of(example, cut, cfg.window), []).append(example)
+  host, hosts = jax.process_index(), jax.process_count()
+
+  def batches(bucket: pipeline.Bucket) -> Iterator[tuple[model.Batch, np.ndarray]]:
+    members, mine = buckets[bucket], batch_size // hosts
+    for start in range(0, len(members), batch_size):
+      whole = stack(members[start : start + batch_size], bucket, cut, cfg.window, batch_size)
+      yield jax.tree.map(lambda x: x[host * mine : (host + 1) * mine], whole)
+
+  def make_sums(bucket: pipeline.Bucket) -> Callable[..., Sums]:
+    segments = model.plan(pipeline.layout(bucket, cut, cfg.window), cfg.window)
+    where = model.answer_positions(segments)
+
+    @jax.jit
+    def sums(weights, batch, group):
+      logits, _ = model.forward(weights, batch, segments, cfg, plain)
+      mask = batch.loss_mask[:, where]
+      return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, len(groups))
+
+    return sums
+
+  made = {bucket: make_sums(bucket) for bucket in sorted(buckets)}
+  vectors = np.full((len(examples), cut.answer_tokens), -1)
+  for vector, example in zip(vectors, examples, strict=True):
+    vector[: len(example.answer)] = example.answer
+  of_group = np.asarray([example.group for example in examples])
+  baseline = majority(vectors, np.where(vectors >= 0, 0, -1), of_group, groups, 1)
+
+  def evaluate(weights: model.Params) -> dict[str, Any]:
+    parts = [
+      made[bucket](weights, *sharding.put(batch, mesh)) for bucket in made for batch in batches(bucket)
+    ]
+    return rates(jax.tree.map(lambda *x: sum(x), *jax.device_get(parts)), groups) | baseline
+
+  return evaluate
 
 
 def _ratio(over: float, under: float) -> float:

@@ -9,16 +9,24 @@ a caller needs one module.
 import dataclasses
 from typing import Any
 
-from sleep_jax.schema import ConfigError as ConfigError
-from sleep_jax.schema import above as above
-from sleep_jax.schema import at_least as at_least
-from sleep_jax.schema import check as check
-from sleep_jax.schema import defaults_of as defaults_of
-from sleep_jax.schema import from_dict as from_dict
-from sleep_jax.schema import nearest as nearest
-from sleep_jax.schema import one_of as one_of
-from sleep_jax.schema import replace as replace
-from sleep_jax.schema import to_dict as to_dict
+from sleep_jax.schema import (
+  ConfigError,
+  above,
+  at_least,
+  check,
+  defaults_of,
+  from_dict,
+  nearest,
+  one_of,
+  replace,
+  to_dict,
+)
+
+__all__ = [
+  "ATTENTION", "AttentionConfig", "Config", "ConfigError", "FastConfig", "MeshConfig", "ModelConfig",
+  "OptimConfig", "SleepConfig", "TrainConfig", "above", "at_least", "check", "check_sleep", "defaults_of",
+  "from_dict", "nearest", "one_of", "replace", "to_dict"
+]  # fmt: skip
 
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
 
@@ -399,15 +407,12 @@ class Config:
 
   def __post_init__(self):
     at_least(self.seed, 0, "seed")
-    last = self.sleep.last_block
-    check(
-      last is None or last <= len(self.model.blocks),
-      "sleep.last_block",
-      f"must be at most {len(self.model.blocks)} (the number of model.blocks), got {last}",
-    )
-    first = self.sleep.first_block
-    check(
-      first < len(self.model.blocks),
-      "sleep.first_block",
-      f"must be below {len(self.model.blocks)} (the number of model.blocks), got {first}",
-    )
+    check_sleep(self.sleep, self.model)
+
+
+def check_sleep(sleep: SleepConfig, model: ModelConfig) -> None:
+  """Raises `ConfigError` if blocks are to be repeated that the model does not have."""
+  first, last, count = sleep.first_block, sleep.last_block, len(model.blocks)
+  known = f"{count} (the number of model.blocks)"
+  check(last is None or last <= count, "sleep.last_block", f"must be at most {known}, got {last}")
+  check(first < count, "sleep.first_block", f"must be below {known}, got {first}")

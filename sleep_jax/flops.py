@@ -14,7 +14,7 @@ TRAIN_FACTOR = 3  # a backward pass is two forward passes; recomputation (remat)
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-  """Forward FLOPs of one sequence: a multiplication and an addition count as two.
+  """Forward FLOPs, of one sequence or of several: a multiplication and an addition count as two.
 
   Attributes:
     awake: windows that answer, logits included.
@@ -23,6 +23,12 @@ class Flops:
 
   awake: float
   asleep: float
+
+  def __mul__(self, count: int) -> "Flops":
+    return Flops(self.awake * count, self.asleep * count)
+
+  def __add__(self, other: "Flops") -> "Flops":
+    return Flops(self.awake + other.awake, self.asleep + other.asleep)
 
   @property
   def train(self) -> float:

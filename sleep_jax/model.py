@@ -220,9 +220,15 @@ def predict(
   start = blocks.open_window(eviction.of_first_pass(state), cfg)
   h = embed(weights, tokens, cfg)
   outs, after, _ = passes.read(weights, h, start, cfg, valid=valid, remat=remat)
-  if reads is not None and tuple(reads) != tuple(range(h.shape[1])):
-    outs = [h[:, np.asarray(reads)] for h in outs]
+  outs = _at(outs, reads)
   return logits_of(weights, passes.leave(weights, outs, cfg), cfg), eviction.left(state, after)
+
+
+def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
+  """Each [B, T, D] at the positions `reads`; as it is where those are all."""
+  if reads is None or tuple(reads) == tuple(range(outs[0].shape[1])):
+    return outs
+  return [h[:, np.asarray(reads)] for h in outs]
 
 
 def open_window(state: State, cfg: ModelConfig, batch: int) -> tuple[blocks.State, blocks.Cache]:
@@ -239,6 +245,7 @@ def decode(
   cache: blocks.Cache,
   cfg: ModelConfig,
   *,
+  reads: Sequence[int] | None = None,
   valid: jax.Array | None = None,
 ) -> tuple[jax.Array, blocks.State, blocks.Cache]:
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
@@ -246,13 +253,15 @@ def decode(
   Args:
     tokens: [B, T], T >= 1; together with the cache at most L.
     state, cache: as the tokens before left them; from `open_window` at first.
+    reads: positions among the T whose logits are wanted. None: all.
     valid: [B, T] bool, False for pads. None: all valid.
 
   Returns:
-    Logits [B, T, vocab] float32, state and cache.
+    Logits [B, M, vocab] float32 at `reads`, state and cache.
   """
   h = embed(weights, tokens, cfg)
   outs, state, cache = passes.read(weights, h, state, cfg, valid=valid, cache=cache)
+  outs = _at(outs, reads)
   return logits_of(weights, passes.leave(weights, outs, cfg), cfg), state, cache
 
 

@@ -1,7 +1,10 @@
 """What one run writes down: a row per logged step and per evaluation, and what it all came to."""
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -9,40 +12,69 @@ from sleep_jax import evaluate, flops, metrics, model, optim
 from sleep_jax.config import Config
 
 
+class Load(NamedTuple):
+  """What one optimizer step read and computed, over all devices.
+
+  Attributes:
+    tokens: that are no pads.
+    work: FLOPs of its sequences, pads included.
+    positions: places of the batch, pads included. None: there are no pads.
+    waited_s: for which the loop stood still for the batch; what the device missed of it is less, since it
+      may still have had a step to run. None: the device makes its own data.
+    took_s: from the batch of the step before to this one, in seconds.
+  """
+
+  tokens: int
+  work: flops.Flops
+  positions: int | None = None
+  waited_s: float | None = None
+  took_s: float | None = None
+
+
 class Recorder:
   """Rows of metrics.jsonl and progress lines of one run, with the clocks that they carry."""
 
-  def __init__(
-    self, cfg: Config, segments: model.Plan, length: int, writer: metrics.Writer, num_devices: int
-  ):
+  def __init__(self, cfg: Config, writer: metrics.Writer, num_devices: int, *, tokens: int):
     """Goes on where the rows of `writer` end.
 
     Args:
-      length: T, tokens of a sequence.
       num_devices: that the work is spread over.
+      tokens: read before this start.
     """
-    self._cfg, self._segments, self._writer = cfg, segments, writer
-    self._tokens_a_step = cfg.train.batch_size * length
-    self._work = flops.per_sequence(segments, cfg.model, cfg.sleep)
+    self._cfg, self._writer, self._tokens = cfg, writer, tokens
     peak = metrics.peak_flops(jax.devices()[0])
-    self._tokens_at_peak = peak and peak * num_devices / (self._work.train / length)
+    self._peak = peak and peak * num_devices
     self._schedule = optim.schedule(cfg.optim, cfg.train.steps)
     self._progress = metrics.Progress(cfg.train.steps)
+    self._loads: list[Load] = []  # since the last row
     self.clock = metrics.Clock(writer.last())
 
-  def trained(self, step: int, measured: dict[str, float]) -> None:
-    """One optimizer step, if its turn to be logged has come: a row and a progress line."""
+  def trained(self, step: int, measured: dict[str, float], load: Load) -> None:
+    """One optimizer step; if its turn to be logged has come, a row and a progress line.
+
+    Of a fed run, a row has `padding`, the share of places without a token, and `data_wait`, that of time
+    spent waiting for batches, both since the row before.
+    """
+    self._tokens += load.tokens
+    self._loads.append(load)
     if step % self._cfg.train.log_every and step != self._cfg.train.steps:
       return
-    self._progress.update(step, step * self._tokens_a_step)
+    loads, self._loads = self._loads, []
+    work, tokens = functools.reduce(operator.add, (x.work for x in loads)), sum(x.tokens for x in loads)
+    self._progress.update(step, self._tokens)
     speed = self._progress.tokens_per_s
-    mfu = speed / self._tokens_at_peak if speed and self._tokens_at_peak else None
-    self._progress.line(
-      step, step * self._tokens_a_step, measured["loss"], mfu=mfu, sleep=self._work.asleep_share
-    )
+    mfu = speed * work.train / tokens / self._peak if speed and self._peak else None
+    self._progress.line(step, self._tokens, measured["loss"], mfu=mfu, sleep=work.asleep_share)
     rate = self._cfg.optim.muon_lr * float(self._schedule(step - 1))
     known = {name: x for name, x in (("tokens_per_s", speed), ("mfu", mfu)) if x is not None}
+    if load.positions is not None:
+      known["padding"] = 1 - tokens / sum(x.positions for x in loads)
+      known["data_wait"] = sum(x.waited_s for x in loads) / sum(x.took_s for x in loads)
     self._write("train", step, **measured, learning_rate=rate, **known, **self.clock.times())
+
+  def saved(self, step: int) -> None:
+    """Writes down how far a checkpoint is; a fed run that resumes there reads its tokens from this row."""
+    self._write("saved", step, **self.clock.times())
 
   def evaluated(self, step: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Runs an evaluation outside the clocks and writes it; its row."""
@@ -52,18 +84,21 @@ class Recorder:
     self._write("eval", step, **times, **row)
     return row
 
-  def finished(self, step: int, weights: model.Params, batch: Callable[[], model.Batch]) -> None:
+  def finished(
+    self, step: int, weights: model.Params, segments: model.Plan, batch: Callable[[], model.Batch]
+  ) -> None:
     """Writes what an answer costs, what sleep did to the fast weights, and that the run is done.
 
     Args:
       weights: on any devices; measured on the first one.
+      segments: plan of the sequences.
       batch: makes held-out sequences; its key may lie on the mesh.
     """
     cfg, times = self._cfg, self.clock.times()
     weights = jax.device_put(jax.device_get(weights), jax.devices()[0])
     with contextlib.nullcontext() if jax.sharding.get_mesh().empty else jax.set_mesh(None):
       alone = jax.device_put(jax.device_get(batch()), jax.devices()[0])
-      change = evaluate.sleep_changes(weights, alone, self._segments, cfg.model, cfg.sleep)
+      change = evaluate.sleep_changes(weights, alone, segments, cfg.model, cfg.sleep)
       cost = evaluate.cost(weights, cfg.model, cfg.sleep)
     self._writer.write({"kind": "cost", "step": step, **cost})
     windows, passes = len(next(iter(change.values()), [])), cfg.sleep.num_passes
@@ -73,4 +108,4 @@ class Recorder:
     self._write("done", step, **times)
 
   def _write(self, kind: str, step: int, **values: float) -> None:
-    self._writer.write({"kind": kind, "step": step, "tokens": step * self._tokens_a_step, **values})
+    self._writer.write({"kind": kind, "step": step, "tokens": self._tokens, **values})

@@ -75,3 +75,15 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """`x` laid out as its logical axes say; `x` itself without a mesh."""
   wanted = spec(axes, x.shape)
   return x if wanted is None else jax.reshard(x, wanted)
+
+
+def put(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+  """NumPy arrays [rows of this host, ...] on the devices, their rows split over the mesh axis of `batch`.
+
+  Args:
+    mesh: of one device: arrays go to the default one, and no mesh is part of their type.
+  """
+  if mesh.size == 1:
+    return jax.device_put(batch)
+  layout = jax.sharding.NamedSharding(mesh, P(RULES["batch"]))
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), batch)

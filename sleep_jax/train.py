@@ -21,7 +21,19 @@ import optax
 from absl import logging
 
 from kernels import dispatch as kernels
-from sleep_jax import checkpoint, evaluate, metrics, model, optim, pretrained, record, sharding, workdir
+from sleep_jax import (
+  checkpoint,
+  evaluate,
+  feeding,
+  flops,
+  metrics,
+  model,
+  optim,
+  pretrained,
+  record,
+  sharding,
+  workdir,
+)
 from sleep_jax.config import Config, check, one_of
 
 # For what runs once: on a CPU it compiles in a quarter of the time.
@@ -175,13 +187,17 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
 
 
 def train(
-  cfg: Config, task: Task, run: workdir.Workdir, *, report: Callable[[str], None] = print
+  cfg: Config,
+  task: Task | feeding.FedTask,
+  run: workdir.Workdir,
+  *,
+  report: Callable[[str], None] = print,
 ) -> dict[str, float]:
   """Trains, or goes on training, in a prepared workdir.
 
   Args:
     cfg: of the run.
-    task: what is learnt.
+    task: what is learnt, from data that the device makes or that the host feeds.
     run: where everything is written.
     report: takes lines for the user.
 
@@ -195,7 +211,6 @@ def train(
     CheckpointError: if the workdir's checkpoints cannot be restored or saved.
   """
   mesh = check_fits(cfg)
-  segments = model.plan(task.layout, cfg.model.window)
   declared = model.declare(cfg.model)
   tx = optim.make(cfg.optim, declared, cfg.train.steps)
   with contextlib.ExitStack() as stack:
@@ -217,20 +232,23 @@ def train(
       report(f"weights and their optimizers:\n{optim.partition_table(declared)}")
     writer = stack.enter_context(metrics.Writer(run.path))
     writer.truncate_after(done)
-    recorder = record.Recorder(cfg, segments, len(task.layout), writer, mesh.size)
-    held_out_key = jax.random.key(task.held_out_seed)
-    test = task.test(cfg) if task.test else _default_test(cfg, task, segments)
+    fed = isinstance(task, feeding.FedTask)
+    one_step = functools.partial(train_step, cfg=cfg, tx=tx)
+    steps = feeding.Steps(cfg, task, one_step, mesh) if fed else Steps(cfg, task, tx)
+    steps = stack.enter_context(steps)
+    tokens = steps.tokens_before(done, writer.last())
+    recorder = record.Recorder(cfg, writer, mesh.size, tokens=tokens)
+    test = steps.test()
 
     row = recorder.evaluated(0, lambda: test(state.params)) if done == 0 else {}
     if done < cfg.train.steps:
-      with recorder.clock.paused():
-        dispatch = make_dispatch(cfg, task, tx, segments).lower(state).compile()
+      steps.start(state, recorder.clock)
     pending = None  # what the call before measured: read while the device runs the next one
     while done < cfg.train.steps:
-      state, measured = dispatch(state)
-      done += cfg.train.steps_per_dispatch
+      state, measured, loads = steps(state)
+      done += len(loads)
       _read(pending, recorder, checkpoints)
-      pending = (done, measured)
+      pending = (done, measured, loads)
       last = done == cfg.train.steps
       stopping = bool(stopped)  # read once: a signal from here on is answered after the next dispatch
       saves, tests = (last or done % every == 0 for every in (cfg.train.save_every, cfg.train.eval_every))
@@ -240,6 +258,8 @@ def train(
       if tests:
         row = recorder.evaluated(done, lambda weights=state.params: test(weights))
       if saves or stopping:
+        if fed:
+          recorder.saved(done)
         with recorder.clock.paused():
           checkpoints.save(done, state)
       _say_saved(checkpoints, report)
@@ -249,41 +269,73 @@ def train(
     checkpoints.wait()
     _say_saved(checkpoints, report)
     row = row or test(state.params)
-    made = jax.jit(lambda key: task.batch(key, 0, TRACED_SEQUENCES))
-    recorder.finished(done, state.params, lambda: made(held_out_key))
+    recorder.finished(done, state.params, *steps.sample())
     return row
 
 
-def _default_test(
-  cfg: Config, task: Task, segments: model.Plan
-) -> Callable[[model.Params], dict[str, float]]:
-  """The evaluation of a task that says nothing else: its own stream, from another key."""
-  key = jax.random.key(task.held_out_seed)
-  return evaluate.make_evaluate(
-    lambda i: shard(task.batch(key, i, cfg.train.eval_batch_size)),
-    cfg.train.eval_sequences // cfg.train.eval_batch_size,
-    segments,
-    cfg.model,
-    cfg.sleep,
-  )
+class Steps(contextlib.nullcontext):
+  """Optimizer steps on data that the device makes, several a call; `feeding.Steps` is its peer."""
+
+  def __init__(self, cfg: Config, task: Task, tx: optax.GradientTransformation):
+    super().__init__(self)
+    self._cfg, self._task, self._tx = cfg, task, tx
+    self._segments = model.plan(task.layout, cfg.model.window)
+    work = flops.per_sequence(self._segments, cfg.model, cfg.sleep) * cfg.train.batch_size
+    self._load = record.Load(cfg.train.batch_size * len(task.layout), work)
+
+  def tokens_before(self, step: int, last_row: dict[str, Any] | None) -> int:
+    """Tokens read before `step`: every step reads as many."""
+    del last_row
+    return step * self._load.tokens
+
+  def start(self, state: TrainState, clock: metrics.Clock) -> None:
+    """Compiles, while the clock stands."""
+    with clock.paused():
+      traced = make_dispatch(self._cfg, self._task, self._tx, self._segments)
+      self._dispatch = traced.lower(state).compile()
+
+  def __call__(self, state: TrainState) -> tuple[TrainState, dict[str, jax.Array], list[record.Load]]:
+    """The next state, what each step measured, stacked, and what each took."""
+    return *self._dispatch(state), [self._load] * self._cfg.train.steps_per_dispatch
+
+  def test(self) -> Callable[[model.Params], dict[str, Any]]:
+    """The evaluation; of a task that says nothing else, on its own stream, from another key."""
+    cfg, task = self._cfg, self._task
+    if task.test:
+      return task.test(cfg)
+    key, size = jax.random.key(task.held_out_seed), cfg.train.eval_batch_size
+    return evaluate.make_evaluate(
+      lambda i: shard(task.batch(key, i, size)),
+      cfg.train.eval_sequences // size,
+      self._segments,
+      cfg.model,
+      cfg.sleep,
+    )
+
+  def sample(self) -> tuple[model.Plan, Callable[[], model.Batch]]:
+    """Held-out sequences, made when they are asked for, and their plan."""
+    key = jax.random.key(self._task.held_out_seed)
+    made = jax.jit(lambda key: self._task.batch(key, 0, TRACED_SEQUENCES))
+    return self._segments, lambda: made(key)
 
 
 def _read(
-  pending: tuple[int, dict[str, jax.Array]] | None,
+  pending: tuple[int, dict[str, jax.Array], list[record.Load]] | None,
   recorder: record.Recorder,
   checkpoints: checkpoint.Checkpoints,
 ) -> None:
   """Waits for what a dispatch measured, step by step, and records it.
 
   Args:
-    pending: the step that the dispatch ended with, and its measurements, stacked. None: nothing.
+    pending: the step that the dispatch ended with, its measurements, stacked, and the
+      load of each step. None: nothing.
 
   Raises:
     NotFiniteError: at the first step whose loss or gradient is not finite.
   """
   if pending is None:
     return
-  end, measured = pending[0], jax.device_get(pending[1])
+  end, measured, loads = pending[0], jax.device_get(pending[1]), pending[2]
   count = len(measured["loss"])
   for i in range(count):
     step, values = end - count + 1 + i, {name: float(x[i]) for name, x in measured.items()}
@@ -298,7 +350,7 @@ def _read(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; stopped; {left};"
         " a smaller optim.muon_lr or more optim.warmup_steps usually helps"
       )
-    recorder.trained(step, values)
+    recorder.trained(step, values, loads[i])
 
 
 def _say_saved(checkpoints: checkpoint.Checkpoints, report: Callable[[str], None]) -> None:

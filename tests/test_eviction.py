@@ -1,4 +1,4 @@
-"""Sliding eviction against NumPy oracles that never shift a cache, and the baselines that it makes.
+"""Sliding eviction against NumPy oracles that never shift a cache.
 
 Tolerances are those of `test_model_oracle`, for its reasons.
 """
@@ -90,31 +90,3 @@ class OracleTest(parameterized.TestCase):
     ):
       got = np.asarray(oracle.leaf(grads, path), np.float64)
       self.assertLess(abs(got[index] - exact), GRADIENT * np.abs(got).max(), (path, index))
-
-
-class BaselineTest(parameterized.TestCase):
-  def test_loop_with_reset_state_isolates_the_carry(self):
-    """With one pass there is nothing to carry; with two it differs from carrying S and nothing else."""
-    runs = {}
-    for n in (1, 2):
-      for state in ("carry", "reset"):
-        cfg, sleep_cfg, params, batch, segments, settings = prepared(
-          ("gdn", "attn"), sleep={"num_passes": n, "state": state, "loops": "unroll"}
-        )
-        runs[n, state] = np.asarray(hybrids.reader(segments, cfg, sleep_cfg)(params, batch)[0])
-    np.testing.assert_array_equal(runs[1, "carry"], runs[1, "reset"])
-    self.assertGreater(hybrids.distance(runs[2, "reset"], runs[2, "carry"]), 1e-3)
-
-  @parameterized.parameters(("hard", 8), ("sliding", 3))
-  def test_a_plain_transformers_answers_depend_on_what_is_cached_alone(self, eviction, oldest):
-    """Two attention blocks, L = 4, the answer at 9: hard sees from 8 on, sliding from 9 - 2 * 3 on."""
-    cfg = hybrids.model_config(("attn", "attn"), eviction=eviction)
-    batch, layout = hybrids.random_batch(10, (9,))
-    run = hybrids.reader(model.plan(layout, cfg.window), cfg, config.SleepConfig(num_passes=1))
-    params = hybrids.random_params(cfg)
-    answers = np.asarray(run(params, batch)[0])
-    for at in range(10):
-      other = np.array(batch.inputs)
-      other[:, at] = (other[:, at] + 1) % cfg.vocab_size
-      moved = np.any(np.asarray(run(params, batch.replace(inputs=other))[0]) != answers)
-      self.assertEqual(moved, at >= oldest, at)

@@ -28,18 +28,45 @@ def gated_hebbian(
   Args:
     q, k: [B, T, H, K], floating point; T >= 1.
     v: [B, T, H, V], floating point.
-    g: [B, T, H] log of the decay, <= 0 (-inf forgets all), float32.
+    g: [B, T, H] log of the decay, <= 0 (-inf forgets all), float32. Checked where its values are at hand;
+      under `jax.jit` and other transformations they are not, and a positive one gives senseless numbers.
     b: [B, T, H] write strength, >= 0, float32.
     S: [B, H, K, V] fast weights on entry, float32. (If any of the others is float64, all is, and S must be.)
     mask: [B, T] bool, False = pad: leaves S exactly as it was. What o holds there means nothing.
-    implementation: "xla" or "reference"; None for the platform's default.
+    implementation: "xla", "reference", on its platform "pallas_tpu" or "pallas_gpu", which runs or raises.
+      None for the platform's default.
 
   Returns:
     o [B, T, H, V] in v's dtype, and S after the last token.
 
   Raises:
     ValueError: a shape that does not fit, an axis other than B and H split over a mesh, an unknown
-      implementation.
+      implementation, a positive g.
     TypeError: a dtype that does not fit, above all an S that is not float32.
+    NotImplementedError: a named implementation that cannot run these arrays.
   """
   return dispatch.call("gated_hebbian", q, k, v, g, b, S, mask=mask, implementation=implementation)
+
+
+def gated_hebbian_step(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g: jax.Array,
+  b: jax.Array,
+  S: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """`gated_hebbian` of one token, without the axis T, for awake decoding: S is donated and updated in place.
+
+  Args:
+    q, k: [B, H, K]. v: [B, H, V]. g [B, H], b [B, H], float32.
+    S: [B, H, K, V] fast weights on entry, float32. Called outside `jax.jit`, the array passed is gone
+      afterwards; inside, donate S to the program that calls.
+
+  Returns:
+    o [B, H, V] in v's dtype, and S.
+
+  Raises:
+    ValueError, TypeError: as `gated_hebbian`.
+  """
+  return dispatch.step("gated_hebbian", q, k, v, g, b, S)

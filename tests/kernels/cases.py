@@ -8,14 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import dispatch
 from kernels.delta import delta
 from kernels.gated_delta import gated_delta
 from kernels.gated_hebbian import gated_hebbian
+from kernels.gdn2 import gdn2
+from kernels.kda import kda
 
-RULES = {"gated_delta": gated_delta, "gated_hebbian": gated_hebbian, "delta": delta}
+RULES = {"gated_delta": gated_delta, "gated_hebbian": gated_hebbian, "delta": delta, "kda": kda, "gdn2": gdn2}
 IMPLEMENTATIONS = ("xla", "reference")
 
 every_rule = pytest.mark.parametrize("rule", RULES)
+# For tests that compile a gradient: kda is gdn2 with one gate for both, so it waits for the slow tests.
+every_rule_but_kda = pytest.mark.parametrize(
+  "rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule == "kda")) for rule in RULES]
+)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 # For tests that compile much: the rule with everything in it always, the others with the slow tests.
 every_rule_slowly = pytest.mark.parametrize(
@@ -24,14 +31,21 @@ every_rule_slowly = pytest.mark.parametrize(
 
 
 def random_inputs(rule: str, B, T, H, K, V, *, seed=0, decay=1.0, dtype=np.float32) -> list[np.ndarray]:
-  """q, k, v, g, b, S (no g for the rule without decay); keys of length 1, a tenth of b exactly 0."""
+  """The rule's operands, then S; keys of length 1, a tenth of the gates on erasing and writing exactly 0."""
   rng = np.random.default_rng(seed)
+  sizes = dict(zip("BTHKV", (B, T, H, K, V), strict=True))
   q, k = rng.normal(size=(2, B, T, H, K))
   k /= np.linalg.norm(k, axis=-1, keepdims=True)
-  b = rng.uniform(size=(B, T, H)) * (rng.uniform(size=(B, T, H)) > 0.1)
-  g = -decay * rng.exponential(size=(B, T, H))
-  v, S = rng.normal(size=(B, T, H, V)), rng.normal(size=(B, H, K, V))
-  return [x.astype(dtype) for x in (q / K**0.5, k, v, *(() if rule == "delta" else (g,)), b, S)]
+  x = {"q": q / K**0.5, "k": k}
+  for name, axes in [*dispatch.OPERANDS[rule].items(), ("S", "BHKV")]:
+    shape = [sizes[axis] for axis in axes]
+    if name == "g":
+      x[name] = -decay * rng.exponential(size=shape)
+    elif name in dispatch.GATES:
+      x[name] = rng.uniform(size=shape) * (rng.uniform(size=shape) > 0.1)
+    elif name in "vS":
+      x[name] = rng.normal(size=shape)
+  return [x[name].astype(dtype) for name in (*dispatch.OPERANDS[rule], "S")]
 
 
 def outputs_and_gradients(f: Callable, inputs, seed: int = 1) -> list[np.ndarray]:

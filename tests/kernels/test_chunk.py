@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import chunk
+from kernels import chunk, tiling
 from kernels.gated_delta import gated_delta
 from tests.kernels import cases
 
@@ -16,7 +16,7 @@ from tests.kernels import cases
 def test_inverse(C):
   """Against NumPy in float64, on triangles whose inverses have entries up to about 20."""
   A = np.tril(np.random.default_rng(C).normal(size=(3, 2, C, C)) * 0.3, -1).astype(np.float32)
-  got = cases.quick(chunk.unit_lower_inverse)(A)
+  got = cases.quick(tiling.unit_lower_inverse)(A)
   want = np.linalg.inv(np.eye(C) + A.astype(np.float64))
   np.testing.assert_array_equal(np.triu(got, 1), 0)
   cases.assert_near([got], [want], 2e-6)
@@ -33,21 +33,26 @@ def test_the_plan_changes_no_result(solve, T):
     return cases.outputs_and_gradients(functools.partial(chunk.chunked, plan=plan), inputs)
 
   want = run(chunk.Plan(solve, hoist=False, block=6))
-  for plan in (chunk.Plan(solve, hoist=False, block=2), chunk.Plan(solve, hoist=True, block=6)):
+  for plan in (
+    chunk.Plan(solve, hoist=False, block=2),
+    chunk.Plan(solve, hoist=False, block=4),
+    chunk.Plan(solve, hoist=True, block=6),
+  ):
     cases.assert_near(run(plan), want, 2e-6)
 
 
 def test_blocks_divide_the_batch_and_fit_the_cache():
   def block(B, T, H, K, V):
     q, v, S = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((B, T, H, K), (B, T, H, V), (B, H, K, V)))
-    return chunk.make_plan(q, v, S, solve=True).block
+    return tiling.make_plan(q, v, S, solve=True).block
 
   assert block(128, 12, 1, 64, 64) == 128  # a few caches' worth stays in one piece
   assert block(1, 2000, 12, 96, 256) == 1
-  assert block(509, 24, 4, 64, 64) == 509  # a prime: blocks of one row would be too small
   for B in (512, 96, 500):
     m = block(B, 24, 4, 64, 64)
     assert B % m == 0 and 1 < m < B
+  m = block(509, 24, 4, 64, 64)  # a prime: less than a row a block is padded
+  assert 1 < m < 509 and -509 % m < -(-509 // m)
 
 
 def test_remat_can_keep_the_outputs_by_name():

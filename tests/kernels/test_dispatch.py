@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels import decode, dispatch
 from kernels.gated_delta import gated_delta
 from tests.kernels import cases
 from tests.kernels.cases import every_rule, every_rule_slowly
@@ -39,7 +40,12 @@ SPECS = {4: P("data", None, "model", None), 3: P("data", None, "model")}
   ],
 )
 def test_a_mistake_is_answered_with_one_line(rule, name, change, error, line):
-  names = ("q", "k", "v", "b", "S") if rule == "delta" else ("q", "k", "v", "g", "b", "S")
+  names = (*dispatch.OPERANDS[rule], "S")
+  if name == "b" and rule == "gdn2":
+    name, line = (
+      "e",
+      line.replace("b has", "e has").replace("(2, 5, 3, 1), needs [B, T, H]", "(2, 5, 3, 4, 1)"),
+    )
   arguments = dict(zip(names, cases.random_inputs(rule, 2, 5, 3, 4, 6), strict=True))
   arguments[name] = change(arguments.get(name))
   with pytest.raises(error) as caught:
@@ -136,3 +142,73 @@ def test_a_pod_can_be_checked_without_one():
     S = struct((512, 4, 6, 5), sharding=NamedSharding(mesh, P("data", "model", None, None)))
     o, S_after = jax.eval_shape(gated_delta, *tokens, S)
   assert o.sharding == tokens[2].sharding and S_after.sharding == S.sharding
+
+
+@every_rule
+def test_one_token_updates_the_state_where_it_lies(rule):
+  """What the rule gives for T = 1; and the compiled program writes S into the memory that S came in."""
+  *tokens, S = cases.random_inputs(rule, 2, 1, 3, 4, 6)
+  want = [np.asarray(x) for x in cases.jitted(rule, "reference")(*tokens, S)]
+  token = {name: jnp.asarray(x[:, 0]) for name, x in zip(dispatch.OPERANDS[rule], tokens, strict=True)}
+  program = decode.update.lower(rule, token, jnp.asarray(S)).compile()
+  assert program.memory_analysis().alias_size_in_bytes == S.nbytes
+  assert "input_output_alias" in program.as_text()
+  o, S_after = dispatch.step(rule, *token.values(), S)
+  cases.assert_near([o[:, None], S_after], want, 2e-6)
+
+
+def test_a_positive_log_decay_is_refused_where_it_can_be_seen():
+  inputs = cases.random_inputs("kda", 1, 3, 1, 2, 2)
+  inputs[3][0, 1, 0, 1] = 0.5
+  with pytest.raises(ValueError, match="kda: g reaches 0.5, needs <= 0"):
+    cases.RULES["kda"](*inputs)
+
+
+def test_an_implementation_of_another_platform_is_refused_in_one_line():
+  inputs = cases.random_inputs("gated_delta", 1, 3, 1, 2, 2)
+  for name, platform in (("pallas_tpu", "tpu"), ("pallas_gpu", "gpu")):
+    with pytest.raises(NotImplementedError) as caught:
+      gated_delta(*inputs, implementation=name)
+    assert str(caught.value) == (
+      f"gated_delta: {name!r} runs on {platform}, not on cpu; known here: xla, reference"
+    )
+
+
+def test_a_rule_without_a_named_implementation_is_refused_in_one_line(monkeypatch):
+  """As `delta` on a TPU, where the name is known but this rule has no such kernel."""
+  monkeypatch.setitem(dispatch.ORDER, "cpu", ("xla", "pallas_none"))
+  with pytest.raises(NotImplementedError, match="^delta: has no implementation 'pallas_none', use 'xla'$"):
+    cases.RULES["delta"](*cases.random_inputs("delta", 1, 3, 1, 2, 2), implementation="pallas_none")
+
+
+def test_the_default_falls_back_with_one_warning(monkeypatch):
+  """The first choice is not there: the second runs, and the log says so once, not at each call."""
+  inputs = cases.random_inputs("gated_delta", 1, 3, 1, 2, 2)
+  want = [np.asarray(x) for x in gated_delta(*inputs)]
+  monkeypatch.setitem(dispatch.ORDER, "cpu", ("pallas_none", "xla"))
+  monkeypatch.setitem(dispatch.DEFAULT, "cpu", ("pallas_none", "xla"))
+  said = []
+  monkeypatch.setattr(dispatch.logging, "warning", lambda text, *args: said.append(text % args))
+  dispatch._warn_once.cache_clear()
+  for _ in range(2):
+    cases.assert_near(gated_delta(*inputs), want, 0.0)
+  assert said == [
+    "gated_delta: skipped pallas_none: gated_delta: has no implementation 'pallas_none', use 'xla'"
+  ]
+  monkeypatch.setitem(dispatch.DEFAULT, "cpu", ("pallas_none",))
+  with pytest.raises(NotImplementedError, match="gated_delta: no implementation takes"):
+    gated_delta(*inputs)
+
+
+@every_rule
+def test_forward_mode_alone_is_refused_in_one_line(rule):
+  """Ours where the call is differentiated as it runs; inside `jax.jit` JAX says it, later and shorter."""
+  inputs = tuple(cases.random_inputs(rule, 1, 3, 1, 2, 2))
+  with pytest.raises(TypeError) as caught:
+    jax.jvp(cases.RULES[rule], inputs, inputs)
+  assert str(caught.value) == (
+    f"{rule}: 'xla' has no forward-mode derivative (jax.jvp); "
+    "use reverse mode (jax.vjp, jax.grad) or implementation='reference'"
+  )
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jit(lambda x: jax.jvp(cases.RULES[rule], x, x))(inputs)

@@ -22,14 +22,21 @@ RULE = {  # rule of the fixture -> ours
   "linear_attention": "gated_hebbian",
   "mamba2_ssd": "gated_hebbian",
   "delta_rule": "delta",
+  "kda": "kda",
+  "gdn2": "gdn2",
 }
+# The longest and the strongest decay; the others are slow tests.
+FLOAT64_QUICK = ("weak_decay_long", "strong_decay")
 
 
-def load() -> list:
+def load(quick: tuple[str, ...] = ()) -> list:
+  """All cases; those with a decay per channel compile longest and are slow tests unless named in `quick`."""
   found = []
-  for folder in ("gated_delta_rule", "mamba2_gated_hebbian"):
+  for folder in ("gated_delta_rule", "kda_and_gdn2", "mamba2_gated_hebbian"):
     with open(GOLDEN / folder / "cases.json", encoding="utf-8") as file:
-      found += [pytest.param(folder, name, case, id=name) for name, case in json.load(file)["cases"].items()]
+      for name, case in json.load(file)["cases"].items():
+        slow = [pytest.mark.slow] * (folder == "kda_and_gdn2" and name not in quick)
+        found.append(pytest.param(folder, name, case, id=name, marks=slow))
   return found
 
 
@@ -59,6 +66,8 @@ def model(case: dict, implementation: str):
     b = x.get("beta", x.get("b", ones))
     S = x.get("initial_state", jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), v.dtype))
     gates = (b,) if case["rule"] == "delta_rule" else (x.get("g", 0 * ones), b)
+    if case["rule"] == "gdn2":
+      gates = x["g"], x["b"], x["w"]
     return rule(q * case["scale"], k, v, *gates, S)
 
   return run
@@ -75,7 +84,9 @@ def result(folder: str, name: str, case: dict, implementation: str, dtype) -> No
   cases.assert_near(got, [stored[f"{name}.{key}"] for key in keys], tolerance)
 
 
-@pytest.mark.parametrize(("folder", "name", "case"), load())
+@pytest.mark.parametrize(
+  ("folder", "name", "case"), load(("kda_scale_one_no_l2", "kda_single_token", "gdn2_strong_decay"))
+)
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
 def test_float32(folder, name, case, implementation):
   result(folder, name, case, implementation, jnp.float32)
@@ -87,9 +98,14 @@ def test_reference_float64(folder, name, case):
     result(folder, name, case, "reference", jnp.float64)
 
 
-def test_chunked_float64():
-  """What float32 hides: the chunked form itself is exact, on the longest case and on the strongest decay."""
+@pytest.mark.parametrize(
+  ("folder", "name", "case"),
+  [
+    pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] * (case.id not in FLOAT64_QUICK))
+    for case in load()
+  ],
+)
+def test_chunked_float64(folder, name, case):
+  """What float32 hides: the chunked form itself is exact."""
   with jax.enable_x64(True):
-    for name in ("weak_decay_long", "strong_decay"):
-      (case,) = (param.values[2] for param in load() if param.values[1] == name)
-      result("gated_delta_rule", name, case, "xla", jnp.float64)
+    result(folder, name, case, "xla", jnp.float64)

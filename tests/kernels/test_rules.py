@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from tests.kernels import cases
-from tests.kernels.cases import every_implementation, every_rule, every_rule_slowly, function, jitted, quick
+from tests.kernels.cases import (
+  every_implementation,
+  every_rule,
+  every_rule_but_kda,
+  every_rule_slowly,
+  function,
+  jitted,
+  quick,
+)
 
 # From S = [[1, 2], [3, 4]], q = (1, -1), k = (0.6, 0.8), v = (5, 6), decay 1/2, b = 1/2, on paper.
 BY_HAND = {
@@ -21,6 +29,10 @@ BY_HAND = {
   "gated_hebbian": ([[2.0, 2.8], [3.5, 4.4]], [-1.5, -1.6]),
   # no decay: S answers (3, 4.4); error (2, 1.6); write (1, .8)
   "delta": ([[1.6, 2.48], [3.8, 4.64]], [-2.2, -2.16]),
+  # channels decay by (1/2, 1): [[.5, 1], [3, 4]] answers (2.7, 3.8); error (2.3, 2.2); write (1.15, 1.1)
+  "kda": ([[1.19, 1.66], [3.92, 4.88]], [-2.73, -3.22]),
+  # the same S answers (2.55, 3.5) to e k = (.3, .8); w v = (5, 3); write (2.45, -.5)
+  "gdn2": ([[1.97, 0.7], [4.96, 3.6]], [-2.99, -2.9]),
 }
 
 
@@ -30,7 +42,8 @@ def test_one_token_by_hand(rule, implementation):
   q, k, v = (np.array(x, np.float32).reshape(1, 1, 1, 2) for x in ([1, -1], [0.6, 0.8], [5, 6]))
   g, b = (np.full((1, 1, 1), x, np.float32) for x in (np.log(0.5), 0.5))
   S = np.array([[1, 2], [3, 4]], np.float32)[None, None]
-  gates = (b,) if rule == "delta" else (g, b)
+  channels = np.array([[np.log(0.5), 0], [0.5, 1], [1, 0.5]], np.float32).reshape(3, 1, 1, 1, 2)
+  gates = {"delta": (b,), "kda": (channels[0], b), "gdn2": tuple(channels)}.get(rule, (g, b))
   o, S = jitted(rule, implementation)(q, k, v, *gates, S)
   want_S, want_o = BY_HAND[rule]
   np.testing.assert_allclose(S[0, 0], want_S, rtol=1e-6)
@@ -50,7 +63,7 @@ def test_chunks_equal_the_recurrence(rule, data):
   cases.assert_near(got, cases.double(rule, inputs), 1e-5)
 
 
-@every_rule
+@every_rule_but_kda
 @pytest.mark.parametrize("decay", [20.0, 200.0])
 def test_strong_decay_keeps_its_digits(rule, decay):
   """Sums of g = -20 and stronger lose the digits of the weak decays between them; ours do not."""
@@ -61,19 +74,22 @@ def test_strong_decay_keeps_its_digits(rule, decay):
   cases.assert_near(got, cases.double(rule, inputs), 5e-6)
 
 
-@pytest.mark.parametrize("rule", ["gated_delta", "gated_hebbian"])
+@pytest.mark.parametrize(
+  "rule", ["gated_delta", "gated_hebbian", "gdn2", pytest.param("kda", marks=pytest.mark.slow)]
+)
 @every_implementation
 def test_infinite_decay_forgets_everything(rule, implementation):
-  q, k, v, g, b, S = cases.random_inputs(rule, 1, 9, 1, 4, 3)
+  *tokens, S = cases.random_inputs(rule, 1, 9, 1, 4, 3)
+  g = tokens[3]
   g[:, 5] = -np.inf
-  o, S_after, *grads = cases.outputs_and_gradients(function(rule, implementation), [q, k, v, g, b, S])
+  o, S_after, *grads = cases.outputs_and_gradients(function(rule, implementation), [*tokens, S])
   g[:, 5] = 0
-  o_new, S_new = jitted(rule, implementation)(*(x[:, 5:] for x in (q, k, v, g, b)), 0 * S)
+  o_new, S_new = jitted(rule, implementation)(*(x[:, 5:] for x in tokens), 0 * S)
   cases.assert_near([o[:, 5:], S_after], [np.asarray(o_new), np.asarray(S_new)], 2e-6)
   assert all(np.all(np.isfinite(x)) for x in grads)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_a_sequence_in_two_parts_is_the_sequence(rule, implementation):
   f = jitted(rule, implementation)
@@ -84,12 +100,13 @@ def test_a_sequence_in_two_parts_is_the_sequence(rule, implementation):
   cases.assert_near([np.concatenate([o1, o2], 1), S_parts], whole, 2e-6)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_the_future_cannot_be_seen(rule, implementation):
   """The gradient of o_t with respect to later tokens is 0, exactly; with respect to v_t it is not."""
   *tokens, S = cases.random_inputs(rule, 1, 70, 1, 4, 3)
-  tokens[-1][:] = 0.5  # b
+  for gate in tokens[4 if rule != "delta" else 3 :]:
+    gate[:] = 0.5
   f = function(rule, implementation)
   grad = quick(jax.grad(lambda tokens, t: jnp.sum(f(*tokens, S)[0][:, t])))
   for t in (3, 66):
@@ -99,7 +116,7 @@ def test_the_future_cannot_be_seen(rule, implementation):
     assert np.all(grads[2][:, t] != 0)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_pads_leave_no_trace(rule, implementation):
   """All pads: S keeps every bit. Pads on the left: the row is the row without them. No gradient at pads."""
@@ -123,7 +140,7 @@ def test_pads_leave_no_trace(rule, implementation):
     assert np.any(x[1, 33:] != 0)
 
 
-@every_rule
+@every_rule_but_kda
 def test_b_of_zero_writes_nothing_and_has_a_gradient(rule):
   """d b is <what the write would have been, its gradient>: not 0 / 0."""
   inputs = cases.random_inputs(rule, 1, 10, 1, 4, 3)
@@ -134,7 +151,7 @@ def test_b_of_zero_writes_nothing_and_has_a_gradient(rule):
   assert np.all(got[-2] != 0)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_half_precision_in_and_out_state_in_float32(rule, implementation):
   """bfloat16 rounds what goes in and what comes out; in between nothing is rounded to it."""
@@ -177,7 +194,7 @@ def test_transformations_change_nothing(rule):
   cases.assert_near(quick(jax.vmap(jax.grad(loss)))(stacked), both, 2e-6)
 
 
-@every_rule
+@every_rule_but_kda
 @every_implementation
 def test_gradients_equal_finite_differences(rule, implementation):
   with jax.enable_x64(True):

@@ -1,0 +1,95 @@
+"""Trains and evaluates one model on GSM-Infinite: one run is one (N, seed).
+
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
+
+Problems are made as they are needed, never twice, and every answer is one forward pass: no loop, no worked
+solution. Reports exact match by number of operations with a 95 % interval, beside what the commonest answer
+of each number of operations gets. Rerunning the same command resumes; a finished run is left alone.
+"""
+
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from sleep_jax import config, feeding, model, workdir
+from sleep_jax import train as training
+from sleep_jax.data.gsm_infinite import task as gsm
+from sleep_jax.data.gsm_infinite import tokenizer as tokens
+
+CONFIG = cli.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+
+
+def build(values: dict[str, Any]) -> config.Config:
+  """The checked config of a nested mapping; nothing is made yet.
+
+  Raises:
+    ConfigError: for anything that is unknown, of the wrong type or does not fit.
+  """
+  config.check("data" in values, "data", "is required")
+  data = config.from_dict(gsm.TaskConfig, values["data"], "data.")
+  cfg = config.from_dict(config.Config, values | {"data": data})
+  feeding.check_fits(cfg, data.cut)
+  config.check(
+    cfg.seed not in (data.held_out_seed, gsm.TOKENIZER_SEED),
+    "seed",
+    f"must differ from data.held_out_seed = {data.held_out_seed} and {gsm.TOKENIZER_SEED}, got {cfg.seed}",
+  )
+  levels = len(gsm.groups(data))
+  config.check(
+    data.held_out != "balanced" or cfg.train.eval_sequences % levels == 0,
+    "train.eval_sequences",
+    f"must be a multiple of the {levels} numbers of operations, got {cfg.train.eval_sequences}",
+  )
+  needed = tokens.load(data.tokenizer).vocab_size if data.tokenizer else data.vocab_size
+  config.check(
+    cfg.model.vocab_size >= needed,
+    "model.vocab_size",
+    f"must be at least {needed}, the tokens of the tokenizer, got {cfg.model.vocab_size}",
+  )
+  model.declare(cfg.model)  # unknown blocks are refused before anything is written
+  return cfg
+
+
+def make_task(cfg: config.Config, folder: str) -> feeding.FedTask:
+  """The task; its tokenizer, if the config names none, is written to `folder`."""
+  data = gsm.with_tokenizer(cfg.data, folder)
+  blocks = -(-cfg.train.steps // data.cut.bucket_batches)
+  return feeding.FedTask(
+    source=gsm.training(data, cfg.seed, blocks * data.cut.bucket_batches * cfg.train.batch_size),
+    cut=data.cut,
+    held_out=gsm.held_out(data, cfg.train.eval_sequences),
+    groups=gsm.groups(data),
+    threads=data.threads,
+    workers=data.workers,
+  )
+
+
+def table(row: dict[str, Any], groups: list[str]) -> str:
+  """What a row says by number of operations, as text."""
+  lines = [f"{'operations':>10} {'problems':>8} {'right':>7} {'95 %':>15} {'commonest answer':>17}"]
+  for name in groups:
+    exact, low, high, common = (row[f"{name}_{x}"] for x in ("exact", "low", "high", "majority"))
+    lines.append(
+      f"{name.removeprefix('op'):>10} {row[f'{name}_asked']:>8} {exact:>7.1%}"
+      f" {f'{low:.1%} - {high:.1%}':>15} {common:>17.1%}"
+    )
+  return "\n".join(lines)
+
+
+def main() -> int:
+  cfg = build(cli.required("config", CONFIG.value).to_dict())
+  folder = cli.required("workdir", WORKDIR.value)
+  training.check_fits(cfg)
+  with workdir.prepare(folder, config.to_dict(cfg)) as run:
+    if run.done_step is not None:
+      print(f"{run.path} is complete: {run.done_step} steps")
+      return cli.DONE
+    row = training.train(cfg, make_task(cfg, str(run.path)), run)
+  print(table(row, gsm.groups(cfg.data)))
+  return cli.DONE
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,14 @@
+"""Gated DeltaNet-2 in chunks: erases at e k, writes w v. Runs on whatever XLA compiles for."""
+
+import jax
+
+from kernels import channel
+
+
+def gdn2(
+  q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, e: jax.Array, w: jax.Array, S: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What `reference.gdn2` gives, up to rounding. Gradients: `kernels.channel.chunked`."""
+  z, e = w.astype(S.dtype) * v, e.astype(S.dtype) * k
+  o, S = channel.chunked(q, k, z, g, e, S, channel.make_plan(q, v, S))
+  return o.astype(v.dtype), S

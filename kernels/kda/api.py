@@ -1,0 +1,71 @@
+"""The public face of Kimi Delta Attention: the only file that callers see."""
+
+import jax
+
+from kernels import dispatch
+
+
+def kda(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g: jax.Array,
+  b: jax.Array,
+  S: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Kimi Delta Attention: each key channel of S forgets at its own rate; then the delta rule.
+
+      S <- Diag(exp(g)) S;  S <- S + k (b (v - S^T k))^T;  o = S^T q    (arXiv 2510.26692)
+
+  Scaling and normalising q and k is the caller's. Gradients reach every array, through o and through S.
+  Reverse mode, and reverse or forward mode over it, work with every implementation; forward mode alone
+  (`jax.jvp`) only with "reference", elsewhere it is a TypeError. Under `jax.checkpoint` the outputs of "xla"
+  are named "fast_weight_o" and "fast_weight_S". On an explicit mesh B and H may be split, nothing else.
+
+  Args:
+    q, k: [B, T, H, K], floating point; T >= 1.
+    v: [B, T, H, V], floating point.
+    g: [B, T, H, K] log of the decay, <= 0 (-inf forgets all), float32. Checked where its values are at hand;
+      under `jax.jit` and other transformations they are not, and a positive one gives senseless numbers.
+    b: [B, T, H] write strength, 0 to 1, float32.
+    S: [B, H, K, V] fast weights on entry, float32. (If any of the others is float64, all is, and S must be.)
+    mask: [B, T] bool, False = pad: leaves S exactly as it was. What o holds there means nothing.
+    implementation: "xla" or "reference"; None for the platform's default.
+
+  Returns:
+    o [B, T, H, V] in v's dtype, and S after the last token.
+
+  Raises:
+    ValueError: a shape that does not fit, an axis other than B and H split over a mesh, an unknown
+      implementation, a positive g.
+    TypeError: a dtype that does not fit, above all an S that is not float32.
+    NotImplementedError: a named implementation that cannot run these arrays.
+  """
+  return dispatch.call("kda", q, k, v, g, b, S, mask=mask, implementation=implementation)
+
+
+def kda_step(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  g: jax.Array,
+  b: jax.Array,
+  S: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """`kda` of one token, without the axis T, for awake decoding: S is donated and updated in place.
+
+  Args:
+    q, k: [B, H, K]. v: [B, H, V]. g [B, H, K], b [B, H], float32.
+    S: [B, H, K, V] fast weights on entry, float32. Called outside `jax.jit`, the array passed is gone
+      afterwards; inside, donate S to the program that calls.
+
+  Returns:
+    o [B, H, V] in v's dtype, and S.
+
+  Raises:
+    ValueError, TypeError: as `kda`.
+  """
+  return dispatch.step("kda", q, k, v, g, b, S)

@@ -1,0 +1,29 @@
+"""Kimi Delta Attention (arXiv 2510.26692), token by token: slow, obvious, the judge."""
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+
+def kda(
+  q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Each key channel of S decays by its own gate first; the rest is the gated delta rule.
+
+  Args:
+    q, k, g: [B, T, H, K]. v: [B, T, H, V]. b: [B, T, H]. S: [B, H, K, V], float32 or float64.
+
+  Returns:
+    o [B, T, H, V] in v's dtype, and S after the last token in its own dtype, in which all is computed.
+  """
+
+  def step(S: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    q, k, v, g, b = token
+    S = jnp.exp(g)[..., None] * S
+    u = b[..., None] * (v - jnp.einsum("bhkv,bhk->bhv", S, k, precision=Precision.HIGHEST))
+    S = S + k[..., :, None] * u[..., None, :]
+    return S, jnp.einsum("bhkv,bhk->bhv", S, q, precision=Precision.HIGHEST)
+
+  tokens = tuple(jnp.moveaxis(x, 1, 0).astype(S.dtype) for x in (q, k, v, g, b))
+  S, o = jax.lax.scan(step, S, tokens)
+  return jnp.moveaxis(o, 0, 1).astype(v.dtype), S

@@ -1,0 +1,140 @@
+"""GSM-Infinite as what a model is trained on: shapes, tokenizer, training examples and held-out ones."""
+
+import dataclasses
+import os
+import pathlib
+
+from sleep_jax.config import at_least, check, one_of
+from sleep_jax.data import pipeline
+from sleep_jax.data.gsm_infinite import dataset, problems
+from sleep_jax.data.gsm_infinite import tokenizer as tokens
+from sleep_jax.data.gsm_infinite.config import GsmInfiniteConfig
+from sleep_jax.data.pipeline import CutConfig
+
+TOKENIZER_SEED = 2_000_003  # of the problems that a tokenizer is trained on: the same for every run
+MARGIN = 4  # tokens that a problem has beside its text and its answer: the request for the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(GsmInfiniteConfig):
+  """The problems, and how they are fed to a model.
+
+  Attributes:
+    cut: shapes of the batches.
+    vocab_size: tokens at most, of the tokenizer that is trained where `tokenizer` names none.
+    tokenizer_texts: problems that it is trained on.
+    held_out: `balanced` (each number of operations as often) or `faithful` (drawn as in training).
+    threads, workers: that make examples; workers are processes, 0 for none.
+  """
+
+  cut: CutConfig = CutConfig(max_tokens=3312, tails=(256, 512, 1024), bucket_batches=4)
+  vocab_size: int = 1024
+  tokenizer_texts: int = 256
+  held_out: str = "balanced"
+  threads: int = 1
+  workers: int = 0
+
+  def __post_init__(self):
+    super().__post_init__()
+    least = self.max_tokens + MARGIN + self.cut.answer_tokens
+    check(
+      self.cut.max_tokens >= least,
+      "data.cut.max_tokens",
+      f"must be at least {least} (data.max_tokens, {MARGIN} and data.cut.answer_tokens), got"
+      f" {self.cut.max_tokens}",
+    )
+    check(self.noise, "data.noise", "must be on: without noise the length of a problem has no bound")
+    check(
+      self.subset != "symbolic",
+      "data.subset",
+      "must not be symbolic: its answers, lists of variables, have no bound; take medium, hard or mixed",
+    )
+    check(
+      self.held_out_seed != TOKENIZER_SEED,
+      "data.held_out_seed",
+      f"must differ from {TOKENIZER_SEED}, the seed of the tokenizer's texts",
+    )
+    at_least(self.vocab_size, tokens.LEAST_VOCAB, "data.vocab_size")
+    at_least(self.tokenizer_texts, 1, "data.tokenizer_texts")
+    one_of(self.held_out, dataset.KINDS, "data.held_out")
+    at_least(self.threads, 1, "data.threads")
+    at_least(self.workers, 0, "data.workers")
+
+
+def groups(cfg: GsmInfiniteConfig) -> list[str]:
+  """Names of the groups that answers are scored in: `op1`, `op2`, ..."""
+  low, high = cfg.operations
+  return [f"op{op}" for op in range(low, high + 1)]
+
+
+def with_tokenizer(cfg: TaskConfig, folder: str | os.PathLike) -> TaskConfig:
+  """The config with a tokenizer: its own, or one that is trained and written to `folder`/tokenizer.json.
+
+  It is a function of the config alone. One that a run before has left there is made again and replaced, so
+  that a damaged file harms nobody.
+
+  Raises:
+    ConfigError: if the tokenizer that it names is none, or its digits are not tokens of their own.
+  """
+  if not cfg.tokenizer:
+    texts = (problems.problem(cfg, TOKENIZER_SEED, i).text for i in range(cfg.tokenizer_texts))
+    path = pathlib.Path(folder, "tokenizer.json")
+    made = tokens.train(texts, cfg.vocab_size)
+    temporary = path.with_name(".tokenizer.json.tmp")
+    made.save(temporary)
+    os.replace(temporary, path)
+    cfg = dataclasses.replace(cfg, tokenizer=str(path.resolve()))
+  tokens.load(cfg.tokenizer)
+  return cfg
+
+
+def to_example(made: problems.Problem, cfg: GsmInfiniteConfig) -> pipeline.Example:
+  """A problem: text and request for the answer; answer and its end; the group of its operations."""
+  arrays = dataset.example(made, tokens.load(cfg.tokenizer))
+  start = int(arrays["answer_start"])
+  return pipeline.Example(
+    arrays["inputs"][: start + 1], arrays["targets"][start:], made.op - cfg.operations[0]
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """The first `num` training examples of a seed; holds nothing but its arguments, for worker processes."""
+
+  cfg: TaskConfig
+  seed: int
+  num: int
+
+  def __len__(self) -> int:
+    return self.num
+
+  def __getitem__(self, index: int) -> pipeline.Example:
+    if not 0 <= index < self.num:
+      raise IndexError(f"example {index} of {self.num}")
+    return to_example(problems.problem(self.cfg, self.seed, int(index)), self.cfg)
+
+
+def training(cfg: TaskConfig, seed: int, num: int) -> Examples:
+  """Training examples of a run.
+
+  Raises:
+    ConfigError: if the seed is the held-out one.
+  """
+  dataset.source(cfg, seed, num)  # refuses what is no source
+  return Examples(cfg, seed, num)
+
+
+def held_out(cfg: TaskConfig, num: int) -> list[pipeline.Example]:
+  """The held-out examples, the same for every run.
+
+  Raises:
+    ConfigError: if `num` cannot be balanced, or an answer is longer than `cut` allows.
+  """
+  made = [to_example(p, cfg) for p in dataset.held_out(cfg, cfg.held_out, num)]
+  longest = max(len(e.answer) for e in made)
+  check(
+    longest <= cfg.cut.answer_tokens,
+    "data.cut.answer_tokens",
+    f"must be at least {longest}, the longest held-out answer and its end, got {cfg.cut.answer_tokens}",
+  )
+  return made

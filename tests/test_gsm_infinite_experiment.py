@@ -1,0 +1,158 @@
+"""GSM-Infinite from the command line's side: presets fit, mistakes are one line, runs end in a table."""
+
+import csv
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from experiments import gsm_infinite
+from experiments.configs import gsm_infinite as presets
+from sleep_jax import config, figures_gsm_infinite, metrics, runs, train, workdir
+from sleep_jax.config import ConfigError
+from sleep_jax.data import gsm_infinite as generator
+from sleep_jax.data import pipeline
+from sleep_jax.data.gsm_infinite import dataset, task, tokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHORT = {
+  "train.steps": 3,
+  "train.batch_size": 2,
+  "train.log_every": 1,
+  "train.save_every": 3,
+  "train.eval_every": 3,
+  "train.eval_sequences": 12,
+  "train.eval_batch_size": 4,
+  "data.tokenizer_texts": 8,
+  "model.blocks": ("gdn",),
+  "sleep.last_block": 1,
+  "sleep.num_passes": 1,
+  "mesh.data": 1,
+}
+
+
+def values_of(preset="tiny", **changes):
+  values = presets.get_config(preset)
+  values.update_from_flattened_dict({name.replace("__", "."): x for name, x in changes.items()})
+  return values.to_dict()
+
+
+def faked_rows(n):
+  """The metrics of a run with N = n, as training writes them."""
+  return [
+    {"kind": "eval", "step": step, "tokens": step, "cpu_s": 1.0, "exact": 0.1, "op2_majority": 0.3}
+    | {f"op{op}_exact": (step + op) / (100 * n) for op in (2, 4)}
+    for step in (0, 10)
+  ]
+
+
+class PresetTest(parameterized.TestCase):
+  @parameterized.parameters(*presets.PRESETS)
+  def test_every_preset_and_its_sweep_fit(self, preset):
+    for changes in presets.sweep(preset).values():
+      values = presets.get_config(preset)
+      values.update_from_flattened_dict(changes)
+      cfg = gsm_infinite.build(values.to_dict())
+      self.assertEqual(cfg.sleep.num_passes, changes["sleep.num_passes"])
+
+  def test_the_papers_setting(self):
+    cfg = gsm_infinite.build(values_of("scratch"))
+    self.assertEqual((cfg.model.window, cfg.train.batch_size, cfg.optim.muon_lr), (2000, 256, 1e-3))
+    self.assertEqual((cfg.data.operations, cfg.data.min_tokens, cfg.data.max_tokens), ((1, 8), 2000, 3300))
+    self.assertEqual((cfg.train.eval_sequences, cfg.data.noise, cfg.data.mode), (1600, True, "forward"))
+
+  def test_an_unknown_preset_names_the_known(self):
+    with self.assertRaisesRegex(ValueError, "unknown preset 'jet_2b'; known: tiny, small, scratch"):
+      presets.get_config("jet_2b")
+
+  @parameterized.parameters(
+    ({"model__window": 300}, "model.window: must be at most data.cut.max_tokens = 260"),
+    ({"data__subset": "medium"}, r"data.operations: no medium problem \(d = 2\) has 1 operation"),
+    ({"data__max_tokens": 100, "data__min_tokens": 0}, "data.max_tokens: must be at least 170"),
+    ({"data__cut__max_tokens": 255}, "data.cut.max_tokens: must be at least 260"),
+    ({"data__noise": False}, "data.noise: must be on"),
+    ({"data__subset": "symbolic"}, "data.subset: must not be symbolic"),
+    ({"model__vocab_size": 511}, "model.vocab_size: must be at least 512"),
+    ({"seed": 1_000_003}, "seed: must differ from data.held_out_seed"),
+    ({"train__eval_sequences": 64}, "train.eval_sequences: must be a multiple of the 3"),
+    ({"train__steps_per_dispatch": 2}, "train.steps_per_dispatch: must be 1"),
+    ({"data__tokenizer": "/nowhere.json"}, "data.tokenizer: there is no file"),
+  )
+  def test_mistakes(self, changes, message):
+    with self.assertRaisesRegex(ConfigError, message):
+      gsm_infinite.build(values_of(**changes))
+
+
+def test_a_tokenizer_without_digits_is_refused_before_anything_is_written(tmp_path):
+  import tokenizers
+
+  words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "12": 3}
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+  backend.save(str(tmp_path / "words.json"))
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.gsm_infinite", f"--workdir={tmp_path / 'run'}"),
+      "--config=experiments/configs/gsm_infinite.py:tiny",
+      f"--config.data.tokenizer={tmp_path / 'words.json'}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2, done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1 and "one token for each digit" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_examples_are_the_problems_and_the_tokenizer_depends_on_the_config_alone(tmp_path):
+  cfg = gsm_infinite.build(values_of(**{k.replace(".", "__"): x for k, x in SHORT.items()})).data
+  ready = task.with_tokenizer(cfg, tmp_path)
+  first = (tmp_path / "tokenizer.json").read_bytes()
+  (tmp_path / "tokenizer.json").write_bytes(b"damaged")
+  task.with_tokenizer(cfg, tmp_path)
+  assert (tmp_path / "tokenizer.json").read_bytes() == first
+  known = tokenizer.load(ready.tokenizer)
+  source = task.training(ready, seed=0, num=20)
+  for i in range(20):
+    made, problem = source[i], generator.problem(ready, 0, i)
+    assert known.decode(made.prompt) == problem.text
+    assert known.decode(made.answer[:-1]) == dataset.answer_text(problem.answer)
+    assert (made.answer[-1], made.group) == (known.eos, problem.op - 1)
+    assert pipeline.bucket_of(made, ready.cut, 96).windows >= 1  # something is slept on
+  held = task.held_out(ready, 30)
+  assert np.bincount([e.group for e in held]).tolist() == [10, 10, 10]
+  texts = {tuple(e.prompt) for e in held}
+  assert not texts & {tuple(source[i].prompt) for i in range(20)}
+
+
+def test_the_figure_has_a_panel_an_operation_count_and_a_curve_an_n(tmp_path):
+  for n in (1, 2):
+    with workdir.prepare(tmp_path / f"n{n}", values_of(sleep__num_passes=n)) as run:
+      run.metrics.write_text("".join(metrics.dumps(row) + "\n" for row in faked_rows(n)))
+  read = runs.load_runs(str(tmp_path / "n*"))
+  assert figures_gsm_infinite.operations(read) == [2, 4]
+  figures_gsm_infinite.figure_4(read).save(tmp_path / "figures")
+  rows = list(csv.DictReader(open(tmp_path / "figures" / "figure_4.csv")))
+  drawn = {(r["operations"], r["series"], r["step"]): float(r["exact_percent"]) for r in rows}
+  assert drawn["4", "N = 2", "10"] == pytest.approx(100 * 14 / 200)
+  assert drawn["2", "commonest answer", ""] == pytest.approx(30.0)
+  assert len(drawn) == 2 * 2 * 2 + 1
+  with pytest.raises(runs.RunError, match="figure 4"):
+    figures_gsm_infinite.figure_4([])
+
+
+@pytest.mark.slow
+def test_a_short_run_ends_in_the_table():
+  cfg = gsm_infinite.build(values_of(**{k.replace(".", "__"): x for k, x in SHORT.items()}))
+  with tempfile.TemporaryDirectory() as folder:
+    with workdir.prepare(folder, config.to_dict(cfg)) as run:
+      row = train.train(cfg, gsm_infinite.make_task(cfg, folder), run, report=lambda line: None)
+    rows = [r for r in metrics.read(pathlib.Path(folder, "metrics.jsonl")) if r["kind"] == "train"]
+  assert [r["step"] for r in rows] == [1, 2, 3]
+  assert all(0 < r["padding"] < 1 and 0 <= r["data_wait"] <= 1 for r in rows)
+  lines = gsm_infinite.table(row, task.groups(cfg.data)).splitlines()
+  assert [line.split()[:2] for line in lines[1:]] == [["1", "4"], ["2", "4"], ["3", "4"]]
