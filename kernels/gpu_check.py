@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import bench
+from kernels import shapes as known
 
-SHAPES = {name: bench.SHAPES[name] for name in "RDJ"} | {"L": (1, 16384, 16, 128, 128)}
+SHAPES = {name: known.SHAPES[name] for name in "RDJL"}
 DECAYS = {"weak": 1.0, "strong": 20.0}  # means of -g
 OURS = ("pallas_gpu", "xla")
 PEER = "fla chunk"
@@ -87,8 +88,9 @@ def missing() -> str | None:
 
 
 def make_inputs(shape: Sequence[int], decay: float):
-  """`bench.make_inputs` with q, k, v and the cotangent of o in bfloat16."""
-  inputs, (do, dS) = bench.make_inputs(shape, decay)
+  """`shapes.make_inputs`, in the rule's order, with q, k, v and the cotangent of o in bfloat16."""
+  named, (do, dS) = known.make_inputs("gated_delta", shape, decay)
+  inputs = list(named.values())
   half = lambda x: np.asarray(x, jnp.bfloat16)  # noqa: E731
   return [*map(half, inputs[:3]), *inputs[3:]], (half(do), dS)
 
