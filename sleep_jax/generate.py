@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, config, model
+from sleep_jax import blocks, config, model, sharding
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 
 
@@ -277,8 +277,14 @@ def _timed(what: str, watch: Watch | None, step: Callable[[], Session]) -> Sessi
   return session
 
 
+def _placed(*rows: jax.Array) -> list[jax.Array]:
+  """Arrays [B, T] that come from the host, split over the mesh as batches are."""
+  return [sharding.constrain(x, ("batch", "seq")) for x in rows]
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def _piece(weights, tokens, valid, fast, cache, cfg):
+  tokens, valid = _placed(tokens, valid)
   logits, fast, cache = model.decode(
     weights, tokens, fast, cache, cfg, reads=(tokens.shape[1] - 1,), valid=valid
   )
@@ -287,11 +293,13 @@ def _piece(weights, tokens, valid, fast, cache, cfg):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _whole_window(weights, tokens, valid, state, cfg):
+  tokens, valid = _placed(tokens, valid)
   return model.predict(weights, tokens, state, cfg, reads=(tokens.shape[1] - 1,), valid=valid)[0][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
 def _asleep(weights, tokens, valid, state, cfg, sleep_cfg):
+  tokens, valid = _placed(tokens, valid)
   state = model.consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid)
   return state, *model.open_window(state, cfg, tokens.shape[0])
 

@@ -8,10 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, generate, model
-from sleep_jax.config import ConfigError, SleepConfig
+from sleep_jax import blocks, config, generate, model, params, sharding
+from sleep_jax.config import ConfigError, MeshConfig, SleepConfig
 from sleep_jax.generate import SamplingConfig
 from tests import hybrids, oracle
 from tests.hybrids import assert_near, assert_same
@@ -207,6 +208,26 @@ class GenerateTest(parameterized.TestCase):
     self.assertLen(session.cache, 2)
     assert_near(session.logits, slow_logits(tokens[:, 4:], cfg, TWO), NEAR)
     self.assertEqual(blocks.init_state(cfg, 1), {})
+
+
+class MeshTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_four_by_two_devices_are_one(self):
+    cfg, tokens = hybrids.model_config(PAIR, vocab_size=12, embed_dim=16), hybrids.random_tokens(4, 7)
+    alone = reading(cfg, TWO, tokens)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=4, model=2))):
+      weights = jax.tree.map(
+        lambda w, x: sharding.constrain(jnp.asarray(x), w.axes),
+        model.declare(cfg),
+        weights_of(cfg),
+        is_leaf=params.is_weight,
+      )
+      session = generate.read(weights, tokens, generate.start(cfg, TWO, 4), cfg, TWO)
+      self.assertFalse(session.start["0"].S.sharding.is_fully_replicated)
+      assert_near(session.logits, alone.logits, NEAR)
+      [(token, session)] = generate.generate(weights, session, cfg, TWO, count=1, key=KEY)
+    self.assertEqual((session.windows, session.filled), (2, 0))
+    np.testing.assert_array_equal(token, np.argmax(alone.logits, axis=-1))
 
 
 class SampleTest(parameterized.TestCase):
