@@ -9,8 +9,6 @@ of each number of operations gets. Rerunning the same command resumes; a finishe
 
 from typing import Any
 
-from absl import flags
-
 from experiments import cli
 from sleep_jax import config, feeding, model, workdir
 from sleep_jax import train as training
@@ -18,7 +16,7 @@ from sleep_jax.data.gsm_infinite import task as gsm
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 
 CONFIG = cli.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "the only place written to")
+WORKDIR = cli.define_workdir_flag()
 
 
 def build(values: dict[str, Any]) -> config.Config:
@@ -82,7 +80,7 @@ def main() -> int:
   cfg = build(cli.required("config", CONFIG.value).to_dict())
   folder = cli.required("workdir", WORKDIR.value)
   training.check_fits(cfg)
-  with workdir.prepare(folder, config.to_dict(cfg)) as run:
+  with workdir.prepare(folder, config.to_dict(cfg), defaults=config.defaults_of(cfg)) as run:
     if run.done_step is not None:
       print(f"{run.path} is complete: {run.done_step} steps")
       return cli.DONE
