@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +54,13 @@ class ProcessTest(parameterized.TestCase):
 
   def kill_often(self, kills, seed):
     """Kills a run that saves without pause, at random moments of a save; each restart checks every step."""
-    rng, acknowledged, in_flight = random.Random(seed), 0, 0
+    rng, acknowledged, in_flight, took = random.Random(seed), 0, 0, 0.25
     for kill in range(kills + 1):
       command = [sys.executable, CHILD, "save", str(self.dir), str(kill == kills)]
       child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=child_env()
       )
-      timer, after = None, rng.randint(2, 4)
+      timer, after, begun = None, rng.randint(2, 4), time.monotonic()
       saving = 0
       for line in child.stdout:
         word, _, value = line.strip().partition(" ")
@@ -69,11 +70,11 @@ class ProcessTest(parameterized.TestCase):
           self.assertGreaterEqual(found["restored"] or 0, acknowledged)
           self.assertEqual(found["said"], [s for s in found["said"] if "was still being saved" in s])
         elif word == "SAVED":
-          acknowledged, saving = max(acknowledged, int(value)), 0
+          acknowledged, saving, took = max(acknowledged, int(value)), 0, time.monotonic() - begun
         elif word == "SAVE":
-          saving, after = 1, after - 1
+          saving, after, begun = 1, after - 1, time.monotonic()
           if after == 0 and kill < kills:
-            timer = threading.Timer(rng.uniform(0, 0.25), child.send_signal, [signal.SIGKILL])
+            timer = threading.Timer(rng.uniform(0, took), child.send_signal, [signal.SIGKILL])
             timer.start()
       child.wait()
       child.stdout.close()
