@@ -63,6 +63,8 @@ class ProcessTest(parameterized.TestCase):
       timer, after, begun = None, rng.randint(2, 4), time.monotonic()
       saving = 0
       for line in child.stdout:
+        if not line.endswith("\n"):  # killed in the middle of a word
+          break
         word, _, value = line.strip().partition(" ")
         if word == "START":  # the steps it found, each compared with the truth, and the one restored
           found = json.loads(value)
