@@ -58,8 +58,8 @@ def test_interpreted_kernels_equal_the_recurrence(T, K, interpreted):
 
 @new_enough
 @pytest.mark.parametrize(
-  "T,K,decay",
-  [(100, 64, 1.0), (100, 64, 20.0), pytest.param(10, 96, 1.0, marks=pytest.mark.slow)],
+  "T,K,decay",  # long ones go with `make test-aot`, which runs on the newest Python and so has jax 0.12
+  [(100, 64, 1.0), (100, 64, 20.0), pytest.param(10, 96, 1.0, marks=pytest.mark.aot)],
 )
 def test_interpreted_gradients_equal_the_recurrences(T, K, decay, interpreted):
   """Through o and S, of all six inputs, in the dtypes of the inputs."""
@@ -75,7 +75,7 @@ def test_interpreted_gradients_equal_the_recurrences(T, K, decay, interpreted):
 
 
 @new_enough
-@pytest.mark.slow
+@pytest.mark.aot
 def test_second_derivatives_are_the_recurrences(interpreted):
   """Forward over reverse; no kernel has a rule for it, so they come from XLA."""
   inputs = make_inputs(1, 10, 1, 64, 64)
