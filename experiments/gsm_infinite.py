@@ -17,6 +17,7 @@ from sleep_jax.data.gsm_infinite import tokenizer as tokens
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()
+cli.define_process_flags()
 
 
 def build(values: dict[str, Any]) -> config.Config:

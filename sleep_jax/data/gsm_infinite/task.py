@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import socket
 
 from sleep_jax.config import at_least, check, one_of
 from sleep_jax.data import pipeline
@@ -80,7 +81,9 @@ def with_tokenizer(cfg: TaskConfig, folder: str | os.PathLike) -> TaskConfig:
     texts = (problems.problem(cfg, TOKENIZER_SEED, i).text for i in range(cfg.tokenizer_texts))
     path = pathlib.Path(folder, "tokenizer.json")
     made = tokens.train(texts, cfg.vocab_size)
-    temporary = path.with_name(".tokenizer.json.tmp")
+    temporary = path.with_name(
+      f".tokenizer.json.{socket.gethostname()}.{os.getpid()}.tmp"
+    )  # several may do it
     made.save(temporary)
     os.replace(temporary, path)
     cfg = dataclasses.replace(cfg, tokenizer=str(path.resolve()))
