@@ -71,15 +71,11 @@ def _join() -> None:
     return
   if given and len(given) < len(names):
     lacking = next(name for name in names if name not in given)
-    raise ConfigError(
-      f"--{lacking} is required beside --{given[0]}: all three, or none where it is found out"
-    )
+    raise ConfigError(f"--{lacking} is required beside --{given[0]}; only a cluster needs none of them")
   if given:
-    check(asked["num_processes"] >= 1, "--num_processes", f"must be at least 1, got {asked['num_processes']}")
-    last = asked["num_processes"] - 1
-    check(
-      0 <= asked["process_id"] <= last, "--process_id", f"must lie in 0..{last}, got {asked['process_id']}"
-    )
+    count, index = asked["num_processes"], asked["process_id"]
+    check(count >= 1, "--num_processes", f"must be at least 1, got {count}")
+    check(0 <= index < count, "--process_id", f"must lie in 0..{count - 1}, got {index}")
     if asked["coordinator_address"].startswith(("127.0.0.1:", "localhost:")):
       asked["coordinator_bind_address"] = asked["coordinator_address"]  # JAX would listen on all interfaces
   try:

@@ -3,8 +3,8 @@
     python -m launch.local_multiprocess --processes=2 --devices=4 -- -m experiments.rule110 \\
       --config=experiments/configs/rule110.py:tiny --workdir=work/two
 
-It is the pod's way of running, on a laptop: what works here finds its peers on Slurm, Cloud TPU or Kubernetes by
---distributed alone. Processes meet on the loopback interface. When one of them ends badly the others are
+It is the pod's way of running, on a laptop: what works here finds its peers on Slurm, Cloud TPU or Kubernetes
+by --distributed alone. Processes meet on the loopback interface. When one of them ends badly the others are
 ended too. The exit code is that of the first one that was not 0; SIGTERM and Ctrl-C are passed on.
 """
 
@@ -92,9 +92,8 @@ def _free_port() -> int:
 
 def main(argv: Sequence[str]) -> int:
   if len(argv) < 2:
-    print(
-      "error: nothing to run; put it behind --, e.g. -- -m experiments.rule110 --config=...", file=sys.stderr
-    )
+    example = "-- -m experiments.rule110 --config=... --workdir=..."
+    print(f"error: nothing to run; put it behind two dashes: {example}", file=sys.stderr)
     return USER_MISTAKE
   return run(argv[1:], PROCESSES.value, DEVICES.value)
 

@@ -185,8 +185,8 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
   check(
     hosts == 1 or (mesh.size == jax.device_count() and size % hosts == 0),
     "mesh",
-    f"of {hosts} processes must take all {jax.device_count()} devices, and mesh.data be a multiple of {hosts},"
-    f" got {size} x {mesh.shape['model']}",
+    f"of {hosts} processes must take all {jax.device_count()} devices, and mesh.data be a multiple of"
+    f" {hosts}, got {size} x {mesh.shape['model']}",
   )
   for name in ("batch_size", "eval_batch_size"):
     value = getattr(cfg.train, name)
