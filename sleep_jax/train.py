@@ -100,7 +100,8 @@ def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   start = functools.partial(init_state, cfg, tx)
   if cfg.train.init_from is None:
     return jax.jit(start, compiler_options=_QUICK)()
-  weights = pretrained.start_weights(cfg.model, cfg.train.init_from)
+  init_key, _ = jax.random.split(jax.random.key(cfg.seed))
+  weights = pretrained.start_weights(cfg.model, cfg.train.init_from, init_key, ignore=cfg.train.init_ignore)
 
   def put(weights):
     return start().replace(params=weights, opt_state=tx.init(weights))  # what was drawn is never computed
@@ -177,7 +178,7 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
     one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
   optim.freeze(cfg.optim, model.declare(cfg.model))
   if cfg.train.init_from is not None:
-    pretrained.check_start(cfg.model, cfg.train.init_from)
+    pretrained.check_start(cfg.model, cfg.train.init_from, ignore=cfg.train.init_ignore)
   mesh = sharding.make_mesh(cfg.mesh)
   size = mesh.shape["data"]
   for name in ("batch_size", "eval_batch_size"):
