@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 
 from kernels import dispatch as kernels
 from sleep_jax import (
@@ -35,6 +33,7 @@ from sleep_jax import (
   workdir,
 )
 from sleep_jax.config import Config, check, one_of
+from sleep_jax.signals import stop_signals
 
 # For what runs once: on a CPU it compiles in a quarter of the time.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -217,7 +216,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if mesh.size > 1:
       stack.enter_context(jax.set_mesh(mesh))
-    stopped = stack.enter_context(_stop_signals(report))
+    stopped = stack.enter_context(stop_signals(report))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(run.checkpoints, keep=cfg.train.keep_checkpoints, report=report)
     )
@@ -357,28 +356,3 @@ def _read(
 def _say_saved(checkpoints: checkpoint.Checkpoints, report: Callable[[str], None]) -> None:
   for step in checkpoints.poll():
     report(f"saved step {step}")
-
-
-@contextlib.contextmanager
-def _stop_signals(report: Callable[[str], None]) -> Iterator[list[str]]:
-  """A list that SIGTERM and Ctrl-C add their name to; a second one ends the process at once."""
-  received: list[str] = []
-
-  def handler(number, frame):
-    del frame
-    if received:
-      raise KeyboardInterrupt
-    received.append(signal.Signals(number).name)
-    report(f"received {received[0]}: saving at the end of this dispatch; once more ends it now, unsaved")
-
-  previous = {}
-  try:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      previous[number] = signal.signal(number, handler)
-  except ValueError:  # not the main thread: whoever owns it handles signals
-    logging.info("signals are not handled: the loop does not run in the main thread")
-  try:
-    yield received
-  finally:
-    for number, old in previous.items():
-      signal.signal(number, old)
