@@ -38,6 +38,12 @@ def define_config_flag() -> flags.FlagHolder:
   )
 
 
+def config_as_given() -> tuple[str, dict[str, Any]]:
+  """FILE.py:PRESET of the flag --config, and the fields that the command line changes, by dotted key."""
+  flag = flags.FLAGS["config"]
+  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+
+
 @functools.cache
 def define_workdir_flag() -> flags.FlagHolder:
   """The flag --workdir of a single run; one for all mains of a process."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.experimental import multihost_utils
 
 from kernels import dispatch as kernels
@@ -37,6 +35,7 @@ from sleep_jax import (
   workdir,
 )
 from sleep_jax.config import Config, check, one_of
+from sleep_jax.signals import stop_signals
 
 # For what runs once: on a CPU it compiles in a quarter of the time.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -102,7 +101,8 @@ def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   start = functools.partial(init_state, cfg, tx)
   if cfg.train.init_from is None:
     return jax.jit(start, compiler_options=_QUICK)()
-  weights = pretrained.start_weights(cfg.model, cfg.train.init_from)
+  init_key, _ = jax.random.split(jax.random.key(cfg.seed))
+  weights = pretrained.start_weights(cfg.model, cfg.train.init_from, init_key, ignore=cfg.train.init_ignore)
 
   def put(weights):
     return start().replace(params=weights, opt_state=tx.init(weights))  # what was drawn is never computed
@@ -179,7 +179,7 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
     one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
   optim.freeze(cfg.optim, model.declare(cfg.model))
   if cfg.train.init_from is not None:
-    pretrained.check_start(cfg.model, cfg.train.init_from)
+    pretrained.check_start(cfg.model, cfg.train.init_from, ignore=cfg.train.init_ignore)
   mesh = sharding.make_mesh(cfg.mesh)
   size, hosts = mesh.shape["data"], jax.process_count()
   check(
@@ -228,7 +228,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if mesh.size > 1:
       stack.enter_context(jax.set_mesh(mesh))
-    stopped_at = stack.enter_context(_stop_signals(report))
+    stopped_at = stack.enter_context(_asked_to_stop(report))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(run.checkpoints, keep=cfg.train.keep_checkpoints, report=report)
     )
@@ -375,33 +375,15 @@ def _say_nothing(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals(report: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
+def _asked_to_stop(report: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
   """Whether to save and stop after the dispatch of a number: the name of the signal that asks for it.
 
-  SIGTERM and Ctrl-C ask for it; a second one ends the process at once. Of several processes SIGTERM to one
-  is enough: JAX's coordination service finds a dispatch that none of them has passed.
+  Of several processes SIGTERM to one is enough: JAX's coordination service finds a dispatch that none of
+  them has passed.
   """
   if jax.process_count() > 1:
     reached = multihost_utils.reached_preemption_sync_point
     yield lambda dispatch: "SIGTERM" if reached(dispatch) else None
     return
-  received: list[str] = []
-
-  def handler(number, frame):
-    del frame
-    if received:
-      raise KeyboardInterrupt
-    received.append(signal.Signals(number).name)
-    report(f"received {received[0]}: saving at the end of this dispatch; once more ends it now, unsaved")
-
-  previous = {}
-  try:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      previous[number] = signal.signal(number, handler)
-  except ValueError:  # not the main thread: whoever owns it handles signals
-    logging.info("signals are not handled: the loop does not run in the main thread")
-  try:
+  with stop_signals(report) as received:
     yield lambda dispatch: received[0] if received else None
-  finally:
-    for number, old in previous.items():
-      signal.signal(number, old)

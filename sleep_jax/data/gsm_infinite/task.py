@@ -24,6 +24,7 @@ class TaskConfig(GsmInfiniteConfig):
     cut: shapes of the batches.
     vocab_size: tokens at most, of the tokenizer that is trained where `tokenizer` names none.
     tokenizer_texts: problems that it is trained on.
+    problems: that there are to train on; a longer run reads them again. 0: as many as it takes.
     held_out: `balanced` (each number of operations as often) or `faithful` (drawn as in training).
     threads, workers: that make examples; workers are processes, 0 for none.
   """
@@ -31,6 +32,7 @@ class TaskConfig(GsmInfiniteConfig):
   cut: CutConfig = CutConfig(max_tokens=3312, tails=(256, 512, 1024), bucket_batches=4)
   vocab_size: int = 1024
   tokenizer_texts: int = 256
+  problems: int = 0
   held_out: str = "balanced"
   threads: int = 1
   workers: int = 0
@@ -57,6 +59,7 @@ class TaskConfig(GsmInfiniteConfig):
     )
     at_least(self.vocab_size, tokens.LEAST_VOCAB, "data.vocab_size")
     at_least(self.tokenizer_texts, 1, "data.tokenizer_texts")
+    at_least(self.problems, 0, "data.problems")
     one_of(self.held_out, dataset.KINDS, "data.held_out")
     at_least(self.threads, 1, "data.threads")
     at_least(self.workers, 0, "data.workers")
@@ -117,13 +120,15 @@ class Examples:
     return to_example(problems.problem(self.cfg, self.seed, int(index)), self.cfg)
 
 
-def training(cfg: TaskConfig, seed: int, num: int) -> Examples:
-  """Training examples of a run.
+def training(cfg: TaskConfig, seed: int, num: int) -> pipeline.Source:
+  """The first `num` training examples of a run; those of `cfg.problems` problems, again and again.
 
   Raises:
     ConfigError: if the seed is the held-out one.
   """
   dataset.source(cfg, seed, num)  # refuses what is no source
+  if cfg.problems:
+    return pipeline.Epochs(Examples(cfg, seed, cfg.problems), num, seed)
   return Examples(cfg, seed, num)
 
 
