@@ -115,7 +115,7 @@ def load(path: str) -> Tokenizer:
 
 
 def pieces(text: str) -> list[str]:
-  """The pieces of a text, within which Qwen's tokenizer joins bytes to tokens."""
+  """The pieces of a text (words, digits, marks), within which Qwen's tokenizer joins bytes to tokens."""
   return _COUNTED.findall(text)
 
 
