@@ -57,6 +57,7 @@ def build(values: dict[str, Any]) -> config.Config:
       "data.tokenizer",
       f"must ask for the answer in at most {gsm.MARGIN} tokens, but takes {size}",
     )
+    gsm.check_answers(data)
   config.check(
     cfg.model.vocab_size >= needed,
     "model.vocab_size",

@@ -254,7 +254,7 @@ def _env(path: pathlib.Path) -> dict[str, Any]:
     "started": _now(),
     "command": [_SECRET.sub(r"\1***", word) for word in sys.argv],
     "versions": versions,
-    "git": _git(),
+    "git": git_state(),
     "platform": platform.platform(),
     "host": socket.gethostname(),
     "backend": jax.default_backend(),
@@ -264,7 +264,7 @@ def _env(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
   """The commit this code is from and whether it was changed since; None outside of a repository."""
 
   def git(*command: str) -> str:

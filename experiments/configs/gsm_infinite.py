@@ -13,6 +13,10 @@
              3,300 tokens, L = 2000, batch 256, Muon 1e-3, the middle half of the blocks looped. Not run yet.
              The paper fine-tunes 2 B parameters for 700 steps, which this does not match
 
+The symbolic subset (which variables equal a number, given a tree of assignments; exact match of the sorted
+list) takes `--config.data.subset=symbolic` and room for longer answers, 8 tokens an operation. With `tiny`:
+--config.data.cut.answer_tokens=24 --config.data.cut.max_tokens=280.
+
 One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The presets for
 pretrained checkpoints (Jet-Nemotron, Ouro) need their importer and are not there yet.
 """

@@ -10,6 +10,7 @@ from sleep_jax.data import pipeline
 from sleep_jax.data.gsm_infinite import dataset, problems
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.data.gsm_infinite.config import GsmInfiniteConfig
+from sleep_jax.data.gsm_infinite.values import LARGEST
 from sleep_jax.data.pipeline import CutConfig
 
 TOKENIZER_SEED = 2_000_003  # of the problems that a tokenizer is trained on: the same for every run
@@ -48,9 +49,10 @@ class TaskConfig(GsmInfiniteConfig):
     )
     check(self.noise, "data.noise", "must be on: without noise the length of a problem has no bound")
     check(
-      self.subset != "symbolic",
-      "data.subset",
-      "must not be symbolic: its answers, lists of variables, have no bound; take medium, hard or mixed",
+      self.cut.answer_tokens >= self.answer_bound,
+      "data.cut.answer_tokens",
+      f"must be at least {self.answer_bound}, the tokens of the longest answer ({self.longest_answer!r}) and"
+      f" its end, got {self.cut.answer_tokens}",
     )
     check(
       self.held_out_seed != TOKENIZER_SEED,
@@ -63,6 +65,18 @@ class TaskConfig(GsmInfiniteConfig):
     one_of(self.held_out, dataset.KINDS, "data.held_out")
     at_least(self.threads, 1, "data.threads")
     at_least(self.workers, 0, "data.workers")
+
+  @property
+  def longest_answer(self) -> str:
+    """The longest text that an answer may be, as wide as any."""
+    if self.subset == "symbolic":
+      return ", ".join(["V000000"] * self.operations[1])
+    return str(max(LARGEST, self.modulus - 1))
+
+  @property
+  def answer_bound(self) -> int:
+    """Tokens of the longest answer and its end, where names, digits and marks are tokens of their own."""
+    return len(tokens.pieces(self.longest_answer)) + 1
 
 
 def groups(cfg: GsmInfiniteConfig) -> list[str]:
@@ -78,7 +92,8 @@ def with_tokenizer(cfg: TaskConfig, folder: str | os.PathLike) -> TaskConfig:
   that a damaged file harms nobody.
 
   Raises:
-    ConfigError: if the tokenizer that it names is none, or its digits are not tokens of their own.
+    ConfigError: if the tokenizer that it names is none, its digits are not tokens of their own, or it makes
+      answers longer than `cut` allows.
   """
   if not cfg.tokenizer:
     texts = (problems.problem(cfg, TOKENIZER_SEED, i).text for i in range(cfg.tokenizer_texts))
@@ -90,8 +105,19 @@ def with_tokenizer(cfg: TaskConfig, folder: str | os.PathLike) -> TaskConfig:
     made.save(temporary)
     os.replace(temporary, path)
     cfg = dataclasses.replace(cfg, tokenizer=str(path.resolve()))
-  tokens.load(cfg.tokenizer)
+  check_answers(cfg)
   return cfg
+
+
+def check_answers(cfg: TaskConfig) -> None:
+  """Raises `ConfigError` if the longest answer has more tokens, by the named tokenizer, than `cut` allows."""
+  longest = len(tokens.load(cfg.tokenizer).encode(cfg.longest_answer)) + 1
+  check(
+    longest <= cfg.cut.answer_tokens,
+    "data.cut.answer_tokens",
+    f"must be at least {longest}, the longest answer and its end by {cfg.tokenizer}, got"
+    f" {cfg.cut.answer_tokens}",
+  )
 
 
 def to_example(made: problems.Problem, cfg: GsmInfiniteConfig) -> pipeline.Example:
