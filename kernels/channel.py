@@ -67,9 +67,9 @@ def _forward(plan: Plan, q, k, z, g, e, S):
 
   def one_chunk(S, x):
     c = x if plan.hoist else _prepare(plan, *x)
-    seen = plan.dot("...rik,...kv->...riv", c.since[..., None, :, :] * c.reads, S)
-    U = _solve(plan, c, c.z - seen[..., 1, :, :])
-    o = seen[..., 0, :, :] + plan.dot("...ij,...jv->...iv", c.scores[..., 0, :, :], U)
+    seen = plan.dot("...irk,...kv->...irv", c.since[..., :, None, :] * c.reads, S)
+    U = _solve(plan, c, c.z - seen[..., 1, :])
+    o = seen[..., 0, :] + plan.dot("...ij,...jv->...iv", c.scores, U)
     return _after(plan, c, S, U), o
 
   x = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
@@ -84,20 +84,20 @@ def _backward(plan: Plan, q, k, z, g, e, S, do, dS):
 
   def sweep(S, x):  # the forward pass once more, for the writes and the S that each chunk met
     c = x if plan.hoist else _prepare(plan, *x)
-    e = c.reads[..., 1, :, :]
+    e = c.reads[..., 1, :]
     U = _solve(plan, c, c.z - plan.dot("...ik,...kv->...iv", c.since * e, S))
-    return _after(plan, c, S, U), (c.inverse, U, S)
+    return _after(plan, c, S, U), ((c.scores, c.inverse), U, S)
 
   def retreat(carry, x):
-    (dS_after, end), (x, (inverse, U, S), do) = carry, x
-    c = x if plan.hoist else _prepare(plan, *x, inverse=inverse)
-    dU = plan.dot("...ij,...iv->...jv", c.scores[..., 0, :, :], do)
+    (dS_after, end), (x, (kept, U, S), do) = carry, x
+    c = x if plan.hoist else _prepare(plan, *x, kept=kept)
+    dU = plan.dot("...ij,...iv->...jv", c.scores, do)
     dU = dU + plan.dot("...ik,...kv->...iv", c.until * c.k, dS_after)
     if c.inverse is not None:
       dU = plan.dot("...ij,...iv->...jv", c.inverse, dU)  # now of what the system was solved for, so of z
-    Y = jnp.stack([do, -dU], -3)  # gradient of what the reads gave
-    reads = c.since[..., None, :, :] * c.reads
-    dS = c.whole * dS_after + plan.dot("...rik,...riv->...kv", reads, Y)
+    Y = jnp.stack([do, -dU], -2)  # gradient of what the reads gave
+    reads = c.since[..., :, None, :] * c.reads
+    dS = c.whole * dS_after + plan.dot("...irk,...irv->...kv", reads, Y)
     found = (S, U, dU, Y, dS_after, end)
     return (dS, _rows(S, dS)), found if plan.hoist else _gradients(plan, c, *found)
 
@@ -114,112 +114,148 @@ def _backward(plan: Plan, q, k, z, g, e, S, do, dS):
 class _Ladder(NamedTuple):
   """The decays between the tokens of a chunk, as factors of at most 1."""
 
-  leaf: jax.Array  # [..., pieces, m, m, K] exp(G_i - G_j) inside a piece where i >= j, else 0
+  leaf: tuple[tuple[jax.Array, ...], ...]  # [i][j], j < i: [..., pieces, K] between two tokens of a piece
   rungs: tuple[tuple[jax.Array, jax.Array], ...]  # halves: the right from the border, the left to it
 
 
 class _Chunk(NamedTuple):
   """What a chunk knows before it meets S. G_i is the sum of the log decays up to token i of the chunk."""
 
-  reads: jax.Array  # [..., 2, C, K] the queries and the erase keys
+  reads: jax.Array  # [..., C, 2, K] the queries and the erase keys
   k: jax.Array  # [..., C, K]
   z: jax.Array  # [..., C, V]
   since: jax.Array  # [..., C, K] exp(G_i): what is left at token i of the S that entered
   until: jax.Array  # [..., C, K] exp(G_C - G_i): what is left at the end of what token i wrote
   whole: jax.Array  # [..., K, 1] exp(G_C)
   ladder: _Ladder
-  scores: jax.Array  # [..., 2, C, C] decayed products of reads and keys; a token erases what was before it
+  scores: jax.Array  # [..., C, C] decayed products of queries and keys, j <= i
   inverse: jax.Array | None  # [..., C, C] from writes without to writes with each other's answers
 
 
-def _prepare(plan: Plan, q, k, z, g, e, inverse=None) -> _Chunk:
+def _prepare(plan: Plan, q, k, z, g, e, kept=None) -> _Chunk:
   ladder, since, until = _climb(jnp.maximum(g, tiling.FORGET))
-  reads = jnp.stack([q, e], -3)
-  scores = _scores(plan, reads, k, ladder)
-  if q.shape[-2] > 1 and inverse is None:
-    inverse = tiling.unit_lower_inverse(scores[..., 1, :, :])
+  reads = jnp.stack([q, e], -2)
+  if kept is None:
+    scores = _scores(plan, reads, k, ladder)
+    inverse = tiling.unit_lower_inverse(jnp.tril(scores[..., 1, :], -1)) if q.shape[-2] > 1 else None
+    kept = scores[..., 0, :], inverse
   whole = since[..., -1, :, None]
-  return _Chunk(reads, k, z, since, until, whole, ladder, scores, inverse)
+  return _Chunk(reads, k, z, since, until, whole, ladder, *kept)
 
 
 def _climb(g: jax.Array) -> tuple[_Ladder, jax.Array, jax.Array]:
   """The ladder of log decays g [..., C, K], `since` and `until`."""
   C, K = g.shape[-2:]
-  levels = (-(-C // LEAF) - 1).bit_length()
-  m = -(-C // 2**levels)
-  size = m * 2**levels
-  g = _pieces(g, size, m)
-  i, j, t = jnp.ogrid[:m, :m, :m]
-  between = dot("ijt,...tk->...ijk", ((j < t) & (t <= i)).astype(g.dtype), g)
-  # Masked before the exponential, as everywhere: above the diagonal there is nothing to see.
-  leaf = jnp.exp(jnp.where((i >= j), between, -jnp.inf))
-  since = between[..., :, 0, :] + g[..., :1, :]  # of a piece, as logs, until the top is reached
-  until = between[..., -1, :, :]
+  size, m = _cut(C)
+  a = jnp.exp(_pieces(g, size, m))
+  a = [a[..., i, :] for i in range(m)]
+  leaf, since = [()], [a[0]]
+  for i in range(1, m):
+    leaf.append((*(a[i] * x for x in leaf[-1]), a[i]))
+    since.append(a[i] * since[-1])
+  until = jnp.stack([*leaf[-1], jnp.ones_like(a[0])], -2)
+  since = jnp.stack(since, -2)
   rungs = []
   while m < size:
     since, until = (x.reshape(*x.shape[:-3], -1, 2, m, K) for x in (since, until))
     (left, right), (to_border, to_end) = ((x[..., 0, :, :], x[..., 1, :, :]) for x in (since, until))
-    rungs.append((jnp.exp(right), jnp.exp(to_border)))
-    since = jnp.concatenate([left, left[..., -1:, :] + right], -2)
-    until = jnp.concatenate([to_border + right[..., -1:, :], to_end], -2)
+    rungs.append((right, to_border))
+    since = jnp.concatenate([left, left[..., -1:, :] * right], -2)
+    until = jnp.concatenate([to_border * right[..., -1:, :], to_end], -2)
     m *= 2
-  since, until = (jnp.exp(x[..., 0, :C, :]) for x in (since, until))
-  return _Ladder(leaf, tuple(rungs)), since, until
+  since, until = (x[..., 0, :C, :] for x in (since, until))
+  return _Ladder(tuple(leaf), tuple(rungs)), since, until
 
 
 def _scores(plan: Plan, reads: jax.Array, k: jax.Array, ladder: _Ladder) -> jax.Array:
-  """sum_c reads_ic exp(G_ic - G_jc) k_jc [..., 2, C, C]: queries see j <= i, erase keys j < i.
+  """sum_c reads_ic exp(G_ic - G_jc) k_jc [..., C, 2, C] for j <= i, else 0.
 
   Linear in reads and in k: `_scores_transposed` gives both gradients.
   """
   C, K = k.shape[-2:]
-  pieces, m = ladder.leaf.shape[-4], ladder.leaf.shape[-2]
-  size = pieces * m
-  reads, k = _pieces(reads, size, m), _pieces(k, size, m)
-  X = jnp.sum(reads[..., :, None, :] * (ladder.leaf * k[..., None, :, :])[..., None, :, :, :, :], -1)
+  size, m = _cut(C)
+  reads, k = _pieces(reads, size, m, 2), _pieces(k, size, m)
+  near = _near(k, ladder)
+  X = plan.dot("...irk,...ijk->...irj", reads, near).reshape(*reads.shape[:-3], 2 * m, m)
   for since, until in ladder.rungs:
-    halves = [x.reshape(*x.shape[:-3], -1, 2, m, K) for x in (reads, k)]
-    right, left = halves[0][..., 1, :, :], halves[1][..., 0, :, :]
-    right, left = right * since[..., None, :, :, :], left * until
-    corner = plan.dot("...rnik,...njk->...rnij", right, left)
-    X = X.reshape(*X.shape[:-3], -1, 2, m, m)
+    right, left = _right(reads, m), _left(k, m)
+    right = (right * since[..., :, None, :]).reshape(*right.shape[:-3], 2 * m, K)
+    corner = plan.dot("...ik,...jk->...ij", right, left * until)
+    X = X.reshape(*X.shape[:-3], -1, 2, 2 * m, m)
     upper = jnp.concatenate([X[..., 0, :, :], jnp.zeros_like(corner)], -1)
     X = jnp.concatenate([upper, jnp.concatenate([corner, X[..., 1, :, :]], -1)], -2)
     m *= 2
-    reads, k = (x.reshape(*x.shape[:-4], -1, m, K) for x in halves)
-  X = X[..., 0, :C, :C]
-  return jnp.stack([X[..., 0, :, :], jnp.tril(X[..., 1, :, :], -1)], -3)
+  return X.reshape(*X.shape[:-3], size, 2, size)[..., :C, :, :C]
+
+
+def _near(k, ladder):
+  m = k.shape[-2]
+  rows = []
+  for i in range(m):
+    row = [d * k[..., j, :] for j, d in enumerate(ladder.leaf[i])] + [k[..., i, :]]
+    rows += row + [jnp.zeros_like(row[0])] * (m - 1 - i)
+  x = jnp.stack(rows, -2)
+  return x.reshape(*x.shape[:-2], m, m, x.shape[-1])
 
 
 def _scores_transposed(plan: Plan, M, reads, k, ladder: _Ladder) -> tuple[jax.Array, jax.Array]:
-  """Gradients of reads [..., 2, C, K] and k [..., C, K] from the gradient M [..., 2, C, C] of the scores."""
+  """Gradients of reads [..., C, 2, K] and k [..., C, K] from the gradient M [..., C, 2, C] of the scores."""
   C, K = k.shape[-2:]
-  pieces, m = ladder.leaf.shape[-4], ladder.leaf.shape[-2]
-  size = pieces * m
-  M = jnp.stack([M[..., 0, :, :], jnp.tril(M[..., 1, :, :], -1)], -3)
-  M = jnp.pad(M, [(0, 0)] * (M.ndim - 2) + [(0, size - C)] * 2)
-  reads, k = _pieces(reads, size, m), _pieces(k, size, m)
-  inside = jnp.stack([M[..., i : i + m, i : i + m] for i in range(0, size, m)], -3)[..., None]
-  leaf = ladder.leaf[..., None, :, :, :, :]
-  dreads = jnp.sum(inside * (leaf * k[..., None, :, None, :, :]), -2)
-  dk = jnp.sum(inside * leaf * reads[..., :, None, :], (-5, -3))
+  size, m = _cut(C)
+  M = jnp.stack([M[..., 0, :], jnp.tril(M[..., 1, :], -1)], -2)
+  M = jnp.pad(M, [(0, 0)] * (M.ndim - 3) + [(0, size - C), (0, 0), (0, size - C)])
+  reads, k = _pieces(reads, size, m, 2), _pieces(k, size, m)
+  inside = jnp.stack([M[..., i : i + m, :, i : i + m] for i in range(0, size, m)], -4)  # [..., P, m, 2, m]
+  dreads, dk = [], []
+  for i in range(m):
+    row = inside[..., i, :, :, None]
+    terms = [row[..., j, :] * (d * k[..., j, :])[..., None, :] for j, d in enumerate(ladder.leaf[i])]
+    dreads.append(sum(terms, row[..., i, :] * k[..., None, i, :]))
+  for j in range(m):
+    column = lambda i: sum(inside[..., i, r, j, None] * reads[..., i, r, :] for r in (0, 1))
+    dk.append(sum((ladder.leaf[i][j] * column(i) for i in range(j + 1, m)), column(j)))
+  dreads, dk = jnp.stack(dreads, -3), jnp.stack(dk, -2)
   for since, until in ladder.rungs:
-    reads, dreads, k, dk = (x.reshape(*x.shape[:-3], -1, 2, m, K) for x in (reads, dreads, k, dk))
-    since = since[..., None, :, :, :]
-    corner = jnp.stack([M[..., i + m : i + 2 * m, i : i + m] for i in range(0, size, 2 * m)], -3)
-    right = since * plan.dot("...rnij,...njk->...rnik", corner, k[..., 0, :, :] * until)
-    left = until * plan.dot("...rnij,...rnik->...njk", corner, reads[..., 1, :, :] * since)
-    dreads = dreads + jnp.stack([jnp.zeros_like(right), right], -3)
-    dk = dk + jnp.stack([left, jnp.zeros_like(left)], -3)
+    corner = [M[..., i + m : i + 2 * m, :, i : i + m] for i in range(0, size, 2 * m)]
+    corner = jnp.stack(corner, -4)
+    corner = corner.reshape(*corner.shape[:-3], 2 * m, m)
+    right, left = _right(reads, m), _left(k, m)
+    since = since[..., :, None, :]
+    right = (right * since).reshape(*right.shape[:-3], 2 * m, K)
+    dright = plan.dot("...ij,...jk->...ik", corner, left * until).reshape(*since.shape[:-2], 2, K) * since
+    dleft = plan.dot("...ij,...ik->...jk", corner, right) * until
+    dreads, dk = _whole(dreads, m), _whole(dk, m, 1)
+    dreads = jnp.concatenate([dreads[..., :m, :, :], dreads[..., m:, :, :] + dright], -3)
+    dk = jnp.concatenate([dk[..., :m, :] + dleft, dk[..., m:, :]], -2)
     m *= 2
-    reads, dreads, k, dk = (x.reshape(*x.shape[:-4], -1, m, K) for x in (reads, dreads, k, dk))
-  return dreads[..., 0, :C, :], dk[..., 0, :C, :]
+  return dreads[..., 0, :C, :, :], dk[..., 0, :C, :]
 
 
-def _pieces(x: jax.Array, size: int, m: int) -> jax.Array:
+def _right(reads, m):
+  x = reads.reshape(*reads.shape[:-4], -1, 2, m, 2, reads.shape[-1])
+  return x[..., 1, :, :, :]
+
+
+def _left(k, m):
+  x = k.reshape(*k.shape[:-3], -1, 2, m, k.shape[-1])
+  return x[..., 0, :, :]
+
+
+def _whole(x, m, trail=2):
+  return x.reshape(*x.shape[: -trail - 2], -1, 2 * m, *x.shape[-trail:])
+
+
+def _cut(C: int) -> tuple[int, int]:
+  levels = (-(-C // LEAF) - 1).bit_length()
+  m = -(-C // 2**levels)
+  return m * 2**levels, m
+
+
+def _pieces(x: jax.Array, size: int, m: int, trail: int = 1) -> jax.Array:
   """[..., C, K] -> [..., size / m, m, K], padded with zeros."""
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
-  return x.reshape(*x.shape[:-2], size // m, m, x.shape[-1])
+  at = x.ndim - trail - 1
+  x = jnp.pad(x, [(0, size - x.shape[at]) if i == at else (0, 0) for i in range(x.ndim)])
+  return x.reshape(*x.shape[:at], size // m, m, *x.shape[at + 1 :])
 
 
 def _solve(plan: Plan, c: _Chunk, X) -> jax.Array:
@@ -232,17 +268,17 @@ def _after(plan: Plan, c: _Chunk, S, U) -> jax.Array:
 
 def _rows(S, dS) -> jax.Array:
   """[..., K]: what the last G of a chunk owes to S as it leaves."""
-  return jnp.sum(S * dS, -1)
+  return dot("...kv,v->...k", S * dS, jnp.ones(S.shape[-1], S.dtype))
 
 
 def _gradients(plan: Plan, c: _Chunk, S, U, dU, Y, dS_after, end):
   """The part of the backward pass that needs no other chunk: gradients of q, k, z, g, e."""
   C = c.k.shape[-2]
-  M = plan.dot("...riv,...jv->...rij", Y, U)
+  M = plan.dot("...irv,...jv->...irj", Y, U)
   dreads, dk = _scores_transposed(plan, M, c.reads, c.k, c.ladder)
-  dreads = dreads + c.since[..., None, :, :] * plan.dot("...riv,...kv->...rik", Y, S)
+  dreads = dreads + c.since[..., :, None, :] * plan.dot("...irv,...kv->...irk", Y, S)
   dk = dk + c.until * plan.dot("...iv,...kv->...ik", U, dS_after)
   # G_i scales what token i reads and, inversely, what it writes: no sum over pairs of tokens.
-  dG = jnp.sum(c.reads * dreads, -3) - c.k * dk
+  dG = c.reads[..., 0, :] * dreads[..., 0, :] + c.reads[..., 1, :] * dreads[..., 1, :] - c.k * dk
   dg = dot("...ik,ij->...jk", dG, jnp.tril(jnp.ones((C, C), dG.dtype))) + end[..., None, :]
-  return dreads[..., 0, :, :], dk, dU, dg, dreads[..., 1, :, :]
+  return dreads[..., 0, :], dk, dU, dg, dreads[..., 1, :]
