@@ -21,6 +21,7 @@ from sleep_jax.data import depo
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()
+cli.define_process_flags()
 
 
 def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:

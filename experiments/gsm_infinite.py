@@ -1,8 +1,10 @@
 """Trains and evaluates one model on GSM-Infinite: one run is one (N, seed).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+      --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
 
-Problems are made as they are needed, never twice, and every answer is one forward pass: no loop, no worked
+Problems are made as they are needed, and every answer is one forward pass: no loop, no worked
 solution. Reports exact match by number of operations with a 95 % interval, on a balanced held-out set and on
 one drawn as in training, beside what needs no reading: the commonest answer of each number of operations,
 and the number that a text gives most often. Rerunning the same command resumes; a finished run is left alone.
@@ -10,7 +12,7 @@ and the number that a text gives most often. Rerunning the same command resumes;
 
 from typing import Any
 
-from experiments import cli
+from experiments import cli, fine_tuning
 from sleep_jax import config, feeding, model, workdir
 from sleep_jax import train as training
 from sleep_jax.data.gsm_infinite import task as gsm
@@ -18,15 +20,21 @@ from sleep_jax.data.gsm_infinite import tokenizer as tokens
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()
+cli.define_process_flags()
 
 
 def build(values: dict[str, Any]) -> config.Config:
   """The checked config of a nested mapping; nothing is made yet.
 
+  Args:
+    values: with a group `pretrained`, a model, its weights and its tokenizer come from a checkpoint.
+
   Raises:
     ConfigError: for anything that is unknown, of the wrong type or does not fit.
   """
   config.check("data" in values, "data", "is required")
+  if "pretrained" in values:
+    values = fine_tuning.filled_in(values)
   data = config.from_dict(gsm.TaskConfig, values["data"], "data.")
   cfg = config.from_dict(config.Config, values | {"data": data})
   feeding.check_fits(cfg, data.cut)
@@ -41,7 +49,16 @@ def build(values: dict[str, Any]) -> config.Config:
     "train.eval_sequences",
     f"must be a multiple of the {levels} numbers of operations, got {cfg.train.eval_sequences}",
   )
-  needed = tokens.load(data.tokenizer).vocab_size if data.tokenizer else data.vocab_size
+  needed = data.vocab_size
+  if data.tokenizer:
+    known = tokens.load(data.tokenizer)
+    needed, size = known.vocab_size, len(known.answer_prompt)
+    config.check(
+      size <= gsm.MARGIN,
+      "data.tokenizer",
+      f"must ask for the answer in at most {gsm.MARGIN} tokens, but takes {size}",
+    )
+    gsm.check_answers(data)
   config.check(
     cfg.model.vocab_size >= needed,
     "model.vocab_size",

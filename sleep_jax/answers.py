@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import model, sharding
+from sleep_jax import model, processes, sharding
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.data import pipeline
 
@@ -179,7 +179,7 @@ def make_evaluate(
 
     return [jax.lax.map(lambda i, g=g: one(g, i), jnp.arange(num_batches)) for g in range(len(groups))]
 
-  made = [[np.asarray(x).reshape(-1, len(where)) for x in pair] for pair in jax.device_get(asked())]
+  made = [[np.asarray(x).reshape(-1, len(where)) for x in pair] for pair in processes.gather(asked())]
   group = np.concatenate([np.full(len(targets), g) for g, (targets, _) in enumerate(made)])
   targets, answer = (np.concatenate([pair[i] for pair in made]) for i in (0, 1))
   baseline = majority(targets, answer, group, groups, num_answers)

@@ -353,7 +353,8 @@ class TrainConfig:
     eval_sequences: held-out sequences; a fixed set, from a seed of its own.
     eval_batch_size: sequences a device call of the evaluation.
     keep_checkpoints: newest ones that stay.
-    init_from: folder of a checkpoint in published format, whose weights a new run starts with. None: drawn.
+    init_from: whose weights a new run starts with: a checkpoint's folder or a run's workdir. None: drawn.
+    init_ignore: fields of that checkpoint's `config.json` that are known to change nothing.
   """
 
   steps: int = 100
@@ -366,10 +367,11 @@ class TrainConfig:
   eval_batch_size: int = 1024
   keep_checkpoints: int = 3
   init_from: str | None = None
+  init_ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if field.name != "init_from":
+      if not field.name.startswith("init_"):
         at_least(getattr(self, field.name), 1, f"train.{field.name}")
     check(
       self.eval_sequences % self.eval_batch_size == 0,

@@ -129,7 +129,7 @@ BOUNDS = {
   **{
     f.name: (lambda name=f.name: TrainConfig(**{name: 0}), f"train.{f.name}: must be at least 1, got 0")
     for f in dataclasses.fields(TrainConfig)
-    if f.name != "init_from"
+    if not f.name.startswith("init_")
   },
   "eval_batches": (
     lambda: TrainConfig(eval_sequences=100, eval_batch_size=64),

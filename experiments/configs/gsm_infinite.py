@@ -13,6 +13,10 @@
              3,300 tokens, L = 2000, batch 256, Muon 1e-3, the middle half of the blocks looped. Not run yet.
              The paper fine-tunes 2 B parameters for 700 steps, which this does not match
 
+The symbolic subset (which variables equal a number, given a tree of assignments; exact match of the sorted
+list) takes `--config.data.subset=symbolic` and room for longer answers, 8 tokens an operation. With `tiny`:
+--config.data.cut.answer_tokens=24 --config.data.cut.max_tokens=280.
+
 One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The presets for
 pretrained checkpoints (Jet-Nemotron, Ouro) need their importer and are not there yet.
 """
@@ -20,12 +24,13 @@ pretrained checkpoints (Jet-Nemotron, Ouro) need their importer and are not ther
 from ml_collections import config_dict
 
 from experiments import cli
-from sleep_jax import config
+from sleep_jax import config, pretrained
 from sleep_jax.data.gsm_infinite import task
 from sleep_jax.data.pipeline import CutConfig
 
 EXPERIMENT = "experiments.gsm_infinite"
-PRESETS = ("tiny", "small", "scratch")
+PRETRAINED = ("jet_2b", "ouro", "ouro_memory", "ouro_sliding")
+PRESETS = ("tiny", "small", "scratch", *PRETRAINED)
 
 
 def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
@@ -51,7 +56,7 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
   elif preset == "tiny":
     c.data.update(subset="medium", operations=(2, 3), min_tokens=50, max_tokens=100, number_range=10)
     c.data.update(templates=(1.0, 0.0, 0.0), vocab_size=1024, tokenizer_texts=256)
-    c.data.cut.update(max_tokens=110, answer_tokens=2, tails=(), bucket_batches=1)
+    c.data.cut.update(max_tokens=110, answer_tokens=5, tails=(), bucket_batches=1)
     c.model.update(embed_dim=64, mlp_dim=128, blocks=("attn", "gdn"), window=32, dtype="float32")
     c.model.attention.num_heads = 2
     c.model.fast.update(num_heads=1, key_dim=64, value_dim=64)
@@ -59,11 +64,47 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     c.optim.update(muon_lr=1e-2, adam_lr=1e-3, newton_schulz_dtype="float32")
     c.train.update(steps=500, batch_size=64, log_every=25, eval_every=100, save_every=250)
     c.train.update(eval_sequences=512, eval_batch_size=128)
+  elif preset in PRETRAINED:
+    _from_checkpoint(c, preset)
   elif preset != "scratch":
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
   return c
 
 
+def _from_checkpoint(c: config_dict.ConfigDict, preset: str) -> None:
+  """Changes the paper's setting to that of a fine-tuning; what the checkpoint says has no field."""
+  for group, names in ((c.data, ("tokenizer", "vocab_size", "tokenizer_texts")), (c.optim, ("trained",))):
+    for name in names:
+      del group[name]
+  del c.train["init_from"], c.train["init_ignore"]
+  c.pretrained = cli.defaults(pretrained.StartConfig())
+  del c.pretrained.fast["kernel"], c.pretrained.fast["conv_context"]  # of the whole model, below
+  c.model = config_dict.create(window=2000, eviction="hard", dtype="bfloat16")
+  c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
+  c.data.problems = 76_800
+  c.train.update(eval_every=100, save_every=100)
+  if preset == "jet_2b":
+    c.train.steps = 700
+    c.sleep.update(first_block=7, last_block=21)
+    return
+  c.sleep.update(first_block=0, last_block=None)
+  c.train.steps = {"ouro": 1000, "ouro_memory": 300, "ouro_sliding": 600}[preset]
+  c.pretrained.memory_layers = 0 if preset == "ouro_sliding" else 6
+  if preset != "ouro":
+    c.model.window = 512
+    c.data.cut.tails = (256,)
+  if preset == "ouro_memory":
+    c.pretrained.trained = "memory"
+  elif preset == "ouro_sliding":
+    c.model.eviction = "sliding"
+
+
 def sweep(preset: str, seeds: int = 1) -> dict[str, dict[str, object]]:
   """The runs of a preset: name -> what it changes, by dotted key."""
-  return {f"n{n}_s{seed}": {"sleep.num_passes": n, "seed": seed} for seed in range(seeds) for n in (4, 2, 1)}
+  runs = {}
+  for seed in range(seeds):
+    for n in (6, 4, 2, 1) if preset == "jet_2b" else (4, 2, 1):
+      runs[f"n{n}_s{seed}"] = {"sleep.num_passes": n, "seed": seed}
+      if preset == "ouro_memory" and n == 1:  # only the sleeping models learn to read without their cache
+        runs[f"n{n}_s{seed}"]["model.eviction"] = "sliding"
+  return runs

@@ -17,6 +17,7 @@ processes take part.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -51,6 +52,35 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+  """A source read again and again, each time as a whole, in an order of its own.
+
+  Attributes:
+    source: of one epoch.
+    num: examples in all; the last epoch may be cut short.
+    seed: of the orders. The first epoch is in the source's own.
+  """
+
+  source: Source
+  num: int
+  seed: int
+
+  def __len__(self) -> int:
+    return self.num
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < self.num:
+      raise IndexError(f"example {index} of {self.num}")
+    epoch, i = divmod(int(index), len(self.source))
+    return self.source[i if epoch == 0 else int(_order(len(self.source), self.seed, epoch)[i])]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 @dataclasses.dataclass(frozen=True)
