@@ -234,7 +234,7 @@ def make_fed_evaluate(
     weights -> `rates` and `majority` of the first set, and `GROUP_NAME` of its guesses; the same of every
     other set, each key behind the set's name and a `_`.
   """
-  names = [f"{kind}_{group}" for kind in sets for group in groups]  # each set has groups of its own
+  count = len(sets) * len(groups)  # each set has groups of its own
   examples = [
     e._replace(group=e.group + i * len(groups)) for i, s in enumerate(sets.values()) for e in s.examples
   ]
@@ -258,7 +258,7 @@ def make_fed_evaluate(
     def sums(weights, batch, group):
       logits, _ = model.forward(weights, batch, segments, cfg, plain)
       mask = batch.loss_mask[:, where]
-      return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, len(names))
+      return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, count)
 
     return sums
 

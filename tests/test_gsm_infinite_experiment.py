@@ -74,7 +74,7 @@ class PresetTest(parameterized.TestCase):
     ({"model__window": 300}, "model.window: must be at most data.cut.max_tokens = 110"),
     ({"data__operations": (1, 3)}, r"data.operations: no medium problem \(d = 2\) has 1 operation"),
     ({"data__max_tokens": 95, "data__min_tokens": 0}, "data.max_tokens: must be at least 100"),
-    ({"data__cut__max_tokens": 105}, "data.cut.max_tokens: must be at least 106"),
+    ({"data__cut__max_tokens": 105}, "data.cut.max_tokens: must be at least 109"),
     ({"data__noise": False}, "data.noise: must be on"),
     ({"data__subset": "symbolic"}, "data.cut.answer_tokens: must be at least 24, the tokens of the longest"),
     ({"data__modulus": 100_000, "data__cut__answer_tokens": 5}, "data.cut.answer_tokens: must be at least 6"),
