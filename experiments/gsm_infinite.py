@@ -40,6 +40,7 @@ def build(values: dict[str, Any]) -> config.Config:
     "train.eval_sequences",
     f"must be a multiple of the {levels} numbers of operations, got {cfg.train.eval_sequences}",
   )
+  gsm.check_lengths(data)
   if data.tokenizer:
     gsm.check_answers(data)
   needed = tokens.load(data.tokenizer).vocab_size if data.tokenizer else data.vocab_size
