@@ -54,17 +54,16 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     c.sleep.update(remat="pass", first_block=2, last_block=6)
     c.train.update(steps=20_000, batch_size=128, eval_every=1000, save_every=1000, eval_sequences=1536)
   elif preset == "tiny":
-    c.data.update(operations=(1, 3), min_tokens=190, max_tokens=250, vocab_size=512, tokenizer_texts=64)
-    c.data.cut.update(max_tokens=260, answer_tokens=6, tails=(), bucket_batches=1)
-    c.model.update(
-      embed_dim=48, mlp_dim=96, blocks=("attn", "gdn"), window=96, vocab_size=512, dtype="float32"
-    )
+    c.data.update(subset="medium", operations=(2, 3), min_tokens=50, max_tokens=100, number_range=10)
+    c.data.update(templates=(1.0, 0.0, 0.0), vocab_size=1024, tokenizer_texts=256)
+    c.data.cut.update(max_tokens=110, answer_tokens=5, tails=(), bucket_batches=1)
+    c.model.update(embed_dim=64, mlp_dim=128, blocks=("attn", "gdn"), window=32, dtype="float32")
     c.model.attention.num_heads = 2
-    c.model.fast.update(num_heads=1, key_dim=48, value_dim=48)
-    c.sleep.update(remat="none", num_passes=2, first_block=0, last_block=2)
+    c.model.fast.update(num_heads=1, key_dim=64, value_dim=64)
+    c.sleep.update(remat="none", loops="unroll", num_passes=2, first_block=0, last_block=2)
     c.optim.update(muon_lr=1e-2, adam_lr=1e-3, newton_schulz_dtype="float32")
-    c.train.update(steps=200, batch_size=16, eval_every=100, save_every=100)
-    c.train.update(eval_sequences=192, eval_batch_size=32)
+    c.train.update(steps=500, batch_size=64, log_every=25, eval_every=100, save_every=250)
+    c.train.update(eval_sequences=512, eval_batch_size=128)
   elif preset in PRETRAINED:
     _from_checkpoint(c, preset)
   elif preset != "scratch":

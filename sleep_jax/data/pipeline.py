@@ -19,7 +19,8 @@ processes take part.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -36,6 +37,13 @@ class Example(NamedTuple):
   prompt: np.ndarray
   answer: np.ndarray
   group: int = 0
+
+
+class HeldOut(NamedTuple):
+  """A set of examples that an evaluation asks, and baselines: name -> whether it is right, one an example."""
+
+  examples: Sequence[Example]
+  guesses: Mapping[str, Sequence[bool]] = MappingProxyType({})
 
 
 class Source(Protocol):
