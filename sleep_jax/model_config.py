@@ -98,8 +98,8 @@ class ModelConfig:
     embed_dim: D.
     mlp_dim: hidden width of the SwiGLU MLP. None: 2 D.
     blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`), or
-      a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, or one that `fast_weights.RULES`
-      was given).
+      a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, `delta`, `kda`, `gdn2`, or one that
+      `fast_weights.RULES` was given).
     without_mlp: numbers of blocks that are a mixer behind its norm and no more: a memory added to a
       pretrained model.
     window: L, tokens that attention holds before they are consolidated and evicted.

@@ -33,9 +33,9 @@ H100-days a run:
     ouro_sliding  stage 2, from stage 1: two epochs, everything, sliding window, L = 512. 1.4e19 FLOP;
                   figure 5: 0.91 at 2 operations with sleep, 0.60 without
 
-At T = 4000 a gradient keeps 1.2 (Jet) to 1.4 GB (Ouro) a sequence, so a batch of 256 wants about eight devices
-of 80 GB, or as many parts: --config.train.microbatches=8. `problems` = 76,800 is what two epochs in 600 steps of 256 come to;
-L of stage 1 is our reading.
+At T = 4000 a gradient keeps 1.2 (Jet) to 1.4 GB (Ouro) a sequence, so a batch of 256 wants about eight
+devices of 80 GB, or several parts: --config.train.microbatches=8. `problems` = 76,800 is what two epochs in
+600 steps of 256 come to; L of stage 1 is our reading.
 
 One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4 (`jet_2b` also
 6). Stage 2 of each N starts from stage 1 of the same: --config.pretrained.folder='work/stage1/{run}'.
