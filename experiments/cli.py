@@ -22,6 +22,7 @@ from ml_collections import config_dict, config_flags
 from sleep_jax import processes
 from sleep_jax.checkpoint import CheckpointError
 from sleep_jax.config import ConfigError, check, nearest
+from sleep_jax.data.pipeline import WorkerError
 from sleep_jax.metrics import MetricsError
 from sleep_jax.train import NotFiniteError, PreemptedError
 from sleep_jax.workdir import WorkdirError
@@ -125,7 +126,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return main() or DONE
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except NotFiniteError as e:
+    except (NotFiniteError, WorkerError) as e:
       return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)

@@ -125,10 +125,11 @@ def train_step(
     that are trained.
   """
   declared = optim.freeze(cfg.optim, model.declare(cfg.model))
-  (loss, _), grads = jax.value_and_grad(
-    lambda weights: model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep),
-    has_aux=True,
-  )(state.params)
+
+  def loss_of(weights, batch):
+    return model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep)[0]
+
+  loss, grads = optim.gradients(loss_of, state.params, batch, cfg.train.microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
@@ -191,6 +192,12 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
   for name in ("batch_size", "eval_batch_size"):
     value = getattr(cfg.train, name)
     check(value % size == 0, f"train.{name}", f"must be a multiple of mesh.data = {size}, got {value}")
+  part = cfg.train.batch_size // cfg.train.microbatches
+  check(
+    part % size == 0,
+    "train.microbatches",
+    f"must leave a part a multiple of mesh.data = {size} sequences, got parts of {part}",
+  )
   return mesh
 
 

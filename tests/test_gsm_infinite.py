@@ -187,6 +187,34 @@ def test_lengths_are_those_of_the_tokenizer_and_examples_lead_to_the_answer(smal
     assert int(item["op"]) == p.op
 
 
+def test_words_that_are_looked_up_give_the_ids_of_the_whole_text(small):
+  trained, _ = small
+  assert trained.by_words
+  for i in range(40):
+    for subset in ("both", "symbolic"):
+      text = gsm.problem(gsm.GsmInfiniteConfig(subset=subset, mode="both", max_tokens=2100), 8, i).text
+      assert trained.encode_problem(text) == trained.encode(text)
+
+
+def test_a_tokenizer_whose_tokens_reach_over_spaces_reads_texts_as_a_whole():
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+  made = gsm.problem(gsm.GsmInfiniteConfig(min_tokens=300, max_tokens=500), 8, 0)
+  backend = Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+  backend.decoder = decoders.Fuse()
+  trainer = trainers.BpeTrainer(
+    vocab_size=400,
+    special_tokens=list(tokenizer.SPECIAL),
+    initial_alphabet=list("V0123456789"),
+    show_progress=False,
+  )
+  backend.train_from_iterator([made.text] * 5, trainer)
+  joined = tokenizer.Tokenizer(backend, "here")
+  assert not joined.by_words
+  assert joined.encode_problem(made.text) == joined.encode(made.text)
+
+
 def test_noise_names_are_many_and_harmless():
   for template in words.TEMPLATES.values():
     core = {name for group in template.places + template.kinds for name in group}

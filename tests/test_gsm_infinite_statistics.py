@@ -154,7 +154,7 @@ class TestLaw:
     ratio = statistics.estimate(theirs, "sentences").value / statistics.estimate(ours, "sentences").value
     assert abs(ratio / longer - 1) < (0.02 if num >= 4000 else 0.04)
     _, found = comparison.against_facts(ours)
-    assert max(found, default=0) < 4.5 and (num < 4000 or len(found) > 100)
+    assert max(found.values(), default=0) < 4.5 and (num < 4000 or len(found) > 100)
 
   @pytest.mark.slow
   @pytest.mark.parametrize("subset", ["medium", "hard"])
@@ -184,14 +184,16 @@ class TestLaw:
   def test_tables_say_what_differs(self):
     theirs = list(statistics.reference_readings())
     table, found = comparison.against_readings(theirs, "cell")
-    assert "*" not in table and max(found) == 0.0
+    assert "*" not in table and max(found.values()) == 0.0
     films = [r for r in theirs if r.template == "movie_festival_awards"]
     table, found = comparison.against_readings(films, "cell")
     (row,) = [line for line in table.splitlines() if line.startswith("| tokens a sentence")]
-    assert row.count("*") == 4 and max(found) > 4
+    assert row.count("*") == 4 and max(found.values()) > 4
     table, _ = comparison.against_readings(films, "operations")
     assert table.splitlines()[0].count("op ") == 8
-    assert comparison.verdict([0.5, 2.5, 5.0]).startswith("3 comparisons, standard errors apart: 2 beyond 2")
+    told = comparison.verdict({"a": 0.5, "b": 2.5, "U at d = 2": 5.0})
+    assert told.startswith("3 comparisons, standard errors apart: 2 beyond 2")
+    assert told.endswith("Beyond 3: U at d = 2 5.0")
 
 
 class TestLength:

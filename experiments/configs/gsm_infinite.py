@@ -1,6 +1,8 @@
 """GSM-Infinite: word problems among noise, the question first and long evicted (arXiv 2605.26099, figure 4).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+      --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
     python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:scratch --workdir=work/gsm --list
     python -m experiments.figures --runs='work/gsm/*' --figure=4 --out=figures
 
@@ -18,8 +20,26 @@ The symbolic subset (which variables equal a number, given a tree of assignments
 list) takes `--config.data.subset=symbolic` and room for longer answers, 8 tokens an operation. With `tiny`:
 --config.data.cut.answer_tokens=24 --config.data.cut.max_tokens=130.
 
-One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The presets for
-pretrained checkpoints (Jet-Nemotron, Ouro) need their importer and are not there yet.
+From a checkpoint (`pretrained.folder`: in published format, or the workdir of a run that began with one),
+which says the architecture and the tokenizer; the paper's settings, 1-8 operations as in `scratch`. None
+has run yet at full size. FLOP are those of N = 4 without recomputation; the authors took one to two
+H100-days a run:
+
+    jet_2b        Jet-Nemotron 2B, hard eviction, L = 2000, 700 steps, the middle 14 of 28 blocks looped.
+                  1.1e19 FLOP; figure 4a: 0.81 at 6 operations with sleep, 0.74 without
+    ouro          Ouro 1.4B with six inserted layers, hard eviction, L = 2000, 1000 steps, all blocks
+                  looped. 2.0e19 FLOP; figure 4b: 0.62 at 6 operations with N = 4, 0.42 without
+    ouro_memory   stage 1 for a sliding window: one epoch, the inserted layers alone, hard eviction (N = 1:
+                  sliding), L = 512. 6.4e18 FLOP
+    ouro_sliding  stage 2, from stage 1: two epochs, everything, sliding window, L = 512. 1.4e19 FLOP;
+                  figure 5: 0.91 at 2 operations with sleep, 0.60 without
+
+At T = 4000 a gradient keeps 1.2 (Jet) to 1.4 GB (Ouro) a sequence, so a batch of 256 wants about eight
+devices of 80 GB, or several parts: --config.train.microbatches=8. `problems` = 76,800 is what two epochs in
+600 steps of 256 come to; L of stage 1 is our reading.
+
+One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4 (`jet_2b` also
+6). Stage 2 of each N starts from stage 1 of the same: --config.pretrained.folder='work/stage1/{run}'.
 """
 
 from ml_collections import config_dict

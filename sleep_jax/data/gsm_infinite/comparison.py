@@ -20,9 +20,10 @@ ALL_FORMS = tuple(f"{role} {form}" for role in "SUN" for form in FORMS)
 SUBSETS = {2: "medium", 3: "hard"}
 
 Key = Callable[[Reading], object]
+Deviations = dict[str, float]  # what is compared -> standard errors between the two
 
 
-def against_readings(ours: Sequence[Reading], by: str) -> tuple[str, list[float]]:
+def against_readings(ours: Sequence[Reading], by: str) -> tuple[str, Deviations]:
   """Ours beside the original's sample of texts with noise, cut to the kinds of problems that ours has.
 
   Args:
@@ -38,16 +39,16 @@ def against_readings(ours: Sequence[Reading], by: str) -> tuple[str, list[float]
   columns = sorted(right)
   heads = [f"op {c}" if by == "operations" else f"d = {c[0]}, {c[1]}" for c in columns]
   rows = [("problems", *(f"{len(left[c])} / {len(right[c])}" for c in columns))]
-  found: list[float] = []
+  found: Deviations = {}
   metrics = [*WITH_NOISE, *NAMES, *CORE, *(() if by == "operations" else ALL_FORMS)]
   for metric in metrics:
     cells = []
-    for c in columns:
+    for c, head in zip(columns, heads, strict=True):
       a, b = (statistics.estimate(side[c], metric) for side in (left, right))
       apart = statistics.deviations(left[c], right[c], metric)
       cells.append(_cell(a, b, apart))
       if a.value or b.value:
-        found.append(apart)
+        found[f"{metric} at {head}"] = apart
     if any(cell != "–" for cell in cells):
       rows.append((metric, *cells))
   cells = []
@@ -58,7 +59,7 @@ def against_readings(ours: Sequence[Reading], by: str) -> tuple[str, list[float]
   return _markdown(("", *heads), rows), found
 
 
-def against_facts(ours: Sequence[Reading]) -> tuple[str, list[float]]:
+def against_facts(ours: Sequence[Reading]) -> tuple[str, Deviations]:
   """Ours beside what was measured of 400 problems of the original for each d, mode and number of operations.
 
   Noise and length play no part in these statistics.
@@ -67,10 +68,10 @@ def against_facts(ours: Sequence[Reading]) -> tuple[str, list[float]]:
     A table, a row a kind of problem of which there are enough, and the deviations of all its cells.
   """
   groups = _grouped(ours, lambda r: (SUBSETS[r.depth], r.mode, r.op))
-  rows, found = [], []
+  rows, found = [], {}
   for (subset, mode, op), readings in sorted(groups.items()):
     known = statistics.reference_facts()["core"].get(f"{subset} {mode}", {}).get(str(op), {})
-    cells, apart = [], []
+    cells, apart = [], {}
     for metric in CORE:
       if metric not in known:
         cells.append("–")
@@ -79,19 +80,21 @@ def against_facts(ours: Sequence[Reading]) -> tuple[str, list[float]]:
       a, b = statistics.estimate(readings, metric), Estimate(known[metric], error)
       cells.append(_cell(a, b, far))
       if a.value or b.value:
-        apart.append(far)
+        apart[f"{metric} at {subset}, {mode}, op {op}"] = far
     if known and len(readings) >= LEAST:
-      found += apart
+      found |= apart
       rows.append((f"{subset}, {mode}", op, len(readings), *cells))
   return _markdown(("", "op", "problems", *CORE), rows), found
 
 
-def verdict(found: Sequence[float]) -> str:
-  """What many deviations together say."""
-  over = {bound: sum(x > bound for x in found) for bound in (2, 3, 4)}
+def verdict(found: Deviations) -> str:
+  """What many deviations together say: how many are large, how many chance makes so, and which they are."""
   expected = {2: 0.0455, 3: 0.0027, 4: 0.000063}
-  told = ", ".join(f"{over[x]} beyond {x} (by chance {expected[x] * len(found):.1f})" for x in over)
-  return f"{len(found)} comparisons, standard errors apart: {told}; largest {max(found, default=0):.1f}"
+  over = {bound: [x for x in found.values() if x > bound] for bound in expected}
+  told = ", ".join(f"{len(over[x])} beyond {x} (by chance {expected[x] * len(found):.1f})" for x in over)
+  largest = sorted(((x, name) for name, x in found.items() if x > 3), reverse=True)
+  names = "; ".join(f"{name} {x:.1f}" for x, name in largest)
+  return f"{len(found)} comparisons, standard errors apart: {told}{f'. Beyond 3: {names}' if names else ''}"
 
 
 def _grouped(readings: Sequence[Reading], key: Key) -> Mapping[object, list[Reading]]:

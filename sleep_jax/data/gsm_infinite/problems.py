@@ -11,7 +11,7 @@ from sleep_jax.data.gsm_infinite.draws import Draws
 from sleep_jax.data.gsm_infinite.sentences import Expression
 from sleep_jax.data.gsm_infinite.words import TEMPLATES, Template
 
-MOST_ATTEMPTS = 100_000  # at cores; the rarest that is allowed takes about 100
+MOST_ATTEMPTS = 20_000  # at cores; the rarest that is allowed takes about 100
 NOISE_ATTEMPTS = 60
 
 

@@ -126,6 +126,13 @@ def check_answers(cfg: TaskConfig) -> None:
   )
 
 
+def check_lengths(cfg: TaskConfig) -> None:
+  """Raises `ConfigError` if problems of some number of operations never have the lengths."""
+  low, high = cfg.operations
+  for op in range(low, high + 1):
+    problems.problem(cfg, TOKENIZER_SEED, 0, op=op)
+
+
 def to_example(made: problems.Problem, cfg: GsmInfiniteConfig) -> pipeline.Example:
   """A problem: text and request for the answer; answer and its end; the group of its operations."""
   arrays = dataset.example(made, tokens.load(cfg.tokenizer))

@@ -22,6 +22,7 @@ from sleep_jax.config import ConfigError, at_least, check
 
 PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
 SPECIAL = (PAD, EOS, ANSWER)
+MOST_WORDS = 200_000  # that are remembered
 LEAST_VOCAB = 256 + len(SPECIAL) + 10  # bytes, special tokens, and something to learn
 _PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 _COUNTED = re.compile(r"[^\r\n\w]?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s+|_")  # where Qwen's tokenizer cuts
@@ -39,12 +40,17 @@ class Tokenizer:
     vocab_size: tokens, special ones included.
     pad, eos: ids.
     answer_prompt: ids between the context and the answer.
+    by_words: whether the ids of a problem are those of its words, one after the other.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, where: str):
     self.backend = backend
     self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
     self.pad, self.eos = (self._special(name, where) for name in (PAD, EOS))
+    self._words: dict[str, tuple[int, ...]] = {}
+    self.by_words = all(
+      [i for word in _WORDS.findall(text) for i in self.encode(word)] == self.encode(text) for text in _PROBES
+    )
     own = backend.token_to_id(ANSWER)
     self.answer_prompt = (own,) if own is not None else tuple(self.encode("\nAnswer:"))
     for text in ("0123456789", "equals 42 plus", "V960378"):
@@ -59,6 +65,20 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without special tokens."""
     return self.backend.encode(text, add_special_tokens=False).ids
+
+  def encode_problem(self, text: str) -> list[int]:
+    """The ids of `encode` for the text of a problem, in a sixth of the time where words are looked up."""
+    if not self.by_words:
+      return self.encode(text)
+    known, ids = self._words, []
+    for word in _WORDS.findall(text):
+      found = known.get(word)
+      if found is None:
+        found = tuple(self.encode(word))
+        if len(known) < MOST_WORDS:
+          known[word] = found
+      ids += found
+    return ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; special tokens are left out."""
@@ -155,7 +175,7 @@ class Counter:
       size = sizes.get(word)
       if size is None:
         size = self._count(word)
-        if len(sizes) < 200_000:
+        if len(sizes) < MOST_WORDS:
           sizes[word] = size
       total += size
     return total
