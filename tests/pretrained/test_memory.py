@@ -104,8 +104,9 @@ def test_dense_models_equal_transformers(kind, options, tmp_path):
   tokens = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
   with torch.no_grad():
     want = peer(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  predict = hybrids.jit(lambda w: model.predict(w, tokens, {}, cfg)[0])
   with jax.default_matmul_precision("highest"):
-    got = hybrids.jit(lambda w: model.predict(w, tokens, {}, cfg)[0])(weights)
+    got = predict(weights)
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
   pretrained.export(tmp_path / "out", cfg, weights, source)
   written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -113,3 +114,14 @@ def test_dense_models_equal_transformers(kind, options, tmp_path):
   assert (tmp_path / "out/model.safetensors").read_bytes() == (
     tmp_path / "peer/model.safetensors"
   ).read_bytes()
+
+  # What was trained here since, they read too.
+  trained = jax.tree.map(lambda x: x + 0.05 * np.sin(np.arange(x.size)).reshape(x.shape), weights)
+  pretrained.export(tmp_path / "trained", cfg, trained, source, dtype="float32")
+  again = type(peer).from_pretrained(tmp_path / "trained", attn_implementation="eager").eval()
+  with torch.no_grad():
+    want = again(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  with jax.default_matmul_precision("highest"):
+    far = predict(weights)
+    np.testing.assert_allclose(predict(trained), want, atol=2e-5 * np.abs(want).max())
+  assert np.abs(far - want).max() > 0.1
