@@ -6,9 +6,9 @@ Both delta rules of this kind (KDA, Gated DeltaNet-2) are one recurrence over an
 
 exp(G_i - G_j) no longer factors out of the products of reads and keys, and exp(-G_j) overflows. So a chunk is
 halved again and again. What lies in the right half reads from the left one through the border between them:
-exp(from the border to i) q_i meets exp(from j to the border) k_j, two factors of at most 1, each a sum over
-the tokens in between and over no others. Nothing overflows, nothing is subtracted, and a factor is 0 only if
-the product is. Pairs inside the last pieces, of at most LEAF tokens, are taken one by one.
+exp(from the border to i) q_i meets exp(from j to the border) k_j, two factors of at most 1, each the product
+of the decays in between and of no others. Nothing overflows, nothing is divided, and a factor is 0 only if
+the result is. Pairs inside the last pieces, of at most LEAF tokens, are taken one by one.
 
 In shape comments `...` stands for [B, H], or [n, B, H] where all chunks are prepared at once.
 """
@@ -23,12 +23,13 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels import tiling
 from kernels.tiling import Plan, dot
 
-LEAF = 4  # tokens whose pairs get an exponential of their own: LEAF K of them a token
+LEAF = 6  # tokens whose pairs are taken one by one: each pair is code to compile
+MAX_CHUNK = tiling.MAX_CHUNK | {"cpu": 32}  # kernels/README.md has what others cost
 
 
 def make_plan(q: jax.Array, v: jax.Array, S: jax.Array) -> Plan:
   """The default plan for shapes q [B, T, H, K] and v [B, T, H, V] on the default backend."""
-  return tiling.make_plan(q, v, S, solve=True, extra=(LEAF + 4) * q.shape[-1])
+  return tiling.make_plan(q, v, S, solve=True, extra=(LEAF + 4) * q.shape[-1], max_chunk=MAX_CHUNK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -67,9 +68,9 @@ def _forward(plan: Plan, q, k, z, g, e, S):
 
   def one_chunk(S, x):
     c = x if plan.hoist else _prepare(plan, *x)
-    seen = plan.dot("...rik,...kv->...riv", c.since[..., None, :, :] * c.reads, S)
-    U = _solve(plan, c, c.z - seen[..., 1, :, :])
-    o = seen[..., 0, :, :] + plan.dot("...ij,...jv->...iv", c.scores[..., 0, :, :], U)
+    seen = plan.dot("...irk,...kv->...irv", c.since[..., :, None, :] * c.reads, S)
+    U = _solve(plan, c, c.z - seen[..., 1, :])
+    o = seen[..., 0, :] + plan.dot("...ij,...jv->...iv", c.scores, U)
     return _after(plan, c, S, U), o
 
   x = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
@@ -84,28 +85,28 @@ def _backward(plan: Plan, q, k, z, g, e, S, do, dS):
 
   def sweep(S, x):  # the forward pass once more, for the writes and the S that each chunk met
     c = x if plan.hoist else _prepare(plan, *x)
-    e = c.reads[..., 1, :, :]
+    e = c.reads[..., 1, :]
     U = _solve(plan, c, c.z - plan.dot("...ik,...kv->...iv", c.since * e, S))
-    return _after(plan, c, S, U), (c.inverse, U, S)
+    return _after(plan, c, S, U), (None if plan.hoist else (c.scores, c.inverse), U, S)
 
   def retreat(carry, x):
-    (dS_after, end), (x, (inverse, U, S), do) = carry, x
-    c = x if plan.hoist else _prepare(plan, *x, inverse=inverse)
-    dU = plan.dot("...ij,...iv->...jv", c.scores[..., 0, :, :], do)
+    (dS_after, end), (x, (kept, U, S), do) = carry, x
+    c = x if plan.hoist else _prepare(plan, *x, kept=kept)
+    dU = plan.dot("...ij,...iv->...jv", c.scores, do)
     dU = dU + plan.dot("...ik,...kv->...iv", c.until * c.k, dS_after)
     if c.inverse is not None:
       dU = plan.dot("...ij,...iv->...jv", c.inverse, dU)  # now of what the system was solved for, so of z
-    Y = jnp.stack([do, -dU], -3)  # gradient of what the reads gave
-    reads = c.since[..., None, :, :] * c.reads
-    dS = c.whole * dS_after + plan.dot("...rik,...riv->...kv", reads, Y)
+    Y = jnp.stack([do, -dU], -2)  # gradient of what the reads gave
+    reads = c.since[..., :, None, :] * c.reads
+    dS = c.whole * dS_after + plan.dot("...irk,...irv->...kv", reads, Y)
     found = (S, U, dU, Y, dS_after, end)
-    return (dS, _rows(S, dS)), found if plan.hoist else _gradients(plan, c, *found)
+    return (dS, tiling.inner(S, dS)), found if plan.hoist else _gradients(plan, c, *found)
 
   x = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
   c = _prepare(plan, *x) if plan.hoist else x
   S, kept = tiling.scan(sweep, S, c)
   steps = (c, kept, tiling.split(do, n, C, S.dtype))
-  (dS, _), grads = tiling.scan(retreat, (dS, _rows(S, dS)), steps, reverse=True)
+  (dS, _), grads = tiling.scan(retreat, (dS, tiling.inner(S, dS)), steps, reverse=True)
   if plan.hoist:
     grads = _gradients(plan, c, *grads)
   return *(tiling.join(d, T).astype(x.dtype) for d, x in zip(grads, (q, k, z, g, e), strict=True)), dS
@@ -114,112 +115,134 @@ def _backward(plan: Plan, q, k, z, g, e, S, do, dS):
 class _Ladder(NamedTuple):
   """The decays between the tokens of a chunk, as factors of at most 1."""
 
-  leaf: jax.Array  # [..., pieces, m, m, K] exp(G_i - G_j) inside a piece where i >= j, else 0
+  leaf: tuple[tuple[jax.Array, ...], ...]  # [i][j], j < i: [..., pieces, K] from token j of a piece to i
   rungs: tuple[tuple[jax.Array, jax.Array], ...]  # halves: the right from the border, the left to it
 
 
 class _Chunk(NamedTuple):
   """What a chunk knows before it meets S. G_i is the sum of the log decays up to token i of the chunk."""
 
-  reads: jax.Array  # [..., 2, C, K] the queries and the erase keys
+  reads: jax.Array  # [..., C, 2, K] the query and the erase key of each token
   k: jax.Array  # [..., C, K]
   z: jax.Array  # [..., C, V]
   since: jax.Array  # [..., C, K] exp(G_i): what is left at token i of the S that entered
   until: jax.Array  # [..., C, K] exp(G_C - G_i): what is left at the end of what token i wrote
   whole: jax.Array  # [..., K, 1] exp(G_C)
   ladder: _Ladder
-  scores: jax.Array  # [..., 2, C, C] decayed products of reads and keys; a token erases what was before it
+  scores: jax.Array  # [..., C, C] decayed products of queries and keys, j <= i
   inverse: jax.Array | None  # [..., C, C] from writes without to writes with each other's answers
 
 
-def _prepare(plan: Plan, q, k, z, g, e, inverse=None) -> _Chunk:
+def _prepare(plan: Plan, q, k, z, g, e, kept=None) -> _Chunk:
+  """`kept`: scores and inverse, if they were made before."""
   ladder, since, until = _climb(jnp.maximum(g, tiling.FORGET))
-  reads = jnp.stack([q, e], -3)
-  scores = _scores(plan, reads, k, ladder)
-  if q.shape[-2] > 1 and inverse is None:
-    inverse = tiling.unit_lower_inverse(scores[..., 1, :, :])
-  whole = since[..., -1, :, None]
-  return _Chunk(reads, k, z, since, until, whole, ladder, scores, inverse)
+  reads = jnp.stack([q, e], -2)
+  if kept is None:
+    both = _scores(plan, reads, k, ladder)
+    inverse = tiling.unit_lower_inverse(jnp.tril(both[..., 1, :], -1)) if q.shape[-2] > 1 else None
+    kept = both[..., 0, :], inverse
+  return _Chunk(reads, k, z, since, until, since[..., -1, :, None], ladder, *kept)
 
 
 def _climb(g: jax.Array) -> tuple[_Ladder, jax.Array, jax.Array]:
-  """The ladder of log decays g [..., C, K], `since` and `until`."""
-  C, K = g.shape[-2:]
-  levels = (-(-C // LEAF) - 1).bit_length()
-  m = -(-C // 2**levels)
-  size = m * 2**levels
-  g = _pieces(g, size, m)
-  i, j, t = jnp.ogrid[:m, :m, :m]
-  between = dot("ijt,...tk->...ijk", ((j < t) & (t <= i)).astype(g.dtype), g)
-  # Masked before the exponential, as everywhere: above the diagonal there is nothing to see.
-  leaf = jnp.exp(jnp.where((i >= j), between, -jnp.inf))
-  since = between[..., :, 0, :] + g[..., :1, :]  # of a piece, as logs, until the top is reached
-  until = between[..., -1, :, :]
+  """The ladder of log decays g [..., C, K], `since` and `until`; one exponential a token and channel."""
+  C = g.shape[-2]
+  size, m = _cut(C)
+  decay = jnp.moveaxis(jnp.exp(_pieces(g, size, m)), -2, 0)
+  leaf, since = [()], [decay[0]]
+  for i in range(1, m):
+    leaf.append((*(decay[i] * x for x in leaf[-1]), decay[i]))
+    since.append(decay[i] * since[-1])
+  since = jnp.stack(since, -2)
+  until = jnp.stack([*leaf[-1], jnp.ones_like(decay[0])], -2)
   rungs = []
   while m < size:
-    since, until = (x.reshape(*x.shape[:-3], -1, 2, m, K) for x in (since, until))
-    (left, right), (to_border, to_end) = ((x[..., 0, :, :], x[..., 1, :, :]) for x in (since, until))
-    rungs.append((jnp.exp(right), jnp.exp(to_border)))
-    since = jnp.concatenate([left, left[..., -1:, :] + right], -2)
-    until = jnp.concatenate([to_border + right[..., -1:, :], to_end], -2)
+    (left, right), (to_border, to_end) = _halves(since, m), _halves(until, m)
+    rungs.append((right, to_border))
+    since = jnp.concatenate([left, left[..., -1:, :] * right], -2)
+    until = jnp.concatenate([to_border * right[..., -1:, :], to_end], -2)
     m *= 2
-  since, until = (jnp.exp(x[..., 0, :C, :]) for x in (since, until))
-  return _Ladder(leaf, tuple(rungs)), since, until
+  return _Ladder(tuple(leaf), tuple(rungs)), since[..., 0, :C, :], until[..., 0, :C, :]
 
 
 def _scores(plan: Plan, reads: jax.Array, k: jax.Array, ladder: _Ladder) -> jax.Array:
-  """sum_c reads_ic exp(G_ic - G_jc) k_jc [..., 2, C, C]: queries see j <= i, erase keys j < i.
+  """sum_c reads_ic exp(G_ic - G_jc) k_jc [..., C, 2, C] where j <= i, else 0.
 
   Linear in reads and in k: `_scores_transposed` gives both gradients.
   """
-  C, K = k.shape[-2:]
-  pieces, m = ladder.leaf.shape[-4], ladder.leaf.shape[-2]
-  size = pieces * m
-  reads, k = _pieces(reads, size, m), _pieces(k, size, m)
-  X = jnp.sum(reads[..., :, None, :] * (ladder.leaf * k[..., None, :, :])[..., None, :, :, :, :], -1)
+  C = k.shape[-2]
+  size, m = _cut(C)
+  reads, k = _pieces(reads, size, m, 2), _pieces(k, size, m)
+  near = []  # the keys of a piece as each of its tokens meets them
+  for i, decays in enumerate(ladder.leaf):
+    met = [d * k[..., j, :] for j, d in enumerate(decays)] + [k[..., i, :]]
+    near.append(jnp.stack(met + [jnp.zeros_like(k[..., 0, :])] * (m - 1 - i), -2))
+  X = _rows(plan.dot("...irk,...ijk->...irj", reads, jnp.stack(near, -3)))
   for since, until in ladder.rungs:
-    halves = [x.reshape(*x.shape[:-3], -1, 2, m, K) for x in (reads, k)]
-    right, left = halves[0][..., 1, :, :], halves[1][..., 0, :, :]
-    right, left = right * since[..., None, :, :, :], left * until
-    corner = plan.dot("...rnik,...njk->...rnij", right, left)
-    X = X.reshape(*X.shape[:-3], -1, 2, m, m)
-    upper = jnp.concatenate([X[..., 0, :, :], jnp.zeros_like(corner)], -1)
-    X = jnp.concatenate([upper, jnp.concatenate([corner, X[..., 1, :, :]], -1)], -2)
+    right, left = _halves(reads, m, 2)[1], _halves(k, m)[0]
+    corner = plan.dot("...ik,...jk->...ij", _rows(right * since[..., None, :]), left * until)
+    above, below = _halves(X, 2 * m)
+    X = jnp.concatenate([above, jnp.zeros_like(corner)], -1)
+    X = jnp.concatenate([X, jnp.concatenate([corner, below], -1)], -2)
     m *= 2
-    reads, k = (x.reshape(*x.shape[:-4], -1, m, K) for x in halves)
-  X = X[..., 0, :C, :C]
-  return jnp.stack([X[..., 0, :, :], jnp.tril(X[..., 1, :, :], -1)], -3)
+  return X.reshape(*X.shape[:-3], size, 2, size)[..., :C, :, :C]
 
 
 def _scores_transposed(plan: Plan, M, reads, k, ladder: _Ladder) -> tuple[jax.Array, jax.Array]:
-  """Gradients of reads [..., 2, C, K] and k [..., C, K] from the gradient M [..., 2, C, C] of the scores."""
-  C, K = k.shape[-2:]
-  pieces, m = ladder.leaf.shape[-4], ladder.leaf.shape[-2]
-  size = pieces * m
-  M = jnp.stack([M[..., 0, :, :], jnp.tril(M[..., 1, :, :], -1)], -3)
-  M = jnp.pad(M, [(0, 0)] * (M.ndim - 2) + [(0, size - C)] * 2)
-  reads, k = _pieces(reads, size, m), _pieces(k, size, m)
-  inside = jnp.stack([M[..., i : i + m, i : i + m] for i in range(0, size, m)], -3)[..., None]
-  leaf = ladder.leaf[..., None, :, :, :, :]
-  dreads = jnp.sum(inside * (leaf * k[..., None, :, None, :, :]), -2)
-  dk = jnp.sum(inside * leaf * reads[..., :, None, :], (-5, -3))
+  """Gradients of reads [..., C, 2, K] and k [..., C, K] from the gradient M [..., C, 2, C] of the scores."""
+  C = k.shape[-2]
+  size, m = _cut(C)
+  M = jnp.stack([M[..., 0, :], jnp.tril(M[..., 1, :], -1)], -2)
+  M = jnp.pad(M, [(0, 0)] * (M.ndim - 3) + [(0, size - C), (0, 0), (0, size - C)])
+  reads, k = _pieces(reads, size, m, 2), _pieces(k, size, m)
+  inside = jnp.stack([M[..., i : i + m, :, i : i + m] for i in range(0, size, m)], -4)[..., None]
+  # Sums of a few terms, written out: as reductions they took half of the whole gradient's time on a CPU.
+  dreads, dk = [], []
+  for i, decays in enumerate(ladder.leaf):
+    met = [d * k[..., j, :] for j, d in enumerate(decays)] + [k[..., i, :]]
+    dreads.append(sum(inside[..., i, :, j, :] * x[..., None, :] for j, x in enumerate(met)))
+  for j in range(m):
+    written = [sum(inside[..., i, r, j, :] * reads[..., i, r, :] for r in (0, 1)) for i in range(j, m)]
+    dk.append(sum((ladder.leaf[j + i][j] * x for i, x in enumerate(written) if i), written[0]))
+  dreads, dk = jnp.stack(dreads, -3), jnp.stack(dk, -2)
   for since, until in ladder.rungs:
-    reads, dreads, k, dk = (x.reshape(*x.shape[:-3], -1, 2, m, K) for x in (reads, dreads, k, dk))
-    since = since[..., None, :, :, :]
-    corner = jnp.stack([M[..., i + m : i + 2 * m, i : i + m] for i in range(0, size, 2 * m)], -3)
-    right = since * plan.dot("...rnij,...njk->...rnik", corner, k[..., 0, :, :] * until)
-    left = until * plan.dot("...rnij,...rnik->...njk", corner, reads[..., 1, :, :] * since)
-    dreads = dreads + jnp.stack([jnp.zeros_like(right), right], -3)
-    dk = dk + jnp.stack([left, jnp.zeros_like(left)], -3)
+    corner = jnp.stack([M[..., i + m : i + 2 * m, :, i : i + m] for i in range(0, size, 2 * m)], -4)
+    corner, since = _rows(corner), since[..., None, :]
+    right, left = _halves(reads, m, 2)[1], _halves(k, m)[0]
+    dright = plan.dot("...ij,...jk->...ik", corner, left * until).reshape(right.shape) * since
+    dleft = plan.dot("...ij,...ik->...jk", corner, _rows(right * since)) * until
+    (reads_left, reads_right), (k_left, k_right) = _halves(dreads, m, 2), _halves(dk, m)
+    dreads = jnp.concatenate([reads_left, reads_right + dright], -3)
+    dk = jnp.concatenate([k_left + dleft, k_right], -2)
     m *= 2
-    reads, dreads, k, dk = (x.reshape(*x.shape[:-4], -1, m, K) for x in (reads, dreads, k, dk))
-  return dreads[..., 0, :C, :], dk[..., 0, :C, :]
+  return dreads[..., 0, :C, :, :], dk[..., 0, :C, :]
 
 
-def _pieces(x: jax.Array, size: int, m: int) -> jax.Array:
-  """[..., C, K] -> [..., size / m, m, K], padded with zeros."""
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
-  return x.reshape(*x.shape[:-2], size // m, m, x.shape[-1])
+def _cut(C: int) -> tuple[int, int]:
+  """Tokens of a chunk in whole pieces, a power of two of them, and of a piece."""
+  levels = (-(-C // LEAF) - 1).bit_length()
+  m = -(-C // 2**levels)
+  return m * 2**levels, m
+
+
+def _pieces(x: jax.Array, size: int, m: int, rest: int = 1) -> jax.Array:
+  """[..., C, *rest] -> [..., size / m, m, *rest], padded with zeros; `rest` counts dimensions."""
+  at = x.ndim - rest - 1
+  x = jnp.pad(x, [(0, size - n if i == at else 0) for i, n in enumerate(x.shape)])
+  return x.reshape(*x.shape[:at], size // m, m, *x.shape[at + 1 :])
+
+
+def _halves(x: jax.Array, m: int, rest: int = 1) -> tuple[jax.Array, jax.Array]:
+  """[..., pieces, tokens, *rest] -> left and right halves of pieces of 2 m tokens, [..., n, m, *rest]."""
+  at = x.ndim - rest - 2
+  x = x.reshape(*x.shape[:at], -1, 2, m, *x.shape[at + 2 :])
+  left, right = (jax.lax.index_in_dim(x, side, at + 1, keepdims=False) for side in (0, 1))
+  return left, right
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  """[..., C, 2, K] -> [..., 2 C, K]."""
+  return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def _solve(plan: Plan, c: _Chunk, X) -> jax.Array:
@@ -230,19 +253,14 @@ def _after(plan: Plan, c: _Chunk, S, U) -> jax.Array:
   return c.whole * S + plan.dot("...ik,...iv->...kv", c.until * c.k, U)
 
 
-def _rows(S, dS) -> jax.Array:
-  """[..., K]: what the last G of a chunk owes to S as it leaves."""
-  return jnp.sum(S * dS, -1)
-
-
 def _gradients(plan: Plan, c: _Chunk, S, U, dU, Y, dS_after, end):
   """The part of the backward pass that needs no other chunk: gradients of q, k, z, g, e."""
   C = c.k.shape[-2]
-  M = plan.dot("...riv,...jv->...rij", Y, U)
+  M = plan.dot("...irv,...jv->...irj", Y, U)
   dreads, dk = _scores_transposed(plan, M, c.reads, c.k, c.ladder)
-  dreads = dreads + c.since[..., None, :, :] * plan.dot("...riv,...kv->...rik", Y, S)
+  dreads = dreads + c.since[..., :, None, :] * plan.dot("...irv,...kv->...irk", Y, S)
   dk = dk + c.until * plan.dot("...iv,...kv->...ik", U, dS_after)
   # G_i scales what token i reads and, inversely, what it writes: no sum over pairs of tokens.
-  dG = jnp.sum(c.reads * dreads, -3) - c.k * dk
+  dG = c.reads[..., 0, :] * dreads[..., 0, :] + c.reads[..., 1, :] * dreads[..., 1, :] - c.k * dk
   dg = dot("...ik,ij->...jk", dG, jnp.tril(jnp.ones((C, C), dG.dtype))) + end[..., None, :]
-  return dreads[..., 0, :, :], dk, dU, dg, dreads[..., 1, :, :]
+  return dreads[..., 0, :], dk, dU, dg, dreads[..., 1, :]

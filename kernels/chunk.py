@@ -169,14 +169,14 @@ def _gradients(plan: Plan, c: _Chunk, S, E, dU, Y, dS_after, end):
   if plan.solve:
     dk = dk + dreads[..., C:, :]
   # Closed forms: no sums over pairs of tokens, and no division by b, which may be 0.
-  db = jnp.sum(dU * E, -1)
-  dG = jnp.sum(c.reads[..., :C, :] * dq, -1) - jnp.sum(c.v * dv, -1)
+  db = tiling.inner(dU, E)
+  dG = tiling.inner(c.reads[..., :C, :], dq) - tiling.inner(c.v, dv)
   dg = dot("...i,ij->...j", dG, jnp.tril(jnp.ones((C, C), dG.dtype))) + end[..., None]
   return dq, dk, dv, dg, db
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.sum(x * y, (-1, -2))
+  return dot("...kv,...kv->...", x, y)
 
 
 def _twice(plan: Plan, x: jax.Array) -> jax.Array:

@@ -77,11 +77,27 @@ def call(
 
 
 def step(rule: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """One token of a rule: checks, then `kernels.decode.update`. Arrays as in `call`, without T."""
+  """One token of a rule: checks, then `kernels.decode.update`, S donated. Arrays as in `call`, without T."""
   named = dict(zip((*OPERANDS[rule], "S"), map(jnp.asarray, arrays), strict=True))
-  check(rule, named, lambda rule, name: axes_of(rule, name).replace("T", ""))
+  check(rule, named, axes_of_a_token)
   S = named.pop("S")
-  return decode.update(rule, named, S)
+  return update(rule, named, S)
+
+
+def axes_of_a_token(rule: str, name: str) -> str:
+  """The axes of an argument of `step`."""
+  return axes_of(rule, name).replace("T", "")
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def update(rule: str, token: dict[str, jax.Array], S: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`kernels.decode.update`, on each device's own rows and heads; the S that is passed is gone afterwards."""
+
+  def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    *values, S = arrays
+    return decode.update(rule, dict(zip(token, values, strict=True)), S)
+
+  return on_mesh(rule, run, token | {"S": S}, axes_of=axes_of_a_token)
 
 
 def load(rule: str, implementation: str) -> Rule:
@@ -170,13 +186,18 @@ def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], 
 
 
 def on_mesh(
-  rule: str, run: Rule, named: dict[str, jax.Array], *, typed: bool = True
+  rule: str,
+  run: Rule,
+  named: dict[str, jax.Array],
+  *,
+  typed: bool = True,
+  axes_of: Callable[[str, str], str] = axes_of,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs on each device's own rows and heads if an explicit mesh says who holds which.
 
   Rows and heads never meet in a rule, so nothing is communicated. What is split over batch or heads is read
   from the types of the operands; an operand that is whole along an axis where others are split is split too.
-  `typed` is shard_map's check_vma.
+  `typed` is shard_map's check_vma; `axes_of` those of the operands.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

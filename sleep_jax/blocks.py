@@ -133,8 +133,10 @@ def run(
         near = cfg.attention.swa_window if kind == "swa" else None
         mixed, memory = attention.attention(weights["mixer"], x, cfg, valid=valid, cache=memory, near=near)
       else:
-        rule = fast_weights.RULES[kind]
-        mixed, memory = fast_weights.fast_weights(weights["mixer"], x, memory, cfg, rule, valid=valid)
+        rule, squash = fast_weights.RULES[kind], fast_weights.SQUASH.get(kind, jax.nn.silu)
+        mixed, memory = fast_weights.fast_weights(
+          weights["mixer"], x, memory, cfg, rule, valid=valid, squash=squash
+        )
       h = h + (norm(mixed, weights["post_norm"]) if "post_norm" in weights else mixed)
       if "mlp" in weights:
         out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]))

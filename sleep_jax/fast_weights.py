@@ -2,20 +2,27 @@
 
 A *rule* is how S is written, nothing more: `(q, k, v, g, b, S, *, mask, implementation) -> (o, S)`
 with q, k `[B, T, H, K]`, v `[B, T, H, V]`, log decay g and write strength b `[B, T, H]` in float32.
-The layer around it is that of Gated DeltaNet (arXiv 2412.06464) for every rule, so that a comparison
-of rules compares rules; `jet` alone convolves otherwise, as Jet-Nemotron's blocks do. A rule of your own is
-one entry in `RULES`; its name is then a block name.
+The layer around it is that of Gated DeltaNet (arXiv 2412.06464), so that a comparison of rules compares
+rules; `jet` alone convolves otherwise, as Jet-Nemotron's blocks do. Rules with other gates have those of
+their papers: `delta` (arXiv 2406.06484) no g; `kda` (arXiv 2510.26692) a g per key channel `[B, T, H, K]`,
+made through a narrow layer, as is the gate on what is read; `gdn2` (arXiv 2605.22791) that and, in place of
+b, gates on erasing e `[B, T, H, K]` and on writing w `[B, T, H, V]`. A rule of your own is one entry in
+`RULES`; its name is then a block name.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels.delta import delta
 from kernels.gated_delta import gated_delta
 from kernels.gated_hebbian import gated_hebbian
+from kernels.gdn2 import gdn2
+from kernels.kda import kda
 from sleep_jax import layers, params, sharding
 from sleep_jax.config import ModelConfig
 
@@ -25,8 +32,15 @@ RULES: dict[str, Rule] = {
   "gdn": gated_delta,  # S <- exp(g) S + b k (v - exp(g) S^T k)^T
   "hebbian": gated_hebbian,  # S <- exp(g) S + b k v^T, equation 3 of arXiv 2605.26099
   "jet": gated_delta,  # as gdn; the layer around it convolves v alone, dynamically
+  "delta": delta,  # as gdn, without decay
+  "kda": kda,  # as gdn, with a decay per key channel
+  "gdn2": gdn2,  # S <- Diag(exp(g)) S;  S <- S + k (w v - S^T (e k))^T
 }
 DYNAMIC = ("jet",)  # layers of JetBlock's form (arXiv 2508.15884): see `declare`
+CHANNELWISE = ("kda", "gdn2")
+# What the gate on the read is squashed by, where that is not SiLU. (Of gdn2 there are two published layers:
+# SiLU is its authors' choice, a sigmoid flash-linear-attention's.)
+SQUASH: dict[str, Callable[[jax.Array], jax.Array]] = {"kda": jax.nn.sigmoid}
 
 OUT_NORM_EPS = 1e-5
 
@@ -54,20 +68,14 @@ def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
   """
   d, fast = cfg.embed_dim, cfg.fast
   heads, key, value, taps = fast.num_heads, fast.key_dim, fast.value_dim, fast.conv_size
-  into, per_head = ("w_embed", "heads", "head_dim"), ("w_embed", "heads")
-  narrow = params.normal(d**-0.5)
+  into = ("w_embed", "heads", "head_dim")
   weights = {
     "q": params.matrix(d, heads, key, axes=into),
     "k": params.matrix(d, heads, key, axes=into),
     "v": params.matrix(d, heads, value, axes=into),
-    "gate": params.matrix(d, heads, value, axes=into),
     "o": params.matrix(heads, value, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
-    "a": params.Weight((d, heads), per_head, narrow),
-    "b": params.Weight((d, heads), per_head, narrow),
-    "A_log": params.Weight((heads,), ("heads",), _log_uniform(fast.decay_init), decay=False),
-    "dt_bias": params.Weight((heads,), ("heads",), _softplus_inverse_of_step, decay=False),
     "out_norm": params.scale(value),
-  }
+  } | _declare_gates(cfg, kind)
   if kind in DYNAMIC:
     hidden = heads * value // fast.generator_reduction
     to_taps = (None, "heads", "head_dim", None)
@@ -81,6 +89,40 @@ def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
     for name, width in (("q", key), ("k", key), ("v", value)):
       weights[f"{name}_conv"] = params.Weight((taps, heads, width), conv, params.normal(taps**-0.5))
   return weights
+
+
+def _declare_gates(cfg: ModelConfig, kind: str) -> dict[str, params.Weight]:
+  """The weights of decay, erasing, writing and of the gate on the read.
+
+  The layers that a channelwise decay and the gate on the read go through are as narrow as a value.
+  """
+  d, fast = cfg.embed_dim, cfg.fast
+  heads, key, value = fast.num_heads, fast.key_dim, fast.value_dim
+  into, per_head = ("w_embed", "heads", "head_dim"), ("w_embed", "heads")
+  narrow, widen = ("w_embed", None), (None, "heads", "head_dim")
+  scalar = params.Weight((d, heads), per_head, params.normal(d**-0.5))
+  A_log = params.Weight((heads,), ("heads",), _log_uniform(fast.decay_init), decay=False)
+  if kind in CHANNELWISE:
+    weights = {
+      "f_a": params.matrix(d, value, axes=narrow),
+      "f_b": params.matrix(value, heads, key, axes=widen),
+      "A_log": A_log,
+      "dt_bias": params.Weight((heads, key), widen[1:], _softplus_inverse_of_step, decay=False),
+      "gate_a": params.matrix(d, value, axes=narrow),
+      "gate_b": params.matrix(value, heads, value, axes=widen),
+    }
+    if kind == "kda":
+      return weights | {"b": scalar}
+    return weights | {
+      "e": params.matrix(d, heads, key, axes=into),
+      "w": params.matrix(d, heads, value, axes=into),
+      "gate_bias": params.bias(heads, value, axes=widen[1:]),
+    }
+  weights = {"gate": params.matrix(d, heads, value, axes=into), "b": scalar}
+  if kind == "delta":
+    return weights
+  dt_bias = params.Weight((heads,), ("heads",), _softplus_inverse_of_step, decay=False)
+  return weights | {"a": scalar, "A_log": A_log, "dt_bias": dt_bias}
 
 
 def init_state(cfg: ModelConfig, batch: int, kind: str = "gdn") -> FastWeights:
@@ -119,25 +161,28 @@ def fast_weights(
   rule: Rule,
   *,
   valid: jax.Array | None = None,
+  squash: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> tuple[jax.Array, FastWeights]:
   """Reads and writes the fast weights, token by token in effect, in chunks in fact.
 
   Args:
-    weights: as declared.
+    weights: as declared; what is among them says which gates the rule has.
     x: [B, T, D].
     state: on entry.
     rule: how S is written, a value of `RULES`.
     valid: [B, T] bool, False for pads, which write nothing. None: all valid.
+    squash: of the gate on what is read; see `SQUASH`.
 
   Returns:
     [B, T, D] in x's dtype, and the state after the last token.
   """
   fast, heads = cfg.fast, ("batch", "seq", "heads", "head_dim")
   widths = (fast.key_dim, fast.key_dim, fast.value_dim)
-  qkv_and_gate = layers.dense(
-    x, _joined(weights, "q", "k", "v", "gate"), heads
-  )  # one large product, not four
-  qkv, gate = jnp.split(qkv_and_gate, [sum(widths)], axis=-1)
+  others = [name for name in ("gate", "e", "w") if name in weights]
+  joined = layers.dense(x, _joined(weights, "q", "k", "v", *others), heads)  # one large product, not many
+  ends = [*itertools.accumulate((*widths, *(weights[name].shape[-1] for name in others)))]
+  qkv, *parts = jnp.split(joined, ends[2:-1], axis=-1)
+  projected = dict(zip(others, parts, strict=True))
   if fast.conv_size and valid is not None:
     qkv = jnp.where(valid[:, :, None, None], qkv, 0)
   context = None
@@ -151,14 +196,46 @@ def fast_weights(
   q = layers.l2_normalize(q) * fast.key_dim**-0.5
   k = layers.l2_normalize(k)
 
-  gates = jnp.stack([weights["a"], weights["b"]], axis=1)  # [D, 2, H]
-  step, b = jnp.moveaxis(layers.dense(x.astype(jnp.float32), gates, ("batch", "seq", None, "heads")), 2, 0)
-  g = -jnp.exp(weights["A_log"]) * jax.nn.softplus(step + weights["dt_bias"])
-
-  o, S = rule(q, k, v, g, jax.nn.sigmoid(b), state.S, mask=valid, implementation=fast.kernel)
+  gates = _gates(weights, x, projected)
+  o, S = rule(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
-  o = (o * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+  gate = projected.get("gate")
+  if gate is None:
+    gate = _through(weights, "gate", x)
+    if "gate_bias" in weights:
+      gate = gate + weights["gate_bias"].astype(x.dtype)
+  o = (o * squash(gate.astype(jnp.float32))).astype(x.dtype)
   return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+
+
+def _gates(
+  weights: dict[str, jax.Array], x: jax.Array, projected: dict[str, jax.Array]
+) -> tuple[jax.Array, ...]:
+  """The rule's gates, in its order, float32: the log decay g, if it decays; then b, or e and w.
+
+  Args:
+    projected: e and w [B, T, H, K or V] before their sigmoid, if the rule has these.
+  """
+  x = x.astype(jnp.float32)
+  scalars, steps = [name for name in ("a", "b") if name in weights], {}
+  if scalars:
+    stacked = jnp.stack([weights[name] for name in scalars], axis=1)  # [D, 1 or 2, H]
+    both = layers.dense(x, stacked, ("batch", "seq", None, "heads"))
+    steps = dict(zip(scalars, jnp.moveaxis(both, 2, 0), strict=True))
+  steps |= {name: projected[name].astype(jnp.float32) for name in ("e", "w") if name in projected}
+  rates = tuple(jax.nn.sigmoid(steps[name]) for name in ("b", "e", "w") if name in steps)
+  if "A_log" not in weights:
+    return rates
+  A, step = jnp.exp(weights["A_log"]), steps.get("a")
+  if step is None:
+    A, step = A[:, None], _through(weights, "f", x)
+  return -A * jax.nn.softplus(step + weights["dt_bias"]), *rates
+
+
+def _through(weights: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+  """x through a narrow layer, no wider than a head: [B, T, H, K or V] in x's dtype."""
+  hidden = layers.dense(x, weights[f"{name}_a"], ("batch", "seq", None))
+  return layers.dense(hidden, weights[f"{name}_b"], ("batch", "seq", "heads", "head_dim"))
 
 
 def _generated_taps(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ The model, for hidden states x_t of one window:
   gates        b_t = sigmoid(x_t W_b),  a_t = exp(-exp(A_log) softplus(x_t W_a + dt_bias))         [gdn]
   "gdn"        S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,  o_t = S_t^T q_t             [gdn]
   "hebbian"    S_t = a_t S_{t-1} + b_t k_t v_t^T,                      o_t = S_t^T q_t             [sleep]
+  others       `oracle_rules`; their gates: `rates`
 
 The papers print the transposed state; here S is [K, V], row = key channel, as in the package.
 
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.oracle_params import as_float64, leaf, leaves, random_params, replace_leaf
+from tests.oracle_rules import RULES, gated_delta_step, gated_hebbian_step
 from tests.oracle_unwindowed import unwindowed_hybrid
 
 __all__ = [
@@ -121,26 +123,6 @@ def attention(p: Tree, x: Array, keep: Array, rope_theta: float = 10_000.0) -> A
   return out
 
 
-def gated_delta_step(q: Array, k: Array, v: Array, g: Array, b: Array, S: Array) -> tuple[Array, Array]:
-  """One token of the gated delta rule: S decays, its error in v is read, and the error is written. [gdn]
-
-  q, k [B, K]; v [B, V]; g (log decay), b [B]; S [B, K, V]. Returns the read S^T q [B, V] and the new S.
-  """
-  S = np.exp(g)[:, None, None] * S
-  error = v - np.einsum("bkv,bk->bv", S, k)
-  S = S + np.einsum("b,bk,bv->bkv", b, k, error)
-  return np.einsum("bkv,bk->bv", S, q), S
-
-
-def gated_hebbian_step(q: Array, k: Array, v: Array, g: Array, b: Array, S: Array) -> tuple[Array, Array]:
-  """One token of the gated Hebbian rule: S decays and v is added under k. Shapes as above. [sleep]"""
-  S = np.exp(g)[:, None, None] * S + np.einsum("b,bk,bv->bkv", b, k, v)
-  return np.einsum("bkv,bk->bv", S, q), S
-
-
-RULES = {"gdn": gated_delta_step, "hebbian": gated_hebbian_step}
-
-
 def short_convolution(x: Array, taps: Array, context: Array) -> tuple[Array, Array]:
   """Causal depthwise convolution: y_t = sum_w taps[w] x_{t-(c-1)+w}; the last tap is the current token. [gdn]
 
@@ -159,7 +141,7 @@ def fast_weights(
   """The fast-weight layer, [B, L, D] -> [B, L, D], with S [B, H, K, V] and the convolutions' contexts. [gdn]
 
   In this order: project; zero at pads; convolve (context: {"q", "k", "v"}, empty without convolution);
-  SiLU; l2-normalise q and k, q scaled by K^-1/2; run the rule; RMSNorm, SiLU gate, output projection.
+  SiLU; l2-normalise q and k, q scaled by K^-1/2; run the rule; RMSNorm, gate, output projection.
   A pad (keep False) leaves S as it was and reads zero.
   """
   left = {}
@@ -172,20 +154,48 @@ def fast_weights(
   q, k, v = (streams[name] for name in ("q", "k", "v"))
   q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + L2_EPS) for y in (q, k))
   q = q / np.sqrt(q.shape[-1])
-  b = sigmoid(x @ p["b"])
-  g = -np.exp(p["A_log"]) * softplus(x @ p["a"] + p["dt_bias"])
+  gates = rates(p, x, kind)
 
   out, memories = 0, []
-  for j in range(p["A_log"].shape[0]):
+  for j in range(S.shape[1]):
     memory, read = S[:, j], []
     for t in range(x.shape[1]):
-      o, written = RULES[kind](q[:, t, j], k[:, t, j], v[:, t, j], g[:, t, j], b[:, t, j], memory)
+      o, written = RULES[kind](*(y[:, t, j] for y in (q, k, v, *gates)), memory)
       memory = np.where(keep[:, t, None, None], written, memory)
       read.append(np.where(keep[:, t, None], o, 0))
-    o = rms_norm(np.stack(read, axis=1), p["out_norm"], OUT_NORM_EPS) * silu(x @ p["gate"][:, j])
+    o = rms_norm(np.stack(read, axis=1), p["out_norm"], OUT_NORM_EPS) * output_gate(p, x, kind)[:, :, j]
     out = out + o @ p["o"][j]
     memories.append(memory)
   return out, np.stack(memories, axis=1), left
+
+
+def rates(p: Tree, x: Array, kind: str) -> tuple[Array, ...]:
+  """The rule's gates in its order: log decays g, then write strengths b, or gates on erasing and writing.
+
+  "kda" and "gdn2" decay every key channel by its own rate: g [B, L, H, K] =
+  -exp(A_log[h]) softplus((x f_a) f_b[h] + dt_bias[h]).
+  """
+
+  def heads(name: str) -> Array:
+    return sigmoid(np.einsum("btd,dhw->bthw", x, p[name]))
+
+  if kind == "delta":
+    return (sigmoid(x @ p["b"]),)
+  if kind in ("kda", "gdn2"):
+    step = np.einsum("btr,rhk->bthk", x @ p["f_a"], p["f_b"])
+    g = -np.exp(p["A_log"])[:, None] * softplus(step + p["dt_bias"])
+    return (g, sigmoid(x @ p["b"])) if kind == "kda" else (g, heads("e"), heads("w"))
+  return -np.exp(p["A_log"]) * softplus(x @ p["a"] + p["dt_bias"]), sigmoid(x @ p["b"])
+
+
+def output_gate(p: Tree, x: Array, kind: str) -> Array:
+  """What the normed read is multiplied by [B, L, H, V]: "kda" through a narrow layer and a sigmoid, "gdn2"
+  through one with a bias and SiLU."""
+  if kind == "kda":
+    return sigmoid(np.einsum("btr,rhv->bthv", x @ p["gate_a"], p["gate_b"]))
+  if kind == "gdn2":
+    return silu(np.einsum("btr,rhv->bthv", x @ p["gate_a"], p["gate_b"]) + p["gate_bias"])
+  return silu(np.einsum("btd,dhv->bthv", x, p["gate"]))
 
 
 # --- The model ---------------------------------------------------------------------------------------
@@ -235,7 +245,7 @@ def forward(
   Args:
     inputs: tokens [B, T].
     loss_mask: [B, T], nonzero where a position is scored. Only its layout matters here.
-    pattern: the mixer of each block, "attn", "gdn" or "hebbian".
+    pattern: the mixer of each block, "attn" or a name in `oracle_rules.RULES`.
     valid: [B, T], False at pads (meant for the left; elsewhere a pad is a zero to the convolution).
     qk_norm: None asks the parameters; a bool is checked against them.
     conv_context: "carry" or "reset" (zeros left of every window).

@@ -62,6 +62,23 @@ def random_params(
   def scale(size: int) -> Array:
     return rng.uniform(0.5, 1.5, size)
 
+  def gates(kind: str) -> Tree:
+    by_channel = kind in ("kda", "gdn2")
+    made: Tree = {} if by_channel or kind == "delta" else {"a": matrix(width, fast_heads)}
+    if kind != "gdn2":
+      made["b"] = matrix(width, fast_heads)
+    if kind != "delta":
+      per_head = (fast_heads, key_width) if by_channel else fast_heads
+      made |= {"A_log": rng.normal(size=fast_heads) - 0.5, "dt_bias": rng.normal(size=per_head) - 1.0}
+    if not by_channel:
+      return made | {"gate": matrix(width, fast_heads, value_width)}
+    for name, size in (("f", key_width), ("gate", value_width)):
+      made |= {f"{name}_a": matrix(width, value_width), f"{name}_b": matrix(value_width, fast_heads, size)}
+    if kind == "gdn2":
+      made |= {"e": matrix(width, fast_heads, key_width), "w": matrix(width, fast_heads, value_width)}
+      made["gate_bias"] = rng.normal(size=(fast_heads, value_width))
+    return made
+
   blocks = {}
   for i, kind in enumerate(pattern):
     if kind == "attn":
@@ -76,12 +93,8 @@ def random_params(
     else:
       widths = {"q": key_width, "k": key_width, "v": value_width}
       mixer = {name: matrix(width, fast_heads, size) for name, size in widths.items()}
+      mixer |= gates(kind)
       mixer |= {
-        "a": matrix(width, fast_heads),
-        "b": matrix(width, fast_heads),
-        "A_log": rng.normal(size=fast_heads) - 0.5,
-        "dt_bias": rng.normal(size=fast_heads) - 1.0,
-        "gate": matrix(width, fast_heads, value_width),
         "out_norm": scale(value_width),
         "o": matrix(fast_heads, value_width, width, fan_in=fast_heads * value_width),
       }

@@ -33,9 +33,10 @@ def setting(kind="gdn", dtype="float32", **changes):
 def compiled(cfg):
   """(weights, x, state, valid) -> out, state."""
   rule = fast_weights.RULES[cfg.blocks[0]]
-  return hybrids.jit(
-    lambda w, x, state, valid=None: fast_weights.fast_weights(w, x, state, cfg, rule, valid=valid)
+  run = functools.partial(
+    fast_weights.fast_weights, squash=fast_weights.SQUASH.get(cfg.blocks[0], jax.nn.silu)
   )
+  return hybrids.jit(lambda w, x, state, valid=None: run(w, x, state, cfg, rule, valid=valid))
 
 
 def exact(cfg, weights, x, state, keep):
@@ -57,6 +58,11 @@ class LayerTest(parameterized.TestCase):
     {"kind": "hebbian", "conv_size": 1},
     {"kind": "gdn", "conv_size": 2, "num_heads": 3, "key_dim": 5, "value_dim": 2},
     {"kind": "gdn", "kernel": "reference"},
+    {"kind": "delta"},
+    {"kind": "kda"},
+    {"kind": "gdn2"},
+    {"kind": "kda", "conv_size": 2, "num_heads": 3, "key_dim": 5, "value_dim": 2},
+    {"kind": "gdn2", "conv_size": 0, "num_heads": 3, "key_dim": 5, "value_dim": 2},
   )
   def test_equals_the_oracle(self, **changes):
     cfg, weights, x, state = setting(**changes)
@@ -127,7 +133,7 @@ class StateTest(parameterized.TestCase):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     self.assertEqual((out.shape, out.dtype, after.S.dtype), (x.shape, dtype, jnp.float32))
 
-  @parameterized.parameters("gdn", "hebbian")
+  @parameterized.parameters("gdn", "hebbian", "gdn2")
   def test_pads_leave_every_bit_of_S(self, kind):
     cfg, weights, x, state = setting(kind)
     none = np.zeros((2, LENGTH), bool)
@@ -173,7 +179,8 @@ def graded(kind, dtype):
 
 class ExtremeTest(parameterized.TestCase):
   @parameterized.product(
-    layer=(("gdn", "float32"), ("gdn", "bfloat16"), ("hebbian", "float32")), A_log=(-80.0, 30.0, 80.0)
+    layer=(("gdn", "float32"), ("gdn", "bfloat16"), ("hebbian", "float32"), ("kda", "float32")),
+    A_log=(-80.0, 30.0, 80.0),
   )
   def test_no_decay_and_total_decay_stay_finite(self, layer, A_log):
     _, weights, x, state = setting(*layer)

@@ -105,3 +105,50 @@ def run_olmo_hybrid(layer_params: Layer, *windows: np.ndarray) -> tuple[list[np.
   with torch.no_grad():
     outputs = [layer(torch.from_numpy(np.asarray(x, np.float32)), cache_params=cache) for x in windows]
   return [o.numpy() for o in outputs], cache.get_recurrent_state(0, state_idx=0).numpy()
+
+
+def kimi_linear_layer(layer_params: Layer) -> tuple[Any, dict[str, str]]:
+  """A KimiLinearDeltaAttention (eval mode, float32) with the values of a "kda" mixer, K = V.
+
+  Returns:
+    The module, and the name of its tensor for each of ours except the convolutions, which are its
+    `conv1d.weight` side by side.
+  """
+  import torch
+  from transformers import KimiLinearConfig
+  from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+  p = {name: np.asarray(value, np.float32) for name, value in layer_params.items()}
+  width, heads, head_dim = p["k"].shape
+  config = KimiLinearConfig(
+    vocab_size=8,
+    hidden_size=width,
+    intermediate_size=width,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    linear_head_dim=head_dim,
+    linear_num_heads=heads,
+    linear_conv_kernel_dim=p["k_conv"].shape[0],
+    rms_norm_eps=1e-5,
+    pad_token_id=None,
+    eos_token_id=None,
+  )
+  module = KimiLinearDeltaAttention(config, 0).eval()
+  names = {name: f"{name}_proj.weight" for name in ("q", "k", "v", "b", "o")}
+  names |= {f"f_{x}": f"forget_gate.f_{x}_proj.weight" for x in "ab"}
+  names |= {f"gate_{x}": f"g_{x}_proj.weight" for x in "ab"}
+  names |= {name: f"forget_gate.{name}" for name in ("A_log", "dt_bias")} | {"out_norm": "o_norm.weight"}
+  num_in = {name: p[name].shape[0] for name in names} | {"o": heads * head_dim}
+  new = {
+    their: p[ours].reshape(num_in[ours], -1).T if their.endswith("proj.weight") else p[ours]
+    for ours, their in names.items()
+  }
+  taps = [p[f"{name}_conv"].reshape(p["k_conv"].shape[0], -1).T for name in ("q", "k", "v")]
+  new["conv1d.weight"] = np.concatenate(taps)[:, None, :]
+  tensors = dict(module.named_parameters())
+  if set(tensors) != set(new):
+    raise ValueError(f"the module has {sorted(tensors)}, the layer {sorted(new)}")
+  with torch.no_grad():
+    for name, tensor in tensors.items():
+      tensor.copy_(torch.from_numpy(np.array(new[name])).reshape(tensor.shape))
+  return module, names

@@ -17,8 +17,10 @@ processes take part.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -37,12 +39,48 @@ class Example(NamedTuple):
   group: int = 0
 
 
+class HeldOut(NamedTuple):
+  """A set of examples that an evaluation asks, and baselines: name -> whether it is right, one an example."""
+
+  examples: Sequence[Example]
+  guesses: Mapping[str, Sequence[bool]] = MappingProxyType({})
+
+
 class Source(Protocol):
   """Any example at once, in any process; pickled to the workers."""
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+  """A source read again and again, each time as a whole, in an order of its own.
+
+  Attributes:
+    source: of one epoch.
+    num: examples in all; the last epoch may be cut short.
+    seed: of the orders. The first epoch is in the source's own.
+  """
+
+  source: Source
+  num: int
+  seed: int
+
+  def __len__(self) -> int:
+    return self.num
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < self.num:
+      raise IndexError(f"example {index} of {self.num}")
+    epoch, i = divmod(int(index), len(self.source))
+    return self.source[i if epoch == 0 else int(_order(len(self.source), self.seed, epoch)[i])]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 @dataclasses.dataclass(frozen=True)

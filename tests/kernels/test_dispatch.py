@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import decode, dispatch
+from kernels import dispatch
 from kernels.gated_delta import gated_delta
 from tests.kernels import cases
 from tests.kernels.cases import every_rule, every_rule_slowly
@@ -150,11 +150,46 @@ def test_one_token_updates_the_state_where_it_lies(rule):
   *tokens, S = cases.random_inputs(rule, 2, 1, 3, 4, 6)
   want = [np.asarray(x) for x in cases.jitted(rule, "reference")(*tokens, S)]
   token = {name: jnp.asarray(x[:, 0]) for name, x in zip(dispatch.OPERANDS[rule], tokens, strict=True)}
-  program = decode.update.lower(rule, token, jnp.asarray(S)).compile()
+  program = dispatch.update.lower(rule, token, jnp.asarray(S)).compile()
   assert program.memory_analysis().alias_size_in_bytes == S.nbytes
   assert "input_output_alias" in program.as_text()
   o, S_after = dispatch.step(rule, *token.values(), S)
   cases.assert_near([o[:, None], S_after], want, 2e-6)
+
+
+@every_rule
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_one_token_on_a_mesh_of_eight_moves_no_state(rule, kind):
+  """Rows over one axis, heads over the other: no communication, no copy of S, updated where it lies."""
+  *tokens, S = cases.random_inputs(rule, 4, 1, 4, 6, 5)
+  want = [np.asarray(x) for x in cases.jitted(rule, "reference")(*tokens, S)]
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+  with jax.set_mesh(mesh):
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, P("data", "model")))  # noqa: E731
+    token = {name: place(x[:, 0]) for name, x in zip(dispatch.OPERANDS[rule], tokens, strict=True)}
+    program = dispatch.update.lower(rule, token, S := place(S)).compile()
+    text = program.as_text()
+    assert program.memory_analysis().alias_size_in_bytes == S.nbytes // 8
+    for moved in ("all-", "collective-", "f32[1,2,6,5]{3,2,1,0} copy("):
+      assert moved not in text, moved
+    o, after = dispatch.step(rule, *token.values(), S)
+  assert S.is_deleted() and after.sharding.spec[:2] == ("data", "model") == o.sharding.spec[:2]
+  cases.assert_near([o[:, None], after], want, 2e-6)
+
+
+def test_one_token_of_a_replicated_operand_is_split_as_the_state_is():
+  """What is whole along an axis where S is split is split too; the widths may not be."""
+  *tokens, S = cases.random_inputs("kda", 4, 1, 4, 6, 5)
+  want = [np.asarray(x) for x in cases.jitted("kda", "reference")(*tokens, S)]
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+  with jax.set_mesh(mesh):
+    token = [jnp.asarray(x[:, 0]) for x in tokens]
+    o, after = dispatch.step("kda", *token, jax.device_put(S, NamedSharding(mesh, P("data", "model"))))
+    assert after.sharding.spec[:2] == ("data", "model")
+    cases.assert_near([o[:, None], after], want, 2e-6)
+    wide = jax.device_put(S, NamedSharding(mesh, P(None, None, "model")))
+    with pytest.raises(ValueError, match="kda: S is split along K over 'model'; only B and H may be split"):
+      dispatch.step("kda", *token, wide)
 
 
 def test_a_positive_log_decay_is_refused_where_it_can_be_seen():
