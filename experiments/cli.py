@@ -7,6 +7,7 @@ overrides on the command line are data.
 import dataclasses
 import functools
 import importlib.util
+import os
 import pathlib
 import sys
 import typing
@@ -14,11 +15,14 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
+from sleep_jax import processes
 from sleep_jax.checkpoint import CheckpointError
-from sleep_jax.config import ConfigError, nearest
+from sleep_jax.config import ConfigError, check, nearest
+from sleep_jax.data.pipeline import WorkerError
 from sleep_jax.metrics import MetricsError
 from sleep_jax.train import NotFiniteError, PreemptedError
 from sleep_jax.workdir import WorkdirError
@@ -35,10 +39,59 @@ def define_config_flag() -> flags.FlagHolder:
   )
 
 
+def config_as_given() -> tuple[str, dict[str, Any]]:
+  """FILE.py:PRESET of the flag --config, and the fields that the command line changes, by dotted key."""
+  flag = flags.FLAGS["config"]
+  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+
+
 @functools.cache
 def define_workdir_flag() -> flags.FlagHolder:
   """The flag --workdir of a single run; one for all mains of a process."""
   return flags.DEFINE_string("workdir", None, "the only place written to")
+
+
+@functools.cache
+def define_process_flags() -> None:
+  """The flags of a run that is spread over several processes, --distributed and those that name it."""
+  flags.DEFINE_bool(
+    "distributed",
+    False,
+    "this is one of several processes of one run, that share a file system; which one is found out on Slurm,"
+    " Cloud TPU, Kubernetes and under MPI",
+  )
+  flags.DEFINE_string("coordinator_address", None, "elsewhere: HOST:PORT of the first process")
+  flags.DEFINE_integer("num_processes", None, "elsewhere: how many there are")
+  flags.DEFINE_integer("process_id", None, "elsewhere: which one this is, 0 .. num_processes - 1")
+
+
+def _join() -> None:
+  """Meets the other processes, where the flags say that there are some; before any device is touched."""
+  if "distributed" not in flags.FLAGS:
+    return
+  names = ("coordinator_address", "num_processes", "process_id")
+  asked = {name: flags.FLAGS[name].value for name in names}
+  given = [name for name, value in asked.items() if value is not None]
+  if not flags.FLAGS.distributed:
+    if given:
+      raise ConfigError(f"--{given[0]} says nothing without --distributed")
+    return
+  if given and len(given) < len(names):
+    lacking = next(name for name in names if name not in given)
+    raise ConfigError(f"--{lacking} is required beside --{given[0]}; only a cluster needs none of them")
+  if given:
+    count, index = asked["num_processes"], asked["process_id"]
+    check(count >= 1, "--num_processes", f"must be at least 1, got {count}")
+    check(0 <= index < count, "--process_id", f"must lie in 0..{count - 1}, got {index}")
+    if asked["coordinator_address"].startswith(("127.0.0.1:", "localhost:")):
+      asked["coordinator_bind_address"] = asked["coordinator_address"]  # JAX would listen on all interfaces
+  try:
+    jax.distributed.initialize(**asked)
+  except ValueError as e:
+    where = "the flags" if given else "the cluster's environment (name them: --coordinator_address, ...)"
+    raise ConfigError(f"--distributed: {where}: {str(e).splitlines()[0]}") from e
+  if not processes.primary():
+    sys.stdout = open(os.devnull, "w")  # the first one talks
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -69,10 +122,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
       if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
+      _join()
       return main() or DONE
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except NotFiniteError as e:
+    except (NotFiniteError, WorkerError) as e:
       return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)

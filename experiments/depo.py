@@ -1,6 +1,6 @@
 """Trains and evaluates one model on Depo: one run is one (N, seed).
 
-    python -m experiments.depo --config=experiments/configs/depo.py:tiny --workdir=work/depo_tiny
+    python -m experiments.depo --config=experiments/configs/depo.py:tiny --workdir=work/depo/n2
 
 Reports, for each k of `data.test_hops`, the held-out loss with and without the trivial ANS token, the
 accuracy of whole names, and both by the place of the question. Rerunning the same command resumes; a
@@ -21,6 +21,7 @@ from sleep_jax.data import depo
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()
+cli.define_process_flags()
 
 
 def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:

@@ -4,9 +4,11 @@
       --config.checkpoint=checkpoints/Jet-Nemotron-2B --prompt='The first rule of sleep is'
 
 The text goes to stdout as it comes, what the model does to stderr. With --session=FILE it goes on from there
-if the file exists, and is stored there in the end; then the prompt may be left out.
+if the file exists, and is stored there in the end; then the prompt may be left out. Ctrl-C or SIGTERM while
+it generates stores the session after the token that it is at (exit code 3).
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -22,6 +24,8 @@ from sleep_jax import config, generate, pretrained, session_file
 from sleep_jax.config import ATTENTION, ConfigError, ModelConfig, SleepConfig
 from sleep_jax.generate import SamplingConfig
 from sleep_jax.pretrained.tokenizer import Tokenizer
+from sleep_jax.signals import stop_signals
+from sleep_jax.train import PreemptedError
 
 CONFIG = cli.define_config_flag()
 PROMPT = flags.DEFINE_string("prompt", None, "the text to go on from")
@@ -144,6 +148,7 @@ def run(
 
   Raises:
     ConfigError: for whatever is wrong with the config, the checkpoint, the text or the session.
+    PreemptedError: if it was asked to stop while it generated; the session is stored.
   """
   folder = pathlib.Path(cfg.checkpoint)
   source = pretrained.open_source(folder, ignore=cfg.ignore, **cfg.changes)
@@ -170,15 +175,33 @@ def run(
     sampling=cfg.sampling,
     watch=report,
   )
-  for token, after in made:
-    session = after
-    print(stream.add(int(token[0])), end="", file=out, flush=True)
-    if int(token[0]) in cfg.stop:
-      break
-  print(stream.end(), file=out, flush=True)
-  print(f"[{report.line(session)}, compilation included]", file=told, flush=True)
-  if session_path is not None:
-    session_file.save(session_path, session, weights, architecture, cfg.sleep)
+  count, ended = 0, False
+  with _listening(session_path, told) as stopped:
+    for token, after in made:
+      session = after
+      print(stream.add(int(token[0])), end="", file=out, flush=True)
+      count += 1
+      ended = count == cfg.max_new_tokens or int(token[0]) in cfg.stop
+      if ended or stopped:
+        break
+    print(stream.end(), file=out, flush=True)
+    print(f"[{report.line(session)}, compilation included]", file=told, flush=True)
+    if session_path is not None:
+      session_file.save(session_path, session, weights, architecture, cfg.sleep)
+  if stopped and not ended:
+    raise PreemptedError(
+      f"stopped by {stopped[0]} after {count} tokens; the session is stored in {session_path}, the same"
+      " command without a prompt goes on"
+    )
+
+
+def _listening(path: pathlib.Path | None, told: TextIO) -> contextlib.AbstractContextManager[list[str]]:
+  """Signals that ask to stop; without a session to store there is nothing to do but to end."""
+  if path is None:
+    return contextlib.nullcontext([])
+  return stop_signals(
+    lambda line: print(f"\n[{line}]", file=told, flush=True), "storing the session after this token"
+  )
 
 
 def _opened(

@@ -1,15 +1,18 @@
 """Trains and evaluates one model on GSM-Infinite: one run is one (N, seed).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+      --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
 
-Problems are made as they are needed, never twice, and every answer is one forward pass: no loop, no worked
-solution. Reports exact match by number of operations with a 95 % interval, beside what the commonest answer
-of each number of operations gets. Rerunning the same command resumes; a finished run is left alone.
+Problems are made as they are needed, and every answer is one forward pass: no loop, no worked
+solution. Reports exact match by number of operations with a 95 % interval, on a balanced held-out set and on
+one drawn as in training, beside what needs no reading: the commonest answer of each number of operations,
+and the number that a text gives most often. Rerunning the same command resumes; a finished run is left alone.
 """
 
 from typing import Any
 
-from experiments import cli
+from experiments import cli, fine_tuning
 from sleep_jax import config, feeding, model, workdir
 from sleep_jax import train as training
 from sleep_jax.data.gsm_infinite import task as gsm
@@ -17,15 +20,21 @@ from sleep_jax.data.gsm_infinite import tokenizer as tokens
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()
+cli.define_process_flags()
 
 
 def build(values: dict[str, Any]) -> config.Config:
   """The checked config of a nested mapping; nothing is made yet.
 
+  Args:
+    values: with a group `pretrained`, a model, its weights and its tokenizer come from a checkpoint.
+
   Raises:
     ConfigError: for anything that is unknown, of the wrong type or does not fit.
   """
   config.check("data" in values, "data", "is required")
+  if "pretrained" in values:
+    values = fine_tuning.filled_in(values)
   data = config.from_dict(gsm.TaskConfig, values["data"], "data.")
   cfg = config.from_dict(config.Config, values | {"data": data})
   feeding.check_fits(cfg, data.cut)
@@ -36,11 +45,21 @@ def build(values: dict[str, Any]) -> config.Config:
   )
   levels = len(gsm.groups(data))
   config.check(
-    data.held_out != "balanced" or cfg.train.eval_sequences % levels == 0,
+    "balanced" not in data.held_out or cfg.train.eval_sequences % levels == 0,
     "train.eval_sequences",
     f"must be a multiple of the {levels} numbers of operations, got {cfg.train.eval_sequences}",
   )
-  needed = tokens.load(data.tokenizer).vocab_size if data.tokenizer else data.vocab_size
+  gsm.check_lengths(data)
+  needed = data.vocab_size
+  if data.tokenizer:
+    known = tokens.load(data.tokenizer)
+    needed, size = known.vocab_size, len(known.answer_prompt)
+    config.check(
+      size <= gsm.MARGIN,
+      "data.tokenizer",
+      f"must ask for the answer in at most {gsm.MARGIN} tokens, but takes {size}",
+    )
+    gsm.check_answers(data)
   config.check(
     cfg.model.vocab_size >= needed,
     "model.vocab_size",
@@ -64,16 +83,36 @@ def make_task(cfg: config.Config, folder: str) -> feeding.FedTask:
   )
 
 
-def table(row: dict[str, Any], groups: list[str]) -> str:
-  """What a row says by number of operations, as text."""
-  lines = [f"{'operations':>10} {'problems':>8} {'right':>7} {'95 %':>15} {'commonest answer':>17}"]
+SETS = {"balanced": "each number of operations as often", "faithful": "drawn as in training"}
+
+
+def table(row: dict[str, Any], groups: list[str], kind: str, prefix: str = "") -> str:
+  """What a row says of one held-out set by number of operations, as text.
+
+  Args:
+    kind: of the set.
+    prefix: of its keys.
+  """
+  lines = [
+    f"held out, {kind} ({SETS[kind]}):",
+    f"{'operations':>10} {'problems':>8} {'right':>7} {'95 %':>15} {'commonest answer':>17}"
+    f" {'commonest number':>17}",
+  ]
   for name in groups:
-    exact, low, high, common = (row[f"{name}_{x}"] for x in ("exact", "low", "high", "majority"))
+    exact, low, high, *others = (
+      row[f"{prefix}{name}_{x}"] for x in ("exact", "low", "high", "majority", "shortcut")
+    )
     lines.append(
-      f"{name.removeprefix('op'):>10} {row[f'{name}_asked']:>8} {exact:>7.1%}"
-      f" {f'{low:.1%} - {high:.1%}':>15} {common:>17.1%}"
+      f"{name.removeprefix('op'):>10} {row[f'{prefix}{name}_asked']:>8} {exact:>7.1%}"
+      f" {f'{low:.1%} - {high:.1%}':>15}{''.join(f' {x:>17.1%}' for x in others)}"
     )
   return "\n".join(lines)
+
+
+def tables(row: dict[str, Any], data: gsm.TaskConfig) -> str:
+  """The table of every held-out set."""
+  groups = gsm.groups(data)
+  return "\n".join(table(row, groups, kind, f"{kind}_" if i else "") for i, kind in enumerate(data.held_out))
 
 
 def main() -> int:
@@ -85,7 +124,7 @@ def main() -> int:
       print(f"{run.path} is complete: {run.done_step} steps")
       return cli.DONE
     row = training.train(cfg, make_task(cfg, str(run.path)), run)
-  print(table(row, gsm.groups(cfg.data)))
+  print(tables(row, cfg.data))
   return cli.DONE
 
 

@@ -15,6 +15,7 @@ from sleep_jax.data import rule110
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()
+cli.define_process_flags()
 
 
 def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 from experiments import cli
 from sleep_jax import config, metrics
@@ -18,20 +20,27 @@ from sleep_jax.workdir import Workdir
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def commands(file: str, workdir: str, seeds: int) -> dict[str, list[str]]:
+def commands(
+  file: str, workdir: str, seeds: int, changes: Mapping[str, Any] | None = None
+) -> dict[str, list[str]]:
   """Name -> command line of every run of a preset.
 
   Args:
     file: FILE.py:PRESET.
     workdir: parent of the runs' folders.
+    changes: of the config, by dotted key, for every run; {run} in a text is the run's name.
 
   Raises:
-    ConfigError: if the file has no sweep or no such preset.
+    ConfigError: if the file has no sweep or no such preset, or a field is changed that the sweep sets.
   """
   module, preset = cli.load(file)
   config.check(hasattr(module, "sweep"), "--config", f"{file} says nothing of a sweep")
   known = ", ".join(module.PRESETS)
   config.check(preset in module.PRESETS, "--config", f"needs a preset, FILE.py:PRESET; known: {known}")
+  changes, runs = changes or {}, module.sweep(preset, seeds)
+  for name, own in runs.items():
+    both = ", ".join(sorted(set(own) & set(changes)))
+    config.check(not both, f"--config.{both}", f"is what the runs of this sweep differ in ({name})")
   return {
     name: [
       *(
@@ -41,9 +50,9 @@ def commands(file: str, workdir: str, seeds: int) -> dict[str, list[str]]:
         f"--config={file}",
         f"--workdir={pathlib.Path(workdir, name)}",
       ),
-      *(f"--config.{key}={value}" for key, value in changes.items()),
+      *(f"--config.{key}={str(value).replace('{run}', name)}" for key, value in (changes | own).items()),
     ]
-    for name, changes in module.sweep(preset, seeds).items()
+    for name, own in runs.items()
   }
 
 

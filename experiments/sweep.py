@@ -2,8 +2,11 @@
 
     python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a --list
     python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a
+    python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:ouro_sliding \
+      --config.pretrained.folder='work/stage1/{run}' --workdir=work/stage2
 
-Rerun the same command until it says that all are done.
+Rerun the same command until it says that all are done. --config.GROUP.FIELD=VALUE holds for every run; in it
+{run} is the run's name.
 """
 
 import pathlib
@@ -13,7 +16,7 @@ from absl import flags
 
 from experiments import cli, runner
 
-CONFIG = flags.DEFINE_string("config", None, "FILE.py:PRESET, executed; the file says which runs there are")
+CONFIG = cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "each run gets a folder in it")
 JOBS = flags.DEFINE_integer(
   "jobs", 1, "runs at a time; on a CPU each gets its own share of the cores", lower_bound=1
@@ -23,9 +26,9 @@ LIST = flags.DEFINE_bool("list", False, "only say what there is to do")
 
 
 def main() -> int:
-  todo = runner.commands(
-    cli.required("config", CONFIG.value), cli.required("workdir", WORKDIR.value), SEEDS.value
-  )
+  cli.required("config", CONFIG.value)
+  file, changes = cli.config_as_given()
+  todo = runner.commands(file, cli.required("workdir", WORKDIR.value), SEEDS.value, changes)
   states = {name: runner.status(pathlib.Path(WORKDIR.value, name)) for name in todo}
   if LIST.value:
     for name, command in todo.items():

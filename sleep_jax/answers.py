@@ -1,4 +1,4 @@
-"""Exact match of answers by group (hops, operations), with intervals and the majority baseline.
+"""Exact match of answers by group (hops, operations), with intervals, the majority and other baselines.
 
 An answer is one or more tokens; it is right if all of them are. A sequence may have several. Scores are sums
 over sequences, so that they do not depend on how these are cut into batches.
@@ -6,14 +6,14 @@ over sequences, so that they do not depend on how these are cut into batches.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import model, sharding
+from sleep_jax import model, processes, sharding
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.data import pipeline
 
@@ -179,7 +179,7 @@ def make_evaluate(
 
     return [jax.lax.map(lambda i, g=g: one(g, i), jnp.arange(num_batches)) for g in range(len(groups))]
 
-  made = [[np.asarray(x).reshape(-1, len(where)) for x in pair] for pair in jax.device_get(asked())]
+  made = [[np.asarray(x).reshape(-1, len(where)) for x in pair] for pair in processes.gather(asked())]
   group = np.concatenate([np.full(len(targets), g) for g, (targets, _) in enumerate(made)])
   targets, answer = (np.concatenate([pair[i] for pair in made]) for i in (0, 1))
   baseline = majority(targets, answer, group, groups, num_answers)
@@ -207,7 +207,7 @@ def stack(
 
 
 def make_fed_evaluate(
-  examples: Sequence[pipeline.Example],
+  sets: Mapping[str, pipeline.HeldOut],
   groups: Sequence[str],
   cut: pipeline.CutConfig,
   batch_size: int,
@@ -215,7 +215,7 @@ def make_fed_evaluate(
   sleep_cfg: SleepConfig,
   mesh: jax.sharding.Mesh,
 ) -> Callable[[model.Params], dict[str, Any]]:
-  """An evaluation on fixed examples that the host holds.
+  """An evaluation on fixed sets of examples that the host holds.
 
   An answer is right if all its tokens are, its end included. The model reads it awake in one pass, the true
   tokens before each place given (teacher forcing), without loops or scratch tokens. That is the exact match
@@ -226,12 +226,18 @@ def make_fed_evaluate(
   bucket have no loss: scores do not depend on `batch_size`.
 
   Args:
-    examples: held out; `Example.group` is an index of `groups`.
+    sets: by name.
+    groups: names of the groups.
     batch_size: sequences a device call, a multiple of the mesh axis `data`.
 
   Returns:
-    weights -> `rates` and `majority`.
+    weights -> `rates` and `majority` of the first set, and `GROUP_NAME` of its guesses; the same of every
+    other set, each key behind the set's name and a `_`.
   """
+  count = len(sets) * len(groups)  # each set has groups of its own
+  examples = [
+    e._replace(group=e.group + i * len(groups)) for i, s in enumerate(sets.values()) for e in s.examples
+  ]
   plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
   buckets: dict[pipeline.Bucket, list[pipeline.Example]] = {}
   for example in examples:
@@ -252,24 +258,40 @@ def make_fed_evaluate(
     def sums(weights, batch, group):
       logits, _ = model.forward(weights, batch, segments, cfg, plain)
       mask = batch.loss_mask[:, where]
-      return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, len(groups))
+      return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, count)
 
     return sums
 
   made = {bucket: make_sums(bucket) for bucket in sorted(buckets)}
-  vectors = np.full((len(examples), cut.answer_tokens), -1)
-  for vector, example in zip(vectors, examples, strict=True):
-    vector[: len(example.answer)] = example.answer
-  of_group = np.asarray([example.group for example in examples])
-  baseline = majority(vectors, np.where(vectors >= 0, 0, -1), of_group, groups, 1)
+  baselines = {kind: _baselines(held, groups, cut.answer_tokens) for kind, held in sets.items()}
 
   def evaluate(weights: model.Params) -> dict[str, Any]:
     parts = [
       made[bucket](weights, *sharding.put(batch, mesh)) for bucket in made for batch in batches(bucket)
     ]
-    return rates(jax.tree.map(lambda *x: sum(x), *jax.device_get(parts)), groups) | baseline
+    sums = jax.tree.map(lambda *x: sum(x), *jax.device_get(parts))
+    row: dict[str, Any] = {}
+    for i, kind in enumerate(sets):
+      own = jax.tree.map(lambda x, i=i: x[i * len(groups) : (i + 1) * len(groups)], sums)
+      prefix = f"{kind}_" if i else ""
+      row |= {f"{prefix}{key}": x for key, x in (rates(own, groups) | baselines[kind]).items()}
+    return row
 
   return evaluate
+
+
+def _baselines(held: pipeline.HeldOut, groups: Sequence[str], answer_tokens: int) -> dict[str, float]:
+  """What a set's commonest answers and its guesses get."""
+  vectors = np.full((len(held.examples), answer_tokens), -1)
+  for vector, example in zip(vectors, held.examples, strict=True):
+    vector[: len(example.answer)] = example.answer
+  of_group = np.asarray([example.group for example in held.examples])
+  row = majority(vectors, np.where(vectors >= 0, 0, -1), of_group, groups, 1)
+  for name, right in held.guesses.items():
+    for g, group in enumerate(groups):
+      mine = np.asarray(right)[of_group == g]
+      row[f"{group}_{name}"] = _ratio(mine.sum(), len(mine))
+  return row
 
 
 def _ratio(over: float, under: float) -> float:

@@ -16,7 +16,6 @@ together if they share the directory; then every method but `poll` is collective
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -26,12 +25,11 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sleep_jax import processes
 from sleep_jax.checkpoint_files import (
   TRASH,
   CheckpointError,
@@ -167,7 +165,7 @@ class Checkpoints:
     self._settle()
     if self._failed:
       raise CheckpointError(self._failed)
-    if not self._read_only and jax.process_index() == 0:
+    if not self._read_only and processes.primary():
       self._files.purge()
 
   def restore(self, abstract_state: Any, *, subset: bool = False) -> tuple[int, Any] | None:
@@ -223,7 +221,7 @@ class Checkpoints:
     tree = describe(flat)
     pending = self._pending = _Pending(step, flat)
     try:
-      if jax.process_index() == 0:
+      if processes.primary():
         self._files.begin(step)
       data = {path: jax.random.key_data(x) if _is_key(x) else x for path, x in flat.items()}
       with jax.transfer_guard("allow"):  # the one place where the whole state is meant to leave the device
@@ -235,10 +233,10 @@ class Checkpoints:
     def finish():
       try:
         if pending.error is None:
-          if jax.process_index() == 0:
+          if processes.primary():
             self._files.purge()
           self._manager.wait_until_finished()
-          if jax.process_index() == 0:
+          if processes.primary():
             self._files.finish(step, tree)
           pending.flat = {}  # nothing to try again
       except BaseException as e:  # nothing may end this thread and look like a success
@@ -255,7 +253,9 @@ class Checkpoints:
     pending.thread.join()
     self._pending = None
     step, flat = pending.step, pending.flat
-    failed, gone = _any_process(pending.error is not None, any(x.is_deleted() for x in flat.values()))
+    failed, gone = processes.any_process(
+      pending.error is not None, any(x.is_deleted() for x in flat.values())
+    )
     if not failed:
       self._failed = None
       self._saved.append(step)
@@ -292,18 +292,14 @@ class Checkpoints:
 
   def _shared(self, decide: Callable[[], int | None]) -> int | None:
     """What process 0 decides; its CheckpointErrors are raised in every process."""
-    step, error = None, None
-    if jax.process_index() == 0:
+
+    def guarded() -> int | None:
       try:
-        step = decide()
-      except CheckpointError as e:
-        error = str(e)
+        return decide()
       except OSError as e:
-        error = f"cannot use {self.directory} for checkpoints: {_one_line(e)}"
-    step, error = _from_process_0(step, error)
-    if error is not None:
-      raise CheckpointError(error)
-    return step
+        raise CheckpointError(f"cannot use {self.directory} for checkpoints: {_one_line(e)}") from e
+
+    return processes.agree(guarded, CheckpointError)
 
 
 @dataclasses.dataclass
@@ -378,20 +374,3 @@ def _non_finite(flat: dict[str, jax.Array]) -> list[str]:
 def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split())
   return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
-
-
-# Agreement between processes.
-
-
-def _from_process_0(step: int | None, error: str | None) -> tuple[int | None, str | None]:
-  if jax.process_count() == 1:
-    return step, error
-  message = json.dumps([step, error and error[:2000]]).encode()
-  sent = multihost_utils.broadcast_one_to_all(np.frombuffer(message.ljust(16384), np.uint8))
-  return tuple(json.loads(bytes(np.asarray(sent, np.uint8))))
-
-
-def _any_process(*flags: bool) -> list[bool]:
-  if jax.process_count() == 1:
-    return list(flags)
-  return [bool(x) for x in multihost_utils.process_allgather(np.array(flags)).any(axis=0)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, model
+from sleep_jax import blocks, model, processes
 from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
 
 COST_ROUNDS = 30
@@ -94,7 +94,7 @@ def make_evaluate(
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(one, jnp.arange(num_batches)))
 
   answers = jax.jit(lambda: jax.lax.map(lambda i: held_out(i).targets[:, where], jnp.arange(num_batches)))()
-  constant = best_constant(np.asarray(answers).reshape(-1, len(where)))
+  constant = best_constant(processes.gather(answers).reshape(-1, len(where)))
   return lambda weights: rates(jax.device_get(sums(weights))) | constant
 
 

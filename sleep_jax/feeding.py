@@ -8,7 +8,7 @@ the data is remembered.
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -28,14 +28,15 @@ class FedTask:
   Attributes:
     source: training examples, as many as the run takes.
     cut: their shapes.
-    held_out: of the evaluation, the same for every run.
+    held_out: sets of the evaluation, by name. The first is the run's score; the rows' keys of the others
+      begin with their names.
     groups: names of the groups that answers are scored in; `Example.group` is an index of it.
     threads, workers: that make examples, as in `pipeline.feed`.
   """
 
   source: pipeline.Source
   cut: pipeline.CutConfig
-  held_out: Sequence[pipeline.Example]
+  held_out: Mapping[str, pipeline.HeldOut]
   groups: Sequence[str]
   threads: int = 1
   workers: int = 0
@@ -197,9 +198,10 @@ class Steps:
   def sample(self) -> tuple[model.Plan, Callable[[], model.Batch]]:
     """Held-out sequences of the shape that most of them share, and its plan."""
     cut, window = self._task.cut, self._cfg.model.window
-    own = [pipeline.bucket_of(example, cut, window) for example in self._task.held_out]
+    held = next(iter(self._task.held_out.values())).examples
+    own = [pipeline.bucket_of(example, cut, window) for example in held]
     bucket = max(sorted(set(own)), key=own.count)
-    chosen = [e for e, b in zip(self._task.held_out, own, strict=True) if b == bucket][:TRACED_SEQUENCES]
+    chosen = [e for e, b in zip(held, own, strict=True) if b == bucket][:TRACED_SEQUENCES]
     batch, _ = answers.stack(chosen, bucket, cut, window)
     return self._segments(bucket), lambda: batch
 

@@ -1,7 +1,8 @@
 """Figures with a panel a group (hops, operations) and a curve a setting, from the JSON lines alone."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -18,14 +19,14 @@ class Panel:
     title: above the panel.
     key: of the eval rows, what is drawn.
     note: below the panel.
-    baseline: a level drawn dashed, in the unit of the axis.
+    baselines: name -> a level, drawn broken, in the unit of the axis.
   """
 
   value: int
   title: str
   key: str
   note: str = ""
-  baseline: float | None = None
+  baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def points(run: Run, key: str, scale: float = 1.0) -> dict[int, float]:
@@ -76,10 +77,10 @@ def draw(
       same = {columns[0]: panel.value, "series": label, "num_passes": n, "seeds": len(measured)}
       rows += [same | {"step": s, columns[1]: y} for s, y in zip(steps, mean, strict=True)]
       said += [f"{panel.title}, {label}: {mean[-1]:.2f}"] if mean else []
-    if panel.baseline is not None:
-      axes.axhline(panel.baseline, color=figures.QUIET, linestyle="--", linewidth=1, label="commonest answer")
-      same = {columns[0]: panel.value, "series": "commonest answer", "num_passes": "", "seeds": ""}
-      rows.append(same | {"step": "", columns[1]: panel.baseline})
+    for (baseline, level), style in zip(panel.baselines.items(), itertools.cycle(("--", ":"))):
+      axes.axhline(level, color=figures.QUIET, linestyle=style, linewidth=1, label=baseline)
+      same = {columns[0]: panel.value, "series": baseline, "num_passes": "", "seeds": ""}
+      rows.append(same | {"step": "", columns[1]: level})
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.note, fontsize=7, color=figures.QUIET)
     axes.tick_params(labelsize=8)

@@ -174,6 +174,27 @@ class Writer:
       return False
 
 
+class Silent(contextlib.nullcontext):
+  """Takes what `Writer` takes and writes nothing: for all processes of a run but the first."""
+
+  def __init__(self):
+    super().__init__(self)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Drops the row."""
+    del row
+
+  def truncate_after(self, step: int) -> int:
+    """Has no rows to drop."""
+    del step
+    return 0
+
+  def last(self, kind: str | None = None) -> dict[str, Any] | None:
+    """There is none."""
+    del kind
+    return None
+
+
 class Clock:
   """Time spent on a run over all its starts: wall clock and CPU time of this process, in seconds.
 

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -220,6 +221,35 @@ def _orthogonalize_all(num_in: list[int], cfg: OptimConfig, arrays: list[jax.Arr
 def _groups_of(totals: collections.Counter) -> list[str]:
   """Groups to be told of; frozen weights only where there are any."""
   return [group for group in params.GROUPS if group != "frozen" or totals[group]]
+
+
+def gradients(
+  loss_of: Callable[[Any, Any], jax.Array], weights: Any, batch: Any, microbatches: int
+) -> tuple[jax.Array, Any]:
+  """Loss and gradients of a batch, of one part of it after the other.
+
+  Args:
+    loss_of: mean over the targets of a batch.
+    weights: of the model.
+    batch: a `model.Batch` of B sequences. Part i is rows i, i + microbatches, ..., some of every device.
+    microbatches: divides B.
+
+  Returns:
+    The mean over all targets of the batch, and its gradients; both as of the whole batch, but for rounding.
+  """
+  value_and_grad = jax.value_and_grad(loss_of)
+  if microbatches == 1:
+    return value_and_grad(weights, batch)
+  parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+  targets = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+
+  def add(total, part):
+    share = jnp.sum(part.loss_mask) / targets
+    found = value_and_grad(weights, part)
+    return jax.tree.map(lambda x, y: x + share * y, total, found), None
+
+  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
+  return jax.lax.scan(add, zero, parts)[0]
 
 
 def _by_name(declared: Any) -> dict[str, params.Weight]:

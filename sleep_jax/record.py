@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from sleep_jax import evaluate, flops, metrics, model, optim
+from sleep_jax import evaluate, flops, metrics, model, optim, processes
 from sleep_jax.config import Config
 
 
@@ -34,7 +34,7 @@ class Load(NamedTuple):
 class Recorder:
   """Rows of metrics.jsonl and progress lines of one run, with the clocks that they carry."""
 
-  def __init__(self, cfg: Config, writer: metrics.Writer, num_devices: int, *, tokens: int):
+  def __init__(self, cfg: Config, writer: metrics.Writer | metrics.Silent, num_devices: int, *, tokens: int):
     """Goes on where the rows of `writer` end.
 
     Args:
@@ -64,7 +64,8 @@ class Recorder:
     self._progress.update(step, self._tokens)
     speed = self._progress.tokens_per_s
     mfu = speed * work.train / tokens / self._peak if speed and self._peak else None
-    self._progress.line(step, self._tokens, measured["loss"], mfu=mfu, sleep=work.asleep_share)
+    if processes.primary():
+      self._progress.line(step, self._tokens, measured["loss"], mfu=mfu, sleep=work.asleep_share)
     rate = self._cfg.optim.muon_lr * float(self._schedule(step - 1))
     known = {name: x for name, x in (("tokens_per_s", speed), ("mfu", mfu)) if x is not None}
     if load.positions is not None:
@@ -90,14 +91,16 @@ class Recorder:
     """Writes what an answer costs, what sleep did to the fast weights, and that the run is done.
 
     Args:
-      weights: on any devices; measured on the first one.
+      weights: on any devices; measured on the first one of the first process.
       segments: plan of the sequences.
       batch: makes held-out sequences; its key may lie on the mesh.
     """
     cfg, times = self._cfg, self.clock.times()
-    weights = jax.device_put(jax.device_get(weights), jax.devices()[0])
+    whole = processes.gather((weights, batch()))
+    if not processes.primary():
+      return
     with contextlib.nullcontext() if jax.sharding.get_mesh().empty else jax.set_mesh(None):
-      alone = jax.device_put(jax.device_get(batch()), jax.devices()[0])
+      weights, alone = jax.device_put(whole, jax.local_devices()[0])
       change = evaluate.sleep_changes(weights, alone, segments, cfg.model, cfg.sleep)
       cost = evaluate.cost(weights, cfg.model, cfg.sleep)
     self._writer.write({"kind": "cost", "step": step, **cost})

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
+from jax.experimental import multihost_utils
 
 from kernels import dispatch as kernels
 from sleep_jax import (
@@ -30,11 +29,13 @@ from sleep_jax import (
   model,
   optim,
   pretrained,
+  processes,
   record,
   sharding,
   workdir,
 )
 from sleep_jax.config import Config, check, one_of
+from sleep_jax.signals import stop_signals
 
 # For what runs once: on a CPU it compiles in a quarter of the time.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -100,7 +101,8 @@ def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   start = functools.partial(init_state, cfg, tx)
   if cfg.train.init_from is None:
     return jax.jit(start, compiler_options=_QUICK)()
-  weights = pretrained.start_weights(cfg.model, cfg.train.init_from)
+  init_key, _ = jax.random.split(jax.random.key(cfg.seed))
+  weights = pretrained.start_weights(cfg.model, cfg.train.init_from, init_key, ignore=cfg.train.init_ignore)
 
   def put(weights):
     return start().replace(params=weights, opt_state=tx.init(weights))  # what was drawn is never computed
@@ -123,10 +125,11 @@ def train_step(
     that are trained.
   """
   declared = optim.freeze(cfg.optim, model.declare(cfg.model))
-  (loss, _), grads = jax.value_and_grad(
-    lambda weights: model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep),
-    has_aux=True,
-  )(state.params)
+
+  def loss_of(weights, batch):
+    return model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep)[0]
+
+  loss, grads = optim.gradients(loss_of, state.params, batch, cfg.train.microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
@@ -177,12 +180,24 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
     one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
   optim.freeze(cfg.optim, model.declare(cfg.model))
   if cfg.train.init_from is not None:
-    pretrained.check_start(cfg.model, cfg.train.init_from)
+    pretrained.check_start(cfg.model, cfg.train.init_from, ignore=cfg.train.init_ignore)
   mesh = sharding.make_mesh(cfg.mesh)
-  size = mesh.shape["data"]
+  size, hosts = mesh.shape["data"], jax.process_count()
+  check(
+    hosts == 1 or (mesh.size == jax.device_count() and size % hosts == 0),
+    "mesh",
+    f"of {hosts} processes must take all {jax.device_count()} devices, and mesh.data be a multiple of"
+    f" {hosts}, got {size} x {mesh.shape['model']}",
+  )
   for name in ("batch_size", "eval_batch_size"):
     value = getattr(cfg.train, name)
     check(value % size == 0, f"train.{name}", f"must be a multiple of mesh.data = {size}, got {value}")
+  part = cfg.train.batch_size // cfg.train.microbatches
+  check(
+    part % size == 0,
+    "train.microbatches",
+    f"must leave a part a multiple of mesh.data = {size} sequences, got parts of {part}",
+  )
   return mesh
 
 
@@ -194,6 +209,8 @@ def train(
   report: Callable[[str], None] = print,
 ) -> dict[str, float]:
   """Trains, or goes on training, in a prepared workdir.
+
+  Of several processes, which all call this with the same arguments, the first one writes and reports.
 
   Args:
     cfg: of the run.
@@ -211,12 +228,14 @@ def train(
     CheckpointError: if the workdir's checkpoints cannot be restored or saved.
   """
   mesh = check_fits(cfg)
+  if not processes.primary():
+    report = _say_nothing
   declared = model.declare(cfg.model)
   tx = optim.make(cfg.optim, declared, cfg.train.steps)
   with contextlib.ExitStack() as stack:
     if mesh.size > 1:
       stack.enter_context(jax.set_mesh(mesh))
-    stopped = stack.enter_context(_stop_signals(report))
+    stopped_at = stack.enter_context(_asked_to_stop(report))
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(run.checkpoints, keep=cfg.train.keep_checkpoints, report=report)
     )
@@ -230,7 +249,7 @@ def train(
       report(f"resuming at step {done} of {cfg.train.steps}")
     else:
       report(f"weights and their optimizers:\n{optim.partition_table(declared)}")
-    writer = stack.enter_context(metrics.Writer(run.path))
+    writer = stack.enter_context(metrics.Writer(run.path) if processes.primary() else metrics.Silent())
     writer.truncate_after(done)
     fed = isinstance(task, feeding.FedTask)
     one_step = functools.partial(train_step, cfg=cfg, tx=tx)
@@ -250,22 +269,22 @@ def train(
       _read(pending, recorder, checkpoints)
       pending = (done, measured, loads)
       last = done == cfg.train.steps
-      stopping = bool(stopped)  # read once: a signal from here on is answered after the next dispatch
+      stopped = stopped_at(done // len(loads))  # a signal from here on is answered after the next dispatch
       saves, tests = (last or done % every == 0 for every in (cfg.train.save_every, cfg.train.eval_every))
-      if saves or tests or stopping:
+      if saves or tests or stopped:
         _read(pending, recorder, checkpoints)
         pending = None
       if tests:
         row = recorder.evaluated(done, lambda weights=state.params: test(weights))
-      if saves or stopping:
+      if saves or stopped:
         if fed:
           recorder.saved(done)
         with recorder.clock.paused():
           checkpoints.save(done, state)
       _say_saved(checkpoints, report)
-      if stopping and not last:
+      if stopped and not last:
         checkpoints.wait()
-        raise PreemptedError(f"stopped by {stopped[0]}; saved step {done}, rerun the same command to go on")
+        raise PreemptedError(f"stopped by {stopped}; saved step {done}, rerun the same command to go on")
     checkpoints.wait()
     _say_saved(checkpoints, report)
     row = row or test(state.params)
@@ -358,26 +377,20 @@ def _say_saved(checkpoints: checkpoint.Checkpoints, report: Callable[[str], None
     report(f"saved step {step}")
 
 
+def _say_nothing(line: str) -> None:
+  del line
+
+
 @contextlib.contextmanager
-def _stop_signals(report: Callable[[str], None]) -> Iterator[list[str]]:
-  """A list that SIGTERM and Ctrl-C add their name to; a second one ends the process at once."""
-  received: list[str] = []
+def _asked_to_stop(report: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
+  """Whether to save and stop after the dispatch of a number: the name of the signal that asks for it.
 
-  def handler(number, frame):
-    del frame
-    if received:
-      raise KeyboardInterrupt
-    received.append(signal.Signals(number).name)
-    report(f"received {received[0]}: saving at the end of this dispatch; once more ends it now, unsaved")
-
-  previous = {}
-  try:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      previous[number] = signal.signal(number, handler)
-  except ValueError:  # not the main thread: whoever owns it handles signals
-    logging.info("signals are not handled: the loop does not run in the main thread")
-  try:
-    yield received
-  finally:
-    for number, old in previous.items():
-      signal.signal(number, old)
+  Of several processes SIGTERM to one is enough: JAX's coordination service finds a dispatch that none of
+  them has passed.
+  """
+  if jax.process_count() > 1:
+    reached = multihost_utils.reached_preemption_sync_point
+    yield lambda dispatch: "SIGTERM" if reached(dispatch) else None
+    return
+  with stop_signals(report) as received:
+    yield lambda dispatch: received[0] if received else None

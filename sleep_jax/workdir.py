@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import jax
 
-from sleep_jax import metrics
+from sleep_jax import metrics, processes
 
 _CONFIG, _ENV, _METRICS, _LOCK = "config.json", "env.json", "metrics.jsonl", "lock"
 _FOLDERS = ("checkpoints", "figures", "tb")
@@ -83,9 +83,11 @@ def prepare(
   *,
   may_change: Collection[str] = (),
   defaults: Mapping[str, Any] | None = None,
-  primary: bool = True,
 ) -> Workdir:
   """Makes a directory ready for a run, or for the resumption of the run that it holds.
+
+  Of several processes in one run, which all call this, the first one writes and locks. They share the file
+  system.
 
   Args:
     path: the directory, made if absent. A relative one is taken from the current directory.
@@ -93,7 +95,6 @@ def prepare(
     may_change: dotted keys that may differ from config.json; it then takes the new values.
     defaults: values, nested like `config`, that fields had before there was such a field: a config.json which
       lacks one of them is of that time, and counts as if it had it. None: every field must be there.
-    primary: whether this process writes and locks. Of several processes in one run only the first does.
 
   Raises:
     WorkdirError: if the path is a file, cannot be written, is in use, holds another configuration (every
@@ -104,8 +105,17 @@ def prepare(
   if not os.fspath(path):
     raise WorkdirError("the workdir is an empty path")
   workdir = Workdir(pathlib.Path(os.path.abspath(os.path.expanduser(path))))
-  if not primary:
-    return workdir
+  processes.agree(lambda: _take(workdir, config, may_change, defaults), WorkdirError)
+  return workdir
+
+
+def _take(
+  workdir: Workdir,
+  config: Mapping[str, Any],
+  may_change: Collection[str],
+  defaults: Mapping[str, Any] | None,
+) -> None:
+  """Makes the directory, checks what it holds, locks it and writes what runs there."""
   wanted = _as_json(config)
   if workdir.path.exists() and not workdir.path.is_dir():
     raise WorkdirError(f"{workdir.path} is a file, a workdir is a directory")
@@ -129,7 +139,6 @@ def prepare(
   except BaseException:
     workdir.close()
     raise
-  return workdir
 
 
 def write_file(path: pathlib.Path, text: str) -> None:
@@ -245,7 +254,7 @@ def _env(path: pathlib.Path) -> dict[str, Any]:
     "started": _now(),
     "command": [_SECRET.sub(r"\1***", word) for word in sys.argv],
     "versions": versions,
-    "git": _git(),
+    "git": git_state(),
     "platform": platform.platform(),
     "host": socket.gethostname(),
     "backend": jax.default_backend(),
@@ -255,7 +264,7 @@ def _env(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
   """The commit this code is from and whether it was changed since; None outside of a repository."""
 
   def git(*command: str) -> str:

@@ -50,16 +50,22 @@ class Ended:
 
 
 class Experiment:
-  """A process that has imported an experiment and runs its command lines. A context manager."""
+  """A process that has imported an experiment and runs its command lines. A context manager.
 
-  def __init__(self, module: str, scratch: pathlib.Path):
+  Args:
+    module: the experiment.
+    scratch: folder for what is printed.
+    changes: of the environment.
+  """
+
+  def __init__(self, module: str, scratch: pathlib.Path, **changes: str):
     self._module, self._out = module, scratch / "output"
     self._process = subprocess.Popen(
       [sys.executable, "-W", "ignore", "-c", _SERVER, module],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      env=environment(),
+      env=environment(**changes),
     )
     self._process.stdout.readline()
 

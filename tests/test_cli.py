@@ -13,6 +13,7 @@ from experiments import cli, rule110
 from experiments.configs import rule110 as presets
 from sleep_jax import checkpoint, config, metrics, train, workdir
 from sleep_jax.config import ConfigError
+from sleep_jax.data import pipeline
 from tests.forked import ROOT, Experiment
 
 FILE = str(ROOT / "experiments" / "configs" / "rule110.py")
@@ -173,6 +174,7 @@ class ExitCodeTest(parameterized.TestCase):
     (checkpoint.CheckpointError("c"), 2, "error: c\n"),
     (metrics.MetricsError("m"), 2, "error: m\n"),
     (train.NotFiniteError("step 3: loss nan"), 1, "failed: step 3: loss nan\n"),
+    (pipeline.WorkerError("data.workers: died"), 1, "failed: data.workers: died\n"),
     (train.PreemptedError("stopped by SIGTERM"), 3, "stopped by SIGTERM\n"),
     (KeyboardInterrupt(), 1, "stopped at once; what was saved before stays\n"),
   )

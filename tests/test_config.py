@@ -129,11 +129,15 @@ BOUNDS = {
   **{
     f.name: (lambda name=f.name: TrainConfig(**{name: 0}), f"train.{f.name}: must be at least 1, got 0")
     for f in dataclasses.fields(TrainConfig)
-    if f.name != "init_from"
+    if not f.name.startswith("init_")
   },
   "eval_batches": (
     lambda: TrainConfig(eval_sequences=100, eval_batch_size=64),
     "train.eval_batch_size: must divide train.eval_sequences = 100, got 64",
+  ),
+  "microbatches": (
+    lambda: TrainConfig(batch_size=10, microbatches=4),
+    "train.microbatches: must divide train.batch_size = 10, got 4",
   ),
   "mesh_data": (lambda: MeshConfig(data=0), "mesh.data: must be -1 or at least 1, got 0"),
   "mesh_model": (lambda: MeshConfig(model=0), "mesh.model: must be at least 1"),

@@ -58,7 +58,7 @@ def settings(**changes):
 
 def run(folder, cfg=None, source=None):
   cfg = cfg or settings()
-  task = feeding.FedTask(source or Made(), CUT, HELD_OUT, ["a", "b", "c"])
+  task = feeding.FedTask(source or Made(), CUT, {"first": pipeline.HeldOut(HELD_OUT)}, ["a", "b", "c"])
   with workdir.prepare(folder, config.to_dict(cfg)) as made:
     row = train.train(cfg, task, made, report=lambda line: None)
   return row, metrics.read(pathlib.Path(folder, "metrics.jsonl"))
@@ -113,9 +113,10 @@ class EvaluateTest(parameterized.TestCase):
     self.cfg = settings()
     self.weights = model.init(self.cfg.model, jax.random.key(3))
 
-  def evaluate(self, size, examples=HELD_OUT, names=("a", "b", "c")):
+  def evaluate(self, size, examples=HELD_OUT, names=("a", "b", "c"), **others):
     cfg = self.cfg
-    test = answers.make_fed_evaluate(examples, names, CUT, size, cfg.model, cfg.sleep, ONE)
+    sets = {"first": pipeline.HeldOut(examples), **others}
+    test = answers.make_fed_evaluate(sets, names, CUT, size, cfg.model, cfg.sleep, ONE)
     return test(self.weights)
 
   def test_scores_do_not_depend_on_the_batch_size(self):
@@ -149,6 +150,23 @@ class EvaluateTest(parameterized.TestCase):
     vectors = [tuple(e.answer) for e in HELD_OUT]
     want = max(map(vectors.count, vectors)) / len(vectors)
     self.assertAlmostEqual(self.evaluate(5)["const_exact"], want)
+
+  def test_every_set_is_scored_as_if_it_were_alone(self):
+    second = [e for e in HELD_OUT if e.group != 1][:7]
+    guessed = [i % 3 == 0 for i in range(7)]
+    row = self.evaluate(5, second=pipeline.HeldOut(second, {"guess": guessed}))
+    alone = self.evaluate(3, second)
+    self.assertEqual(row["second_b_asked"], 0)
+    self.assertTrue(np.isnan(row["second_b_guess"]))
+    for g, name in ((0, "a"), (2, "c")):
+      right = [hit for e, hit in zip(second, guessed, strict=True) if e.group == g]
+      self.assertEqual(row[f"second_{name}_guess"], np.mean(right))
+    for name in set(alone) - {"by_answer"}:
+      np.testing.assert_allclose(row[f"second_{name}"], alone[name], rtol=1e-5, err_msg=name)
+    self.assertEqual([row[f"{name}_asked"] for name in "abc"], [5, 5, 4])
+    self.assertEqual(
+      row.keys() - {"second_" + name for name in (*alone, *(f"{g}_guess" for g in "abc"))}, alone.keys()
+    )
 
 
 class PrefetchTest(parameterized.TestCase):

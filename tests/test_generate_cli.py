@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -18,6 +19,7 @@ from sleep_jax import config, generate, model, pretrained
 from sleep_jax.config import ConfigError
 from sleep_jax.generate import SamplingConfig
 from sleep_jax.pretrained.tokenizer import Tokenizer
+from sleep_jax.train import PreemptedError
 from tests import hybrids
 from tests.forked import ROOT, Experiment
 
@@ -41,6 +43,21 @@ def make_checkpoint(folder):
   return folder
 
 
+class Interrupting(io.StringIO):
+  """Raises SIGINT in this process when so many pieces of text are written."""
+
+  def __init__(self, after):
+    super().__init__()
+    self._left = after
+
+  def write(self, text):
+    size = super().write(text)
+    self._left -= bool(text)
+    if text and self._left == 0:
+      signal.raise_signal(signal.SIGINT)
+    return size
+
+
 class RunTest(parameterized.TestCase):
   """In this process, so that programs are compiled once."""
 
@@ -50,10 +67,10 @@ class RunTest(parameterized.TestCase):
     cls.dir = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     cls.checkpoint = make_checkpoint(cls.dir / "checkpoint")
 
-  def run_command(self, text, session=None, **changes):
+  def run_command(self, text, session=None, out=None, told=None, **changes):
     """What came out, without the time that it took."""
     values = {"checkpoint": str(self.checkpoint), "window": 24, "sleep": {"num_passes": 2, "first_block": 1}}
-    out, told = io.StringIO(), io.StringIO()
+    out, told = out or io.StringIO(), told or io.StringIO()
     cfg = config.from_dict(command.GenerateConfig, values | changes)
     command.run(cfg, text, session, out, told)
     return out.getvalue(), re.sub(r"[0-9.]+ ms", "_ ms", told.getvalue()).strip().splitlines()
@@ -103,6 +120,24 @@ class RunTest(parameterized.TestCase):
     self.assertIn("50 tokens read", told[-1])
     with self.assertRaisesRegex(ConfigError, "session: .* is another model's: sleep.num_passes was 2, is 1"):
       self.run_command(None, path, sleep={"num_passes": 1, "first_block": 1})
+
+  def test_a_signal_stores_the_session_after_the_token_and_it_goes_on_as_if_never_stopped(self):
+    asked = {"max_new_tokens": 15, "sampling": {"temperature": 1.0}}
+    whole, _ = self.run_command(TEXT, **asked)
+    path, before = self.dir / "interrupted", signal.getsignal(signal.SIGINT)
+    out, told = Interrupting(after=4), io.StringIO()
+    with self.assertRaisesRegex(PreemptedError, "stopped by SIGINT after 4 tokens; .* is stored in .*inter"):
+      self.run_command(TEXT, path, out=out, told=told, **asked)
+    self.assertIn(
+      "[received SIGINT: storing the session after this token; once more ends it now", told.getvalue()
+    )
+    self.assertIs(signal.getsignal(signal.SIGINT), before)
+    rest, _ = self.run_command(None, path, **(asked | {"max_new_tokens": 11}))
+    self.assertEqual(out.getvalue()[:-1] + rest, whole)
+    with self.assertRaises(KeyboardInterrupt):  # nothing to store: it ends at once
+      self.run_command(TEXT, out=Interrupting(after=4), **asked)
+    late = Interrupting(after=15)  # at the last token: it is done
+    self.assertEqual(self.run_command(TEXT, self.dir / "late", out=late, **asked)[0], whole)
 
   def test_a_stop_token_ends_it(self):
     out, _ = self.run_command(TEXT, max_new_tokens=6)

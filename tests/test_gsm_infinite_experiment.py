@@ -16,7 +16,7 @@ from sleep_jax import config, figures_gsm_infinite, metrics, runs, train, workdi
 from sleep_jax.config import ConfigError
 from sleep_jax.data import gsm_infinite as generator
 from sleep_jax.data import pipeline
-from sleep_jax.data.gsm_infinite import dataset, task, tokenizer
+from sleep_jax.data.gsm_infinite import dataset, shortcut, task, tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {
@@ -45,13 +45,14 @@ def faked_rows(n):
   """The metrics of a run with N = n, as training writes them."""
   return [
     {"kind": "eval", "step": step, "tokens": step, "cpu_s": 1.0, "exact": 0.1, "op2_majority": 0.3}
+    | {"op2_shortcut": 0.4, "faithful_op2_exact": 0.9}
     | {f"op{op}_exact": (step + op) / (100 * n) for op in (2, 4)}
     for step in (0, 10)
   ]
 
 
 class PresetTest(parameterized.TestCase):
-  @parameterized.parameters(*presets.PRESETS)
+  @parameterized.parameters(*(p for p in presets.PRESETS if p not in presets.PRETRAINED))
   def test_every_preset_and_its_sweep_fit(self, preset):
     for changes in presets.sweep(preset).values():
       values = presets.get_config(preset)
@@ -66,19 +67,27 @@ class PresetTest(parameterized.TestCase):
     self.assertEqual((cfg.train.eval_sequences, cfg.data.noise, cfg.data.mode), (1600, True, "forward"))
 
   def test_an_unknown_preset_names_the_known(self):
-    with self.assertRaisesRegex(ValueError, "unknown preset 'jet_2b'; known: tiny, small, scratch"):
-      presets.get_config("jet_2b")
+    with self.assertRaisesRegex(ValueError, "unknown preset 'jet_3b'; known: tiny, small, scratch, jet_2b"):
+      presets.get_config("jet_3b")
 
   @parameterized.parameters(
-    ({"model__window": 300}, "model.window: must be at most data.cut.max_tokens = 260"),
-    ({"data__subset": "medium"}, r"data.operations: no medium problem \(d = 2\) has 1 operation"),
-    ({"data__max_tokens": 100, "data__min_tokens": 0}, "data.max_tokens: must be at least 170"),
-    ({"data__cut__max_tokens": 255}, "data.cut.max_tokens: must be at least 260"),
+    ({"model__window": 300}, "model.window: must be at most data.cut.max_tokens = 110"),
+    ({"data__operations": (1, 3)}, r"data.operations: no medium problem \(d = 2\) has 1 operation"),
+    ({"data__max_tokens": 95, "data__min_tokens": 0}, "data.max_tokens: must be at least 100"),
+    ({"data__cut__max_tokens": 105}, "data.cut.max_tokens: must be at least 109"),
     ({"data__noise": False}, "data.noise: must be on"),
-    ({"data__subset": "symbolic"}, "data.subset: must not be symbolic"),
-    ({"model__vocab_size": 511}, "model.vocab_size: must be at least 512"),
+    ({"data__subset": "symbolic"}, "data.cut.answer_tokens: must be at least 24, the tokens of the longest"),
+    ({"data__modulus": 100_000, "data__cut__answer_tokens": 5}, "data.cut.answer_tokens: must be at least 6"),
+    ({"data__modulus": 3}, r"data.modulus: must be -1 \(none\) or at least data.number_range = 10, got 3"),
+    ({"model__vocab_size": 1023}, "model.vocab_size: must be at least 1024"),
+    ({"data__held_out": ()}, "data.held_out: needs at least one of balanced, faithful"),
+    ({"data__held_out": ("faithful", "faithful")}, "data.held_out: names a set twice"),
+    ({"data__held_out": ("faithfull",)}, "data.held_out: unknown value 'faithfull'"),
     ({"seed": 1_000_003}, "seed: must differ from data.held_out_seed"),
-    ({"train__eval_sequences": 64}, "train.eval_sequences: must be a multiple of the 3"),
+    (
+      {"train__eval_sequences": 129, "train__eval_batch_size": 129},
+      "train.eval_sequences: must be a multiple of the 2",
+    ),
     ({"train__steps_per_dispatch": 2}, "train.steps_per_dispatch: must be 1"),
     ({"data__tokenizer": "/nowhere.json"}, "data.tokenizer: there is no file"),
   )
@@ -121,11 +130,15 @@ def test_examples_are_the_problems_and_the_tokenizer_depends_on_the_config_alone
     made, problem = source[i], generator.problem(ready, 0, i)
     assert known.decode(made.prompt) == problem.text
     assert known.decode(made.answer[:-1]) == dataset.answer_text(problem.answer)
-    assert (made.answer[-1], made.group) == (known.eos, problem.op - 1)
-    assert pipeline.bucket_of(made, ready.cut, 96).windows >= 1  # something is slept on
-  held = task.held_out(ready, 30)
-  assert np.bincount([e.group for e in held]).tolist() == [10, 10, 10]
-  texts = {tuple(e.prompt) for e in held}
+    assert (made.answer[-1], made.group) == (known.eos, problem.op - 2)
+    assert pipeline.bucket_of(made, ready.cut, 32).windows >= 1  # something is slept on
+  sets = task.held_out(ready, 30)
+  assert list(sets) == ["balanced", "faithful"]
+  assert np.bincount([e.group for e in sets["balanced"].examples]).tolist() == [15, 15]
+  drawn = [generator.problem(ready, ready.held_out_seed, i) for i in range(30)]
+  assert [known.decode(e.prompt) for e in sets["faithful"].examples] == [p.text for p in drawn]
+  assert sets["faithful"].guesses["shortcut"] == [shortcut.guess(p.context) == p.answer for p in drawn]
+  texts = {tuple(e.prompt) for held in sets.values() for e in held.examples}
   assert not texts & {tuple(source[i].prompt) for i in range(20)}
 
 
@@ -140,7 +153,8 @@ def test_the_figure_has_a_panel_an_operation_count_and_a_curve_an_n(tmp_path):
   drawn = {(r["operations"], r["series"], r["step"]): float(r["exact_percent"]) for r in rows}
   assert drawn["4", "N = 2", "10"] == pytest.approx(100 * 14 / 200)
   assert drawn["2", "commonest answer", ""] == pytest.approx(30.0)
-  assert len(drawn) == 2 * 2 * 2 + 1
+  assert drawn["2", "commonest number", ""] == pytest.approx(40.0)
+  assert len(drawn) == 2 * 2 * 2 + 2
   with pytest.raises(runs.RunError, match="figure 4"):
     figures_gsm_infinite.figure_4([])
 
@@ -154,5 +168,7 @@ def test_a_short_run_ends_in_the_table():
     rows = [r for r in metrics.read(pathlib.Path(folder, "metrics.jsonl")) if r["kind"] == "train"]
   assert [r["step"] for r in rows] == [1, 2, 3]
   assert all(0 < r["padding"] < 1 and 0 <= r["data_wait"] <= 1 for r in rows)
-  lines = gsm_infinite.table(row, task.groups(cfg.data)).splitlines()
-  assert [line.split()[:2] for line in lines[1:]] == [["1", "4"], ["2", "4"], ["3", "4"]]
+  lines = gsm_infinite.tables(row, cfg.data).splitlines()
+  assert [line.split()[:2] for line in lines[2:4]] == [["2", "6"], ["3", "6"]]
+  assert lines[4].startswith("held out, faithful")
+  assert sum(int(line.split()[1]) for line in lines[6:]) == 12

@@ -234,6 +234,26 @@ class RecipeTest(parameterized.TestCase):
         np.testing.assert_allclose(x, flat(plain[step])[name], **self.tolerance, err_msg=name)
 
 
+class MicrobatchTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 3, 6)
+  def test_parts_with_unequal_targets_add_up_to_the_whole(self, microbatches):
+    random = np.random.default_rng(0)
+    x, y, w = random.normal(size=(6, 4, 3)), random.normal(size=(6, 4)), random.normal(size=3)
+    mask = random.random((6, 4)) < 0.4
+    mask[1] = False  # a sequence without a target: with six parts, a part without any
+    batch = model.Batch(*(jnp.asarray(a, jnp.float32) for a in (x, y, mask)))
+
+    def mean_square(weights, batch):
+      error = jnp.einsum("btd,d->bt", batch.inputs, weights["w"]) - batch.targets
+      return jnp.sum(batch.loss_mask * error**2) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
+
+    loss, found = optim.gradients(mean_square, {"w": jnp.asarray(w, jnp.float32)}, batch, microbatches)
+    error = np.einsum("btd,d->bt", x, w) - y
+    np.testing.assert_allclose(loss, (mask * error**2).sum() / mask.sum(), rtol=1e-5)
+    want = 2 * np.einsum("bt,btd->d", mask * error, x) / mask.sum()
+    np.testing.assert_allclose(found["w"], want, rtol=1e-5)
+
+
 class ScheduleTest(parameterized.TestCase):
   def rates(self, cfg, steps):
     multiplier = optim.schedule(cfg, steps)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from experiments.configs import rule110 as presets
 from sleep_jax.config import ConfigError
 from tests.forked import ROOT, Experiment
 
-FILE = str(ROOT / "experiments" / "configs" / "rule110.py")
+FILE, GSM = (str(ROOT / "experiments" / "configs" / f"{name}.py") for name in ("rule110", "gsm_infinite"))
 
 
 def python(code, *arguments):
@@ -202,16 +203,35 @@ class CommandLineTest(parameterized.TestCase):
     self.assertIn("--config.sleep.num_passes=3", lines["t32_n3_s0"])
     self.assertEqual([p.name for p in folder.iterdir()], ["t32_n2_s0"])
 
+  def test_what_is_changed_is_changed_in_every_run(self):
+    ended = self.experiment.run(
+      f"--config={GSM}:ouro_sliding", "--workdir=stage2", "--list", "--config.train.steps=7",
+      "--config.pretrained.folder=stage1/{run}", "--config.data.operations=(2, 4)", cwd=self.dir,
+    )  # fmt: skip
+    self.assertEqual((ended.code, ended.err), (0, ""))
+    lines = {line.split()[0]: shlex.split(line)[2:] for line in ended.out.splitlines()}
+    self.assertEqual(set(lines), {"n1_s0", "n2_s0", "n4_s0"})
+    for name, words in lines.items():
+      self.assertContainsSubset(
+        {
+          "experiments.gsm_infinite", "--config.train.steps=7", f"--config.pretrained.folder=stage1/{name}",
+          "--config.data.operations=(2, 4)", f"--config.sleep.num_passes={name[1]}",
+        },
+        set(words),
+      )  # fmt: skip
+
   @parameterized.parameters(
     (("--workdir=x",), "--config is required"),
     ((f"--config={FILE}:tiny",), "--workdir is required"),
-    ((f"--config={FILE}:fig3", "--workdir=x"), "needs a preset, FILE.py:PRESET; known: tiny"),
+    ((f"--config={FILE}:fig3", "--workdir=x"), "unknown preset 'fig3'; known: tiny"),
+    ((f"--config={FILE}", "--workdir=x"), "needs a preset, FILE.py:PRESET; known: tiny"),
     (("--config=nofile.py:tiny", "--workdir=x"), "there is no file 'nofile.py'"),
     (("--config", "nofile.py:tiny", "--workdir=x"), "there is no file 'nofile.py'"),
     ((f"--config={FILE}:tiny", "--workdir=x", "--jobs=0"), "jobs"),
     ((f"--config={FILE}:tiny", "--workdir=x", "--seeds=none"), "seeds"),
     ((f"--config={FILE}:tiny", "--workdir=x", "now"), "unexpected argument 'now'"),
-    ((f"--config={FILE}:tiny", "--workdir=x", "--config.seed=1"), "config.seed"),
+    ((f"--config={FILE}:tiny", "--workdir=x", "--config.seed=1"), "--config.seed: is what the runs of this"),
+    ((f"--config={FILE}:tiny", "--workdir=x", "--config.optim.muon_rl=1"), 'did you mean "muon_lr"?'),
   )
   def test_a_mistake_is_one_line(self, arguments, message):
     ended = self.experiment.run(*arguments, cwd=self.dir)

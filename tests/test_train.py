@@ -334,6 +334,8 @@ class SameNumbersTest(parameterized.TestCase):
     ("dispatches_of_one_step", {"train__steps_per_dispatch": 1}, 1e-6),
     ("passes_written_out", {"sleep__loops": "unroll"}, 1e-5),
     ("data_parallel", {"mesh__data": 8}, 1e-5),
+    ("microbatches", {"train__microbatches": 4}, 1e-5),
+    ("microbatches_on_a_mesh", {"train__microbatches": 2, "mesh__data": 4, "mesh__model": 2}, 1e-5),
     ("bfloat16", {"model__dtype": "bfloat16"}, 0.03),
   )
   @pytest.mark.slow
@@ -397,6 +399,10 @@ class FitTest(parameterized.TestCase):
     (
       {"train__eval_batch_size": 4, "mesh__data": 8},
       "train.eval_batch_size: must be a multiple of mesh.data = 8",
+    ),
+    (
+      {"train__microbatches": 16, "mesh__data": 8},
+      "train.microbatches: must leave a part a multiple of mesh.data = 8 sequences, got parts of 4",
     ),
     ({"mesh__data": 3, "mesh__model": 3}, "mesh: data = 3 x model = 3 does not fit 8 device(s)"),
     ({"model__fast__kernel": "xla2"}, "model.fast.kernel: unknown value 'xla2'; did you mean \"xla\"?"),

@@ -4,21 +4,29 @@
       --config.source=checkpoints/Jet-Nemotron-2B                        # reads and checks, writes nothing
     python -m experiments.convert --config=experiments/configs/convert.py:memory \
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
+    python -m experiments.convert --config=experiments/configs/convert.py:export \
+      --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
 
 `memory` inserts six Jet layers without MLP (16 heads of 128 x 128): 9.9 % more parameters for Ouro-1.4B, the
-same logits until they are trained. Needs host memory for the weights in float32: 4 bytes a parameter.
+same logits until they are trained. `export` writes the newest weights of a run that began with a checkpoint,
+under the names and in the files of that checkpoint, its tokenizer beside them; in float32, so that nothing is
+lost (`--config.dtype=published` rounds to the checkpoint's dtypes). Needs host memory for the weights in
+float32: 4 bytes a parameter.
 """
 
 from ml_collections import config_dict
 
+PRESETS = ("plain", "memory", "export")
+
 
 def get_config(preset: str = "plain") -> config_dict.ConfigDict:
-  if preset not in ("plain", "memory"):
-    raise ValueError(f"unknown preset {preset!r}; known: plain, memory")
+  if preset not in PRESETS:
+    raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
   c = config_dict.ConfigDict()
   c.source, c.target = config_dict.placeholder(str), config_dict.placeholder(str)
   c.memory_layers = 6 if preset == "memory" else 0
   c.fast = config_dict.create(num_heads=16, key_dim=128, value_dim=128)
   c.seed = 0
+  c.dtype = "float32" if preset == "export" else "published"
   c.ignore = ()
   return c

@@ -1,6 +1,8 @@
 """GSM-Infinite: word problems among noise, the question first and long evicted (arXiv 2605.26099, figure 4).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+      --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
     python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:scratch --workdir=work/gsm --list
     python -m experiments.figures --runs='work/gsm/*' --figure=4 --out=figures
 
@@ -13,19 +15,42 @@
              3,300 tokens, L = 2000, batch 256, Muon 1e-3, the middle half of the blocks looped. Not run yet.
              The paper fine-tunes 2 B parameters for 700 steps, which this does not match
 
-One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4. The presets for
-pretrained checkpoints (Jet-Nemotron, Ouro) need their importer and are not there yet.
+The symbolic subset (which variables equal a number, given a tree of assignments; exact match of the sorted
+list) takes `--config.data.subset=symbolic` and room for longer answers, 8 tokens an operation. With `tiny`:
+--config.data.cut.answer_tokens=24 --config.data.cut.max_tokens=280.
+
+From a checkpoint (`pretrained.folder`: in published format, or the workdir of a run that began with one),
+which says the architecture and the tokenizer; the paper's settings, 1-8 operations as in `scratch`. None
+has run yet at full size. FLOP are those of N = 4 without recomputation; the authors took one to two
+H100-days a run:
+
+    jet_2b        Jet-Nemotron 2B, hard eviction, L = 2000, 700 steps, the middle 14 of 28 blocks looped.
+                  1.1e19 FLOP; figure 4a: 0.81 at 6 operations with sleep, 0.74 without
+    ouro          Ouro 1.4B with six inserted layers, hard eviction, L = 2000, 1000 steps, all blocks
+                  looped. 2.0e19 FLOP; figure 4b: 0.62 at 6 operations with N = 4, 0.42 without
+    ouro_memory   stage 1 for a sliding window: one epoch, the inserted layers alone, hard eviction (N = 1:
+                  sliding), L = 512. 6.4e18 FLOP
+    ouro_sliding  stage 2, from stage 1: two epochs, everything, sliding window, L = 512. 1.4e19 FLOP;
+                  figure 5: 0.91 at 2 operations with sleep, 0.60 without
+
+At T = 4000 a gradient keeps 1.2 (Jet) to 1.4 GB (Ouro) a sequence, so a batch of 256 wants about eight
+devices of 80 GB, or several parts: --config.train.microbatches=8. `problems` = 76,800 is what two epochs in
+600 steps of 256 come to; L of stage 1 is our reading.
+
+One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4 (`jet_2b` also
+6). Stage 2 of each N starts from stage 1 of the same: --config.pretrained.folder='work/stage1/{run}'.
 """
 
 from ml_collections import config_dict
 
 from experiments import cli
-from sleep_jax import config
+from sleep_jax import config, pretrained
 from sleep_jax.data.gsm_infinite import task
 from sleep_jax.data.pipeline import CutConfig
 
 EXPERIMENT = "experiments.gsm_infinite"
-PRESETS = ("tiny", "small", "scratch")
+PRETRAINED = ("jet_2b", "ouro", "ouro_memory", "ouro_sliding")
+PRESETS = ("tiny", "small", "scratch", *PRETRAINED)
 
 
 def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
@@ -49,22 +74,57 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     c.sleep.update(remat="pass", first_block=2, last_block=6)
     c.train.update(steps=20_000, batch_size=128, eval_every=1000, save_every=1000, eval_sequences=1536)
   elif preset == "tiny":
-    c.data.update(operations=(1, 3), min_tokens=190, max_tokens=250, vocab_size=512, tokenizer_texts=64)
-    c.data.cut.update(max_tokens=260, answer_tokens=6, tails=(), bucket_batches=1)
-    c.model.update(
-      embed_dim=48, mlp_dim=96, blocks=("attn", "gdn"), window=96, vocab_size=512, dtype="float32"
-    )
+    c.data.update(subset="medium", operations=(2, 3), min_tokens=50, max_tokens=100, number_range=10)
+    c.data.update(templates=(1.0, 0.0, 0.0), vocab_size=1024, tokenizer_texts=256)
+    c.data.cut.update(max_tokens=110, answer_tokens=5, tails=(), bucket_batches=1)
+    c.model.update(embed_dim=64, mlp_dim=128, blocks=("attn", "gdn"), window=32, dtype="float32")
     c.model.attention.num_heads = 2
-    c.model.fast.update(num_heads=1, key_dim=48, value_dim=48)
-    c.sleep.update(remat="none", num_passes=2, first_block=0, last_block=2)
+    c.model.fast.update(num_heads=1, key_dim=64, value_dim=64)
+    c.sleep.update(remat="none", loops="unroll", num_passes=2, first_block=0, last_block=2)
     c.optim.update(muon_lr=1e-2, adam_lr=1e-3, newton_schulz_dtype="float32")
-    c.train.update(steps=200, batch_size=16, eval_every=100, save_every=100)
-    c.train.update(eval_sequences=192, eval_batch_size=32)
+    c.train.update(steps=500, batch_size=64, log_every=25, eval_every=100, save_every=250)
+    c.train.update(eval_sequences=512, eval_batch_size=128)
+  elif preset in PRETRAINED:
+    _from_checkpoint(c, preset)
   elif preset != "scratch":
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
   return c
 
 
+def _from_checkpoint(c: config_dict.ConfigDict, preset: str) -> None:
+  """Changes the paper's setting to that of a fine-tuning; what the checkpoint says has no field."""
+  for group, names in ((c.data, ("tokenizer", "vocab_size", "tokenizer_texts")), (c.optim, ("trained",))):
+    for name in names:
+      del group[name]
+  del c.train["init_from"], c.train["init_ignore"]
+  c.pretrained = cli.defaults(pretrained.StartConfig())
+  del c.pretrained.fast["kernel"], c.pretrained.fast["conv_context"]  # of the whole model, below
+  c.model = config_dict.create(window=2000, eviction="hard", dtype="bfloat16")
+  c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
+  c.data.problems = 76_800
+  c.train.update(eval_every=100, save_every=100)
+  if preset == "jet_2b":
+    c.train.steps = 700
+    c.sleep.update(first_block=7, last_block=21)
+    return
+  c.sleep.update(first_block=0, last_block=None)
+  c.train.steps = {"ouro": 1000, "ouro_memory": 300, "ouro_sliding": 600}[preset]
+  c.pretrained.memory_layers = 0 if preset == "ouro_sliding" else 6
+  if preset != "ouro":
+    c.model.window = 512
+    c.data.cut.tails = (256,)
+  if preset == "ouro_memory":
+    c.pretrained.trained = "memory"
+  elif preset == "ouro_sliding":
+    c.model.eviction = "sliding"
+
+
 def sweep(preset: str, seeds: int = 1) -> dict[str, dict[str, object]]:
   """The runs of a preset: name -> what it changes, by dotted key."""
-  return {f"n{n}_s{seed}": {"sleep.num_passes": n, "seed": seed} for seed in range(seeds) for n in (4, 2, 1)}
+  runs = {}
+  for seed in range(seeds):
+    for n in (6, 4, 2, 1) if preset == "jet_2b" else (4, 2, 1):
+      runs[f"n{n}_s{seed}"] = {"sleep.num_passes": n, "seed": seed}
+      if preset == "ouro_memory" and n == 1:  # only the sleeping models learn to read without their cache
+        runs[f"n{n}_s{seed}"]["model.eviction"] = "sliding"
+  return runs

@@ -18,6 +18,7 @@ import functools
 import itertools
 import math
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,14 +194,58 @@ def batch(cfg: DepoConfig, key: jax.Array, step: jax.Array, size: int, hops: int
   Raises:
     ConfigError: if `hops` is outside the trained range.
   """
-  if hops is not None:
-    check(1 <= hops <= cfg.max_hops, "hops", f"must lie in 1..{cfg.max_hops} (data.max_hops), got {hops}")
+  _check_hops(cfg, hops)
   one = functools.partial(_sequence, cfg, hops=hops)
   inputs, labelled = jax.vmap(lambda i: one(jax.random.fold_in(key, i)))(step * size + jnp.arange(size))
   shifted = jnp.concatenate([inputs[:, 1:], jnp.zeros_like(inputs[:, :1])], axis=1)
   mask = jnp.concatenate([labelled[:, 1:], jnp.zeros_like(labelled[:, :1])], axis=1)
   valid = inputs != PAD if cfg.pads == "masked" else None
   return Batch(inputs, jnp.where(mask, shifted, 0), mask.astype(jnp.float32), valid)
+
+
+def dataset(cfg: DepoConfig, seed: int, num_sequences: int, hops: int | None = None) -> grain.MapDataset:
+  """The same stream for a grain pipeline: item i is sequence i of the stream that `seed` names.
+
+  Items are dicts of NumPy arrays with the fields of `Batch` (`valid` only where pads are masked), [T] each.
+
+  Args:
+    hops: as in `batch`.
+
+  Raises:
+    ConfigError: if `hops` is outside the trained range, or there is no sequence.
+  """
+  at_least(seed, 0, "seed")
+  at_least(num_sequences, 1, "num_sequences")
+  _check_hops(cfg, hops)
+  return grain.MapDataset.source(_Source(cfg, seed, num_sequences, hops))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Random access to the stream; holds no state but its arguments, so that any process may have its own."""
+
+  cfg: DepoConfig
+  seed: int
+  num_sequences: int
+  hops: int | None
+
+  def __len__(self) -> int:
+    return self.num_sequences
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if not 0 <= index < self.num_sequences:
+      raise IndexError(f"sequence {index} of {self.num_sequences}")
+    made = _jitted(self.cfg, jax.random.key(self.seed), index, 1, self.hops)
+    arrays = {name: getattr(made, name) for name in ("inputs", "targets", "loss_mask", "valid")}
+    return {name: np.asarray(x)[0] for name, x in arrays.items() if x is not None}
+
+
+def _check_hops(cfg: DepoConfig, hops: int | None) -> None:
+  if hops is not None:
+    check(1 <= hops <= cfg.max_hops, "hops", f"must lie in 1..{cfg.max_hops} (data.max_hops), got {hops}")
+
+
+_jitted = jax.jit(batch, static_argnums=(0, 3, 4))
 
 
 def _sequence(cfg: DepoConfig, key: jax.Array, hops: int | None) -> tuple[jax.Array, jax.Array]:

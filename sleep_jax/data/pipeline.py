@@ -17,8 +17,10 @@ processes take part.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -37,12 +39,48 @@ class Example(NamedTuple):
   group: int = 0
 
 
+class HeldOut(NamedTuple):
+  """A set of examples that an evaluation asks, and baselines: name -> whether it is right, one an example."""
+
+  examples: Sequence[Example]
+  guesses: Mapping[str, Sequence[bool]] = MappingProxyType({})
+
+
 class Source(Protocol):
   """Any example at once, in any process; pickled to the workers."""
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+  """A source read again and again, each time as a whole, in an order of its own.
+
+  Attributes:
+    source: of one epoch.
+    num: examples in all; the last epoch may be cut short.
+    seed: of the orders. The first epoch is in the source's own.
+  """
+
+  source: Source
+  num: int
+  seed: int
+
+  def __len__(self) -> int:
+    return self.num
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < self.num:
+      raise IndexError(f"example {index} of {self.num}")
+    epoch, i = divmod(int(index), len(self.source))
+    return self.source[i if epoch == 0 else int(_order(len(self.source), self.seed, epoch)[i])]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,17 +252,64 @@ class Blocks:
     return Planned(bucket, {name: np.stack([r[name] for r in rows]) for name in rows[0]}, 1 - tokens / size)
 
 
+class WorkerError(RuntimeError):
+  """A worker process ended before its work did."""
+
+
 def feed(
   blocks: Blocks, cut: CutConfig, start: int, *, threads: int = 1, workers: int = 0
 ) -> Iterator[Planned]:
   """Planned batches from step `start` on, made ahead in threads or worker processes; the same in any case.
 
-  Worker processes need parsed absl flags (`FLAGS.mark_as_parsed()` outside `app.run`).
+  Nothing before the block of step `start` is made. Worker processes need parsed absl flags
+  (`FLAGS.mark_as_parsed()` outside `app.run`); closing the iterator ends them.
+
+  Raises:
+    WorkerError: if a worker process is killed or dies; what a source raises in a worker is raised as it is.
   """
   first, skip = divmod(start, cut.bucket_batches)
-  data: Any = grain.MapDataset.source(blocks)[first:].to_iter_dataset(
+  data: Any = grain.MapDataset.source(_Boxed(blocks))[first:].to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
   )
   if workers:
     data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
-  return itertools.islice(itertools.chain.from_iterable(data), skip, None)
+  made = iter(data)
+  try:
+    for box in made:
+      yield from box.batches[skip:]
+      skip = 0
+  except RuntimeError as e:
+    died = _DIED.match(str(e))
+    if not died:
+      raise
+    raise WorkerError(
+      f"data.workers: a worker process that makes batches died (exit code {died[1]}: killed, or out of"
+      " memory?); the same command goes on from the last checkpoint"
+    ) from None
+  finally:
+    made.close()
+
+
+_DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # grain's words
+
+
+@dataclasses.dataclass(frozen=True)
+class _Box:
+  """A block that grain takes for one thing.
+
+  It would move each array of a tree through shared memory, of which a container has little, and which a
+  worker that is killed leaves behind.
+  """
+
+  batches: list[Planned]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Boxed:
+  blocks: Blocks
+
+  def __len__(self) -> int:
+    return len(self.blocks)
+
+  def __getitem__(self, block: int) -> _Box:
+    return _Box(self.blocks[block])

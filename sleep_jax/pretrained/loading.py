@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -44,6 +45,7 @@ class Source:
     model: the architecture.
     tensors: of the published model.
     memory: of added blocks; None without.
+    ignore: fields of `config` that are known to change nothing.
   """
 
   folder: pathlib.Path
@@ -51,6 +53,7 @@ class Source:
   model: ModelConfig
   tensors: safetensors_io.Tensors
   memory: safetensors_io.Tensors | None = None
+  ignore: tuple[str, ...] = ()
 
 
 def open_source(folder: str | os.PathLike, *, ignore: Collection[str] = (), **changes: Any) -> Source:
@@ -84,7 +87,7 @@ def open_source(folder: str | os.PathLike, *, ignore: Collection[str] = (), **ch
     memory = safetensors_io.Tensors(folder, MEMORY_TENSORS)
   window = max(2000, values["attention"].swa_window or 0)
   cfg = ModelConfig(**{"window": window, **values, **changes})
-  source = Source(folder, published, cfg, safetensors_io.Tensors(folder), memory)
+  source = Source(folder, published, cfg, safetensors_io.Tensors(folder), memory, tuple(ignore))
   _check_tensors(source)
   return source
 
@@ -120,7 +123,14 @@ def load(
   return source.model, jax.tree.unflatten(treedef, [placed[params.name_of(p)] for p, _ in paths]), source
 
 
-def export(folder: str | os.PathLike, cfg: ModelConfig, weights: model.Params, source: Source) -> None:
+def export(
+  folder: str | os.PathLike,
+  cfg: ModelConfig,
+  weights: model.Params,
+  source: Source,
+  *,
+  dtype: str = "published",
+) -> None:
   """Writes weights in the format of `source`: its names, shapes, dtypes, shards and config.
 
   Weights that were loaded in a dtype at least as wide come out bit-equal. Added blocks go to
@@ -132,13 +142,17 @@ def export(folder: str | os.PathLike, cfg: ModelConfig, weights: model.Params, s
     cfg: of the weights.
     weights: the tree.
     source: the checkpoint that the weights come from.
+    dtype: `published`: each tensor's in `source`, to which trained weights are rounded. `float32`: of all
+      tensors, which loses nothing; `config.json` then says so.
 
   Raises:
     PretrainedError: if `folder` exists, or the model is not that of `source`, additions aside.
   """
+  config.one_of(dtype, ("published", "float32"), "dtype")
   folder = pathlib.Path(folder)
   if folder.exists():
     raise PretrainedError(f"{folder}: exists already")
+  kinds = {n: "F32" if dtype == "float32" else kind for n, kind in source.tensors.dtypes.items()}
   entries = {e.name: e for e in weight_map.entries(cfg)}
   flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
   wanted = {name: e.shape for name, e in entries.items() if not e.memory}
@@ -157,20 +171,43 @@ def export(folder: str | os.PathLike, cfg: ModelConfig, weights: model.Params, s
   try:
     for file in sorted(set(source.tensors.files.values())):
       inside = [name for name, f in source.tensors.files.items() if f == file]
-      safetensors_io.write(
-        made / file, {n: (source.tensors.dtypes[n], source.tensors.shapes[n]) for n in inside}, get
-      )
+      safetensors_io.write(made / file, {n: (kinds[n], source.tensors.shapes[n]) for n in inside}, get)
     if memory := {n: ("F32", e.shape) for n, e in entries.items() if e.memory}:
       safetensors_io.write(made / MEMORY_TENSORS, memory, get)
       (made / MEMORY_CONFIG).write_text(json.dumps(_memory_json(cfg), indent=2) + "\n", encoding="utf-8")
-    copied = ["config.json", *([] if source.tensors.index is None else [safetensors_io.INDEX]), *COMPANIONS]
-    for name in copied:
+    for name in ("config.json", safetensors_io.INDEX, *COMPANIONS):
       if (source.folder / name).is_file():
         shutil.copyfile(source.folder / name, made / name)
+    if kinds != source.tensors.dtypes:
+      _say_float32(made, source)
     os.chmod(made, 0o755)
     os.rename(made, folder)
   finally:
     shutil.rmtree(made, ignore_errors=True)
+
+
+def differing(source: Source, weights: model.Params) -> list[str]:
+  """Names of the tensors that do not hold what `weights` do, to the bit in float32; read one at a time."""
+  flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
+  told = []
+  for entry in weight_map.entries(source.model):
+    stored = (source.memory if entry.memory else source.tensors).read(entry.name)
+    wanted = entry.to_published(np.asarray(jax.device_get(flat[entry.path]), np.float32))
+    if not np.array_equal(np.float32(stored).view(np.uint32), np.ascontiguousarray(wanted).view(np.uint32)):
+      told.append(entry.name)
+  return told
+
+
+def _say_float32(folder: pathlib.Path, source: Source) -> None:
+  """Corrects what the copied files say of dtypes and sizes."""
+  named = {name: "float32" for name in ("torch_dtype", "dtype") if name in source.config}
+  written = {"config.json": source.config | named}
+  if source.tensors.index is not None:
+    total = sum(4 * math.prod(shape) for shape in source.tensors.shapes.values())
+    told = source.tensors.index.get("metadata") or {}
+    written[safetensors_io.INDEX] = source.tensors.index | {"metadata": told | {"total_size": total}}
+  for name, values in written.items():
+    (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _place(x: np.ndarray, weight: params.Weight, dtype: jnp.dtype) -> jax.Array:

@@ -75,7 +75,7 @@ def add_memory(
   new = memory_config(cfg, num_layers=num_layers, kind=kind, fast=fast)
   declared = model.declare(new)["blocks"]
   added = [str(i) for i in new.without_mlp]
-  drawn = params.init({"blocks": {i: declared[i] for i in added}}, key)["blocks"]
+  drawn = jax.jit(lambda key: params.init({"blocks": {i: declared[i] for i in added}}, key))(key)["blocks"]
   old = iter(weights["blocks"][str(i)] for i in range(len(cfg.blocks)))
   blocks: dict[str, Any] = {}
   for i in map(str, range(len(new.blocks))):

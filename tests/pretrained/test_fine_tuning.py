@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
+import weakref
 
 import jax
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
-from sleep_jax import config, model, optim, params, pretrained, train
+from sleep_jax import checkpoint, config, model, optim, params, pretrained, sharding, train, workdir
+from sleep_jax.pretrained import memory, safetensors_io
 from tests import hybrids
 
 OURO = pathlib.Path(__file__).resolve().parents[1] / "data" / "golden" / "ouro_tiny"
@@ -56,6 +60,164 @@ def test_no_checkpoint_is_one_line():
   run = config.replace(run_config(source.model), train={"init_from": "nowhere"})
   with pytest.raises(config.ConfigError, match="^nowhere: there is no such folder$"):
     train.check_fits(run)
+
+
+FAST = config.FastConfig(num_heads=2, key_dim=8, value_dim=8)
+
+
+def start_run(folder, cfg, weights, step=3):
+  """A workdir as a run of `cfg` leaves it, with these weights and some optimizer state."""
+  with workdir.prepare(folder, config.to_dict(cfg)) as run:
+    with checkpoint.Checkpoints(run.checkpoints) as saved:
+      saved.save(step, {"params": weights, "opt_state": {"count": jax.numpy.zeros((), "int32")}}, block=True)
+  return folder
+
+
+def tuned_ouro(window=8):
+  """The config of a run that gives the golden Ouro a memory, and weights that it may have trained."""
+  cfg, weights, _ = pretrained.load(OURO, window=window, predict_passes=1)
+  cfg, weights = memory.add_memory(cfg, weights, jax.random.key(0), num_layers=1, fast=FAST)
+  return run_config(cfg), jax.tree.map(lambda x: x + 0.01, weights)
+
+
+def test_a_run_is_written_back_and_gone_on_from_to_the_bit(tmp_path):
+  run, weights = tuned_ouro()
+  first = start_run(tmp_path / "first", run, weights)
+  cfg, read, source, step = pretrained.load_run(first)
+  assert (cfg, step, source.folder, source.memory) == (run.model, 3, OURO, None)
+  hybrids.assert_same(read, weights)
+  pretrained.export(tmp_path / "out", cfg, read, source, dtype="float32")
+  again, exported, _ = pretrained.load(tmp_path / "out", window=8)
+  assert again == cfg
+  hybrids.assert_same(exported, weights)
+  assert not pretrained.differing(pretrained.open_source(tmp_path / "out"), weights)
+  for folder in (first, tmp_path / "out"):
+    hybrids.assert_same(pretrained.start_weights(run.model, folder, jax.random.key(1)), weights)
+  # A run that began with the run finds the published files behind both.
+  second = start_run(tmp_path / "second", config.replace(run, train={"init_from": str(first)}), weights)
+  assert pretrained.load_run(second)[2].folder == OURO == pretrained.published_folder(second)
+  with pytest.raises(config.ConfigError, match="model.window is 9|another model: model.norm_eps is 0.1"):
+    pretrained.check_start(dataclasses.replace(run.model, norm_eps=0.1), first)
+
+
+def test_what_is_no_run_to_start_from_is_one_line(tmp_path):
+  run, weights = tuned_ouro()
+  drawn = start_run(tmp_path / "drawn", config.replace(run, train={"init_from": None}), weights)
+  with pytest.raises(config.ConfigError, match="drawn: this run began with weights that were drawn"):
+    pretrained.load_run(drawn)
+  with workdir.prepare(tmp_path / "empty", config.to_dict(run)):
+    pass
+  with pytest.raises(config.ConfigError, match="empty: this run has saved no step yet"):
+    pretrained.load_run(tmp_path / "empty")
+  gone = start_run(tmp_path / "gone", config.replace(run, train={"init_from": "nowhere"}), weights)
+  with pytest.raises(config.ConfigError, match="^nowhere: there is no such folder$"):
+    pretrained.load_run(gone)
+  around = start_run(
+    tmp_path / "around", config.replace(run, train={"init_from": str(tmp_path / "around")}), weights
+  )
+  with pytest.raises(config.ConfigError, match="found no checkpoint in published format behind 16 runs"):
+    pretrained.load_run(around)
+  (tmp_path / "empty" / "config.json").write_text("{}")
+  with pytest.raises(config.ConfigError, match="is not that of a run: model is missing"):
+    pretrained.load_run(tmp_path / "empty")
+
+
+def test_shards_in_bfloat16_are_written_in_float32_with_what_is_said_of_them(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  published = json.loads((OURO / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+  (folder / "config.json").write_text(json.dumps(published))
+  tensors = safetensors.numpy.load_file(OURO / "model.safetensors")
+  tensors = {name: x.astype(jax.numpy.bfloat16) for name, x in tensors.items()}
+  files = {}
+  for k in range(2):
+    name = f"model-0000{k + 1}-of-00002.safetensors"
+    part = dict(sorted(tensors.items())[k::2])
+    safetensors.numpy.save_file(part, folder / name, {"format": "pt"})
+    files |= dict.fromkeys(part, name)
+  size = sum(x.nbytes for x in tensors.values())
+  index = {"metadata": {"total_size": size, "more": 1}, "weight_map": files}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  cfg, weights, source = pretrained.load(folder)
+  weights = jax.tree.map(lambda x: x * 1.001, weights)
+  pretrained.export(tmp_path / "out", cfg, weights, source, dtype="float32")
+  hybrids.assert_same(pretrained.load(tmp_path / "out")[1], weights)
+  assert json.loads((tmp_path / "out/config.json").read_text()) == published | {"torch_dtype": "float32"}
+  written = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+  assert written == index | {"metadata": {"total_size": 2 * size, "more": 1}}
+
+
+def started(run, folder):
+  """The first state of a run from `folder`, and for each weight the layout that it is declared to have."""
+  run = config.replace(run, train={"init_from": str(folder)})
+  tx, declared = optim.make(run.optim, model.declare(run.model), 3), model.declare(run.model)
+  wanted = jax.tree.map(lambda w: sharding.spec(w.axes, w.shape), declared, is_leaf=params.is_weight)
+  return train.first_state(run, tx), wanted
+
+
+def losses(run, state, steps=2):
+  """What training steps from a state measure on the mesh that is set."""
+  batch, layout = hybrids.random_batch(14, [12, 13], pads=(0,) * 4)
+  segments = model.plan(layout, run.model.window)
+  tx = optim.make(run.optim, model.declare(run.model), 3)
+  step = hybrids.jit(lambda s, b: train.train_step(s, train.shard(b), cfg=run, tx=tx, segments=segments))
+  found = []
+  for _ in range(steps):
+    state, measured = step(state, batch)
+    found.append(float(measured["loss"]))
+  return found
+
+
+@pytest.fixture
+def tensors_alive(monkeypatch):
+  """A list: after each tensor that is read, how many that were read are still in host memory."""
+  alive, counts, read = {}, [], safetensors_io.Tensors.read
+
+  def counting(self, name):
+    x = read(self, name)
+    alive[id(x)] = name
+    weakref.finalize(x, alive.pop, id(x))
+    counts.append(len(alive))
+    return x
+
+  monkeypatch.setattr(safetensors_io.Tensors, "read", counting)
+  return counts
+
+
+def assert_placed(state, wanted, weights, drawn="none"):
+  """Weights lie as they are to, and equal others that lie elsewhere: to the bit, or almost if drawn here."""
+  for (path, x), spec, y in zip(
+    jax.tree_util.tree_leaves_with_path(state.params),
+    jax.tree.leaves(wanted, is_leaf=lambda s: isinstance(s, tuple)),
+    jax.tree.leaves(weights),
+    strict=True,
+  ):
+    name = params.name_of(path)
+    assert x.sharding.spec == spec, name
+    np.testing.assert_allclose(x, y, rtol=3e-7 if name.startswith(drawn) else 0, err_msg=name)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_of_eight_a_run_starts_with_the_same_weights_and_learns_the_same(tensors_alive):
+  """A memory is inserted on the way. On the host there is one tensor at a time, and the one before it."""
+  run, _ = tuned_ouro()
+  state, _ = started(run, OURO)
+  alone = losses(run, state)
+  tensors_alive.clear()
+  with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=4, model=2))):
+    spread, wanted = started(run, OURO)
+    assert_placed(spread, wanted, state.params, drawn="blocks/1/")
+    together = losses(run, spread)
+  assert len(tensors_alive) == len(pretrained.open_source(OURO).tensors.files) and max(tensors_alive) <= 2
+  np.testing.assert_allclose(together, alone, rtol=2e-5)
+  assert alone[-1] < alone[0]
+
+
+def test_what_a_run_left_is_placed_on_a_mesh_of_eight(tmp_path):
+  run, weights = tuned_ouro()
+  folder = start_run(tmp_path / "run", run, weights)
+  with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=4, model=2))):
+    assert_placed(*started(run, folder), weights)
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ import dataclasses
 from sleep_jax.config import at_least, check, one_of
 from sleep_jax.data.gsm_infinite.words import TEMPLATES
 
-SUBSETS = ("medium", "hard", "mixed", "symbolic")
+SUBSETS = ("medium", "hard", "both", "mixed", "symbolic")
 MODES = ("forward", "reverse", "both")
 
 # Operation budget of an attempt at `op` operations, the benchmark's own; it decides how large the core is.
 BUDGETS = {1: 3, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 10, 8: 10, 9: 10, 10: 15, 11: 15}
 BUDGETS |= dict.fromkeys(range(12, 16), 20) | dict.fromkeys(range(16, 19), 25) | {19: 30, 20: 30}
+MOST_SYMBOLIC = 30  # operations of a symbolic problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +19,21 @@ class GsmInfiniteConfig:
   """The task.
 
   Attributes:
-    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `symbolic`, or `mixed`:
-      `medium`, but `hard` for one operation, which `medium` cannot have.
-    operations: lowest and highest number of operations, each as likely.
+    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `both` (a coin says which), `mixed`
+      (`medium`), the last two with `hard` for one operation, which `medium` cannot have; or `symbolic`
+      (assignments; which variables have a value).
+    operations: lowest and highest number of operations, each as likely. A symbolic problem has one for each
+      variable that its numbers determine.
     mode: `forward` asks for what follows from given numbers, `reverse` for a number that a given result
       determines, `both` throws a coin.
     templates: weights of zoo, school and film.
     number_range: R; numbers in sentences are 1 .. R - 1.
+    modulus: every value is taken modulo this (forward mode; at least R, so that the numbers in sentences are
+      values). -1, the authors' own setting: none. No text says it: a reader has to know.
     noise: fill up with sentences that nothing depends on. Without, lengths are what the core takes.
     min_tokens, max_tokens: of question, line break and context, as `tokenizer` counts. Even between them,
       whatever the number of operations.
-    tokenizer: a tokenizer.json. Empty: words, numbers and marks are counted, which needs no file.
+    tokenizer: a tokenizer.json. Empty: lengths are those of Qwen2.5's tokenizer, which needs no file.
     held_out_seed: the seed whose problems are held out. A problem's text decides by its hash whether it
       may be held out or trained on, so that no text is ever on both sides.
     held_out_share: 1 in so many texts may be held out.
@@ -39,6 +44,7 @@ class GsmInfiniteConfig:
   mode: str = "forward"
   templates: tuple[float, float, float] = (0.5, 0.25, 0.25)
   number_range: int = 5
+  modulus: int = -1
   noise: bool = True
   min_tokens: int = 2000
   max_tokens: int = 3300
@@ -51,7 +57,7 @@ class GsmInfiniteConfig:
     one_of(self.mode, MODES, "data.mode")
     check(len(self.operations) == 2, "data.operations", f"needs (lowest, highest), got {self.operations}")
     low, high = self.operations
-    most = max(BUDGETS)
+    most = MOST_SYMBOLIC if self.subset == "symbolic" else max(BUDGETS)
     check(
       1 <= low <= high <= most,
       "data.operations",
@@ -68,6 +74,17 @@ class GsmInfiniteConfig:
       f"needs three weights that are not negative and not all 0, got {self.templates}",
     )
     at_least(self.number_range, 3, "data.number_range")
+    if self.modulus != -1:
+      check(
+        self.modulus >= self.number_range,
+        "data.modulus",
+        f"must be -1 (none) or at least data.number_range = {self.number_range}, got {self.modulus}",
+      )
+      check(
+        self.mode == "forward" and self.subset != "symbolic",
+        "data.modulus",
+        f"needs data.mode = forward and word problems, got {self.mode} and {self.subset}; -1 is none",
+      )
     at_least(self.min_tokens, 0, "data.min_tokens")
     check(
       self.max_tokens >= self.min_tokens + 40 or not self.noise,
@@ -89,12 +106,14 @@ class GsmInfiniteConfig:
     """Tokens below which a problem of the highest number of operations would be found too rarely."""
     high = self.operations[1]
     per_operation, least = {"symbolic": (19, 30), "hard": (14, 140)}.get(self.subset, (10, 70))
-    if self.subset == "mixed" and self.operations[0] == 1:
+    if self.subset in ("mixed", "both") and self.operations[0] == 1:
       least = 140
     return least + per_operation * high
 
-  def depth(self, op: int) -> int:
-    """d of a problem with `op` operations; 0 for symbolic."""
+  def depths(self, op: int) -> tuple[int, ...]:
+    """d that a problem with `op` operations may have, each as likely; 0 for symbolic."""
     if self.subset == "symbolic":
-      return 0
-    return 3 if self.subset == "hard" or (self.subset == "mixed" and op == 1) else 2
+      return (0,)
+    if self.subset == "hard" or op == 1:
+      return (3,)
+    return (2, 3) if self.subset == "both" else (2,)

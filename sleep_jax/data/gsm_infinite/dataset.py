@@ -33,7 +33,7 @@ def example(made: Problem, tokenizer: tokens.Tokenizer) -> dict[str, np.ndarray]
     inputs, targets: [T] int32; loss_mask: [T] float32, 1 where the target is of the answer or its end; op and
     answer_start (index in `inputs` of the last token before the answer): int32 scalars.
   """
-  context = [*tokenizer.encode(made.text), *tokenizer.answer_prompt]
+  context = [*tokenizer.encode_problem(made.text), *tokenizer.answer_prompt]
   ids = np.asarray([*context, *tokenizer.encode(answer_text(made.answer)), tokenizer.eos], np.int32)
   start = len(context) - 1
   mask = (np.arange(len(ids) - 1) >= start).astype(np.float32)

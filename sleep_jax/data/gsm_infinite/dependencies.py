@@ -249,17 +249,19 @@ def _fill(
   for i, q in enumerate(order):
     if structure.implicit(q):
       continue
-    parents = explicit[q]
-    pool = [p for p in order[:i] if p not in parents]
-    k = (2 if draws.coin() else 1) if counts[q] == 1 else counts[q] + 1
-    k = min(k, i + 1) - len(parents)
+    parents, pool = explicit[q], order[:i]
+    k = min((2 if draws.coin() else 1) if counts[q] == 1 else counts[q] + 1, i + 1)
+    if (
+      parents
+    ):  # one edge fewer; what leaves the pool is the benchmark's choice, also where it is no parent yet
+      k, pool = k - 1, pool[:-1]
     if k == len(pool) + 1:
-      parents += [RNG, *pool]
+      drawn = [RNG, *pool]
+    elif draws.coin():
+      drawn = [RNG, *draws.sample(pool, max(k - 1, 0))]
     else:
-      if draws.coin():
-        parents.append(RNG)
-        k -= 1
-      parents += draws.sample(pool, max(k, 0))
+      drawn = draws.sample(pool, k)
+    parents += [p for p in drawn if p not in parents]
     _drop_twins(structure, parents)
   return True
 

@@ -11,7 +11,7 @@ from sleep_jax.data.gsm_infinite.draws import Draws
 from sleep_jax.data.gsm_infinite.sentences import Expression
 from sleep_jax.data.gsm_infinite.words import TEMPLATES, Template
 
-MOST_ATTEMPTS = 100_000  # at cores; the rarest that is allowed takes about 100
+MOST_ATTEMPTS = 20_000  # at cores; the rarest that is allowed takes about 100
 NOISE_ATTEMPTS = 60
 
 
@@ -76,7 +76,7 @@ def problem(cfg: GsmInfiniteConfig, seed: int, index: int, op: int | None = None
   draws = Draws("gsm_infinite", seed, index, -1 if op is None else op)
   drawn = draws.between(*cfg.operations)
   op = drawn if op is None else op
-  depth = cfg.depth(op)
+  depth = draws.choice(cfg.depths(op))
   mode = "symbolic" if not depth else cfg.mode
   if mode == "both":
     mode = "reverse" if draws.coin() else "forward"
@@ -135,7 +135,7 @@ def _core(
   unknown = values.hidden(graph.order, expressions) if reverse else None
   if reverse and unknown is None:
     return None
-  lines = values.of_order(made, graph.order, expressions, unknown)
+  lines = values.of_order(made, graph.order, expressions, unknown, cfg.modulus)
   x = 0 if unknown is None else expressions[unknown].literal
   if lines is None or not values.acceptable(made, lines, x) or (reverse and not lines[graph.order[-1]][1]):
     return None
@@ -173,7 +173,9 @@ def _write(
   a, b = lines[terminal]
   if unknown is not None:
     statements.append((sentences.statement(references[terminal], str(a + b * x)), "R"))
-  solved = values.solution(made, graph.order, expressions, lines, names.__getitem__, unknown, x, draws)
+  solved = values.solution(
+    made, graph.order, expressions, lines, names.__getitem__, unknown, x, draws, cfg.modulus
+  )
   return _Core(
     question=sentences.question(names[terminal if unknown is None else unknown]),
     statements=tuple(statements),

@@ -37,11 +37,12 @@ class Expression:
   difference: bool
 
 
-def solve(question: str, context: str) -> int | list[str]:
+def solve(question: str, context: str, modulus: int = -1) -> int | list[str]:
   """The answer.
 
   Args:
     question, context: of one problem, forward, reverse or symbolic.
+    modulus: of the answer of a forward problem, with whose sums and products it commutes; -1 for none.
 
   Returns:
     A whole number, or for a symbolic problem the sorted names of all variables with the asked value.
@@ -52,11 +53,11 @@ def solve(question: str, context: str) -> int | list[str]:
   if context.startswith("assign "):
     value = int(re.findall(r"-?\d+", question)[0])
     return sorted(name for name, x in _assigned(context).items() if x == value)
-  text = _Text(context)
-  asked = _asked(question)
+  text = Text(context)
+  asked = asked_of(question)
   if not text.unknowns:
     (answer,) = _at_most_constant(text.value(asked))
-    return _whole(answer)
+    return _whole(answer) if modulus == -1 else _whole(answer) % modulus
   if asked not in text.unknowns:
     raise UnsolvableError(f"asks for {asked!r}, which is not the unknown")
   name, revealed = text.revealed()
@@ -70,19 +71,19 @@ def count_operations(question: str, context: str) -> int:
   """op: what every needed quantity costs, as the README of this package tells."""
   if context.startswith("assign "):
     return len(_assigned(context))
-  text = _Text(context)
-  return sum(text.cost(name) for name in text.needed(_terminal(text, question)))
+  text = Text(context)
+  return sum(text.cost(name) for name in text.needed(terminal_of(text, question)))
 
 
 def chain_length(question: str, context: str) -> int:
   """Needed quantities on the longest path from a number to the terminal quantity."""
-  text = _Text(context)
+  text = Text(context)
 
   @functools.cache
   def depth(name: str) -> int:
     return 1 + max([depth(p) for p in text.parents(name)], default=0)
 
-  return depth(_terminal(text, question))
+  return depth(terminal_of(text, question))
 
 
 def split_sentences(context: str) -> list[str]:
@@ -92,7 +93,7 @@ def split_sentences(context: str) -> list[str]:
   return _SENTENCE.split(context.removesuffix("."))
 
 
-class _Text:
+class Text:
   """The definitions that a context holds."""
 
   def __init__(self, context: str):
@@ -103,9 +104,9 @@ class _Text:
     for sentence in split_sentences(context):
       left, equals, right = sentence.partition(" equals ")
       if not equals:
-        self.unknowns.append(_name(_EXISTS.fullmatch(left)[1]))
+        self.unknowns.append(name_of(_EXISTS.fullmatch(left)[1]))
         continue
-      name = _name(left)
+      name = name_of(left)
       if right.isdigit():
         bare.append((name, int(right)))
       else:
@@ -200,15 +201,15 @@ class _Text:
       parts = re.split(r", and (?=the )|, (?=the )| and (?=the )", text)
     else:
       parts = [text] if text else []
-    return Expression(literal, times, tuple(map(_name, parts)), difference)
+    return Expression(literal, times, tuple(map(name_of, parts)), difference)
 
 
-def _name(reference: str) -> str:
+def name_of(reference: str) -> str:
   """A quantity's name from how a sentence refers to it."""
   return re.sub(r"^[Tt]he (?:number of )?", "", reference)
 
 
-def _asked(question: str) -> str:
+def asked_of(question: str) -> str:
   """The name of what a question asks for."""
   if found := re.fullmatch(r"What is the (.*)\?", question):
     return found[1]
@@ -216,8 +217,8 @@ def _asked(question: str) -> str:
   return f"{kind} in {place}"
 
 
-def _terminal(text: _Text, question: str) -> str:
-  return text.revealed()[0] if text.unknowns else _asked(question)
+def terminal_of(text: Text, question: str) -> str:
+  return text.revealed()[0] if text.unknowns else asked_of(question)
 
 
 def _add(a: Polynomial, b: Polynomial) -> Polynomial:

@@ -1,88 +1,175 @@
-"""Statistics of problems, read from their text and roles, and the same of the original generator.
+"""Statistics of problems with their sampling errors, beside those of the original generator.
 
-The original's are measured facts, kept in `reference.json`: 400 problems a row without noise, and 40 with.
+All that is compared with a text of the original comes from `reading.read`, for both sides. Two sources:
+
+    reference_readings.jsonl   readings of the 319 solvable problems of the original's sample with noise
+    reference.json             what was measured of 400 of its problems a row, without noise
 """
 
 import collections
+import dataclasses
+import functools
 import json
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sleep_jax.data.gsm_infinite import solver
-from sleep_jax.data.gsm_infinite.dataset import answer_text
+from sleep_jax.data.gsm_infinite import reading
 from sleep_jax.data.gsm_infinite.problems import Problem
+from sleep_jax.data.gsm_infinite.reading import Reading
 
-REFERENCE = pathlib.Path(__file__).with_name("reference.json")
+HERE = pathlib.Path(__file__).parent
+_FINE = (
+  "S sum",
+  "S difference",
+  "S literal with two",
+  "S many",
+  "U sum",
+  "U difference",
+  "U literal with two",
+  "U many",
+)
+FACT_PROBLEMS = 400  # a row of reference.json
+KINDS = ("total", "product", "average", "count")
+FORMS = (
+  "literal", "copy", "times one", "plus one", "sum", "difference", "literal with two", "many", "hidden",
+)  # fmt: skip
 
 
-def reference() -> dict:
-  """The original's numbers: `core` (without noise; by subset and mode, then op) and `noisy` (by op)."""
-  return json.loads(REFERENCE.read_text(encoding="utf-8"))
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A mean or share with its standard error."""
+
+  value: float
+  error: float
+
+  def __str__(self) -> str:
+    digits = 3 if abs(self.value) < 1 else 2 if abs(self.value) < 10 else 1 if abs(self.value) < 1000 else 0
+    return f"{self.value:.{digits}f}±{self.error:.{digits}f}"
 
 
-def summary(problems: Sequence[Problem]) -> dict[str, float]:
-  """Means over problems of one kind.
+# Name -> (numerator, denominator) of a problem; the statistic is the quotient of their sums.
+METRICS: dict[str, Callable[[Reading], tuple[float, float]]] = {
+  "tokens": lambda r: (r.tokens, 1),
+  "words": lambda r: (r.words, 1),
+  "characters": lambda r: (r.characters, 1),
+  "sentences": lambda r: (r.sentences, 1),
+  **{role: lambda r, role=role: (r.roles.get(role, 0), 1) for role in "SUN"},
+  "chain": lambda r: (r.chain, 1),
+  "noise share": lambda r: (r.roles.get("N", 0), r.sentences),
+  "tokens a sentence": lambda r: (r.tokens, r.sentences),
+  "names asked": lambda r: (r.names_asked, r.roles.get("N", 0)),
+  "names needed": lambda r: (r.names_needed, r.roles.get("N", 0)),
+  **{f"asked {kind}": lambda r, kind=kind: (r.asked == kind, 1) for kind in KINDS},
+  **{
+    f"{role} {form}": lambda r, role=role, form=form: (r.forms.get(f"{role} {form}", 0), r.roles.get(role, 0))
+    for role in "SUN"
+    for form in FORMS
+  },
+}
+
+
+def estimate(readings: Sequence[Reading], metric: str) -> Estimate:
+  """One of `METRICS`, or `majority`: the share of the commonest answer, what a constant scores."""
+  if metric == "majority":
+    share = collections.Counter(r.answer for r in readings).most_common(1)[0][1] / len(readings)
+    return Estimate(share, math.sqrt(share * (1 - share) / len(readings)))
+  above, below = np.array([METRICS[metric](r) for r in readings], float).T
+  if not below.sum():
+    return Estimate(0.0, 0.0)
+  value = above.sum() / below.sum()
+  return Estimate(float(value), _spread(above - value * below) * math.sqrt(len(above)) / float(below.sum()))
+
+
+def deviations(ours: Sequence[Reading], theirs: Sequence[Reading], metric: str) -> float:
+  """How many standard errors lie between two samples, by the error that both have if they are of one law."""
+  if metric == "majority":
+    one, other = estimate(ours, metric), estimate(theirs, metric)
+    share = (one.value * len(ours) + other.value * len(theirs)) / (len(ours) + len(theirs))
+    error = math.sqrt(share * (1 - share) * (1 / len(ours) + 1 / len(theirs)))
+    return abs(one.value - other.value) / error if error else 0.0
+  pairs = [np.array([METRICS[metric](r) for r in side], float).T for side in (ours, theirs)]
+  above, below = np.concatenate(pairs, axis=1)
+  if not all(side[1].sum() for side in pairs):
+    return 0.0
+  value = above.sum() / below.sum()
+  error = _spread(above - value * below) * math.hypot(*(math.sqrt(len(b)) / b.sum() for _, b in pairs))
+  apart = abs(pairs[0][0].sum() / pairs[0][1].sum() - pairs[1][0].sum() / pairs[1][1].sum())
+  return apart / error if error else 0.0
+
+
+def _spread(residuals: np.ndarray) -> float:
+  return float(np.sqrt(np.sum(residuals**2) / max(len(residuals) - 1, 1)))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+  """The mean of independent values."""
+  return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))))
+
+
+def answer_distance(ours: Sequence[object], theirs: Sequence[object]) -> tuple[float, float]:
+  """Whether two samples of answers have one distribution.
 
   Returns:
-    tokens, sentences, needed (S), unneeded (U), noise (N): means; noise_share: of all sentences; majority:
-    share of the most frequent answer, what a constant scores; attempts: cores drawn for one.
+    Chi-squared over the answers that are expected at least five times on either side, the rest together; and
+    its deviation from its mean, the degrees of freedom, in standard deviations.
   """
-  roles = [collections.Counter(p.sentence_roles) for p in problems]
-  sentences = np.mean([len(p.sentence_roles) for p in problems])
-  answers = collections.Counter(answer_text(p.answer) for p in problems)
-  return {
-    "problems": len(problems),
-    "tokens": float(np.mean([p.num_tokens for p in problems])),
-    "sentences": float(sentences),
-    "S": float(np.mean([r["S"] for r in roles])),
-    "U": float(np.mean([r["U"] for r in roles])),
-    "N": float(np.mean([r["N"] for r in roles])),
-    "noise_share": float(np.mean([r["N"] for r in roles]) / sentences),
-    "majority": answers.most_common(1)[0][1] / len(problems),
-    "attempts": float(np.mean([p.attempts for p in problems])),
-  }
+  a, b = collections.Counter(ours), collections.Counter(theirs)
+  total = len(ours) + len(theirs)
+  smaller = min(len(ours), len(theirs)) / total
+  common = [x for x in a.keys() | b.keys() if (a[x] + b[x]) * smaller >= 5]
+  rows = [(a[x], b[x]) for x in common]
+  rows.append((len(ours) - sum(x for x, _ in rows), len(theirs) - sum(y for _, y in rows)))
+  rows = [(x, y) for x, y in rows if x + y]
+  chi = 0.0
+  for x, y in rows:
+    for counted, size in ((x, len(ours)), (y, len(theirs))):
+      expected = (x + y) * size / total
+      chi += (counted - expected) ** 2 / expected
+  freedom = max(len(rows) - 1, 1)
+  return chi, (chi - freedom) / math.sqrt(2 * freedom)
 
 
-def by_op(problems: Sequence[Problem]) -> dict[int, dict[str, float]]:
-  """`summary` for each number of operations."""
-  groups: dict[int, list[Problem]] = {}
-  for p in problems:
-    groups.setdefault(p.op, []).append(p)
-  return {op: summary(groups[op]) for op in sorted(groups)}
+def of_problems(problems: Iterable[Problem], modulus: int = -1) -> list[Reading]:
+  """What the texts of word problems say."""
+  return [reading.read(p.question, p.context, p.num_tokens, modulus) for p in problems]
 
 
-def answers(problems: Sequence[Problem], most: int = 5) -> list[tuple[str, float]]:
-  """The most frequent answers with their shares."""
-  counted = collections.Counter(answer_text(p.answer) for p in problems)
-  return [(answer, n / len(problems)) for answer, n in counted.most_common(most)]
+@functools.cache
+def reference_readings() -> tuple[Reading, ...]:
+  """The original's sample: 40 problems for each number of operations, d and modes mixed, with noise."""
+  lines = HERE.joinpath("reference_readings.jsonl").read_text(encoding="utf-8").splitlines()
+  return tuple(Reading(**json.loads(line)) for line in lines)
 
 
-def forms(problems: Sequence[Problem], role: str) -> dict[str, float]:
-  """Shares of sentence forms among the sentences of one role."""
-  counted: collections.Counter[str] = collections.Counter()
-  for p in problems:
-    for sentence, r in zip(solver.split_sentences(p.context), p.sentence_roles, strict=True):
-      if r == role:
-        counted[form(sentence)] += 1
-  total = sum(counted.values())
-  return {name: n / total for name, n in sorted(counted.items())}
+@functools.cache
+def reference_facts() -> dict[str, dict[str, dict[str, float]]]:
+  """What was measured of the original without noise: by `subset mode`, by op; and `forms`, of all ops."""
+  return json.loads(HERE.joinpath("reference.json").read_text(encoding="utf-8"))
 
 
-def form(sentence: str) -> str:
-  """The form: literal, copy, times one, plus one, sum, difference, literal with two, many, hidden."""
-  _, equals, right = sentence.partition(" equals ")
-  if not equals:
-    return "hidden"
-  if right.isdigit():
-    return "literal"
-  number, _, rest = right.partition(" ")
-  operator, _, rest = rest.partition(" ") if number.isdigit() else ("", "", right)
-  if ", and the " in rest:
-    return "many"
-  if rest.startswith(("the sum of ", "the difference between ")):
-    if operator:
-      return "literal with two"
-    return "sum" if rest.startswith("the sum") else "difference"
-  return f"{operator} one" if operator else "copy"
+def fact(
+  metric: str, value: float, readings: Sequence[Reading], num: int = FACT_PROBLEMS
+) -> tuple[float, float]:
+  """A fact of `num` problems of the original against ours.
+
+  Returns:
+    Its standard error, by the spread of ours and its rounding; and the deviations between it and ours.
+  """
+  ours = estimate(readings, metric)
+  step = 0.1 if metric == "U" else 0.001 if metric in _FINE else 0.01
+  if metric == "majority" or metric.startswith("asked"):
+    share = (ours.value * len(readings) + value * num) / (len(readings) + num)
+    sampled = math.sqrt(share * (1 - share) / num)
+    own = math.sqrt(share * (1 - share) / len(readings))
+  else:
+    sampled, own = ours.error * math.sqrt(len(readings) / num), ours.error
+  error = math.hypot(sampled, step / math.sqrt(12))
+  return error, abs(ours.value - value) / math.hypot(error, own)
+
+
+def as_json(r: Reading) -> str:
+  """A line of `reference_readings.jsonl`."""
+  return json.dumps(dataclasses.asdict(r), separators=(",", ":"))

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import pathlib
+import socket
 
 from sleep_jax.config import at_least, check, one_of
 from sleep_jax.data import pipeline
-from sleep_jax.data.gsm_infinite import dataset, problems
+from sleep_jax.data.gsm_infinite import dataset, problems, shortcut
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.data.gsm_infinite.config import GsmInfiniteConfig
+from sleep_jax.data.gsm_infinite.values import LARGEST
 from sleep_jax.data.pipeline import CutConfig
 
 TOKENIZER_SEED = 2_000_003  # of the problems that a tokenizer is trained on: the same for every run
@@ -23,14 +25,17 @@ class TaskConfig(GsmInfiniteConfig):
     cut: shapes of the batches.
     vocab_size: tokens at most, of the tokenizer that is trained where `tokenizer` names none.
     tokenizer_texts: problems that it is trained on.
-    held_out: `balanced` (each number of operations as often) or `faithful` (drawn as in training).
+    problems: that there are to train on; a longer run reads them again. 0: as many as it takes.
+    held_out: the evaluation's sets: `balanced` (each number of operations as often) and `faithful` (drawn as
+      in training). The first of them is the run's score, which figures show.
     threads, workers: that make examples; workers are processes, 0 for none.
   """
 
   cut: CutConfig = CutConfig(max_tokens=3312, tails=(256, 512, 1024), bucket_batches=4)
   vocab_size: int = 1024
   tokenizer_texts: int = 256
-  held_out: str = "balanced"
+  problems: int = 0
+  held_out: tuple[str, ...] = dataset.KINDS
   threads: int = 1
   workers: int = 0
 
@@ -45,9 +50,10 @@ class TaskConfig(GsmInfiniteConfig):
     )
     check(self.noise, "data.noise", "must be on: without noise the length of a problem has no bound")
     check(
-      self.subset != "symbolic",
-      "data.subset",
-      "must not be symbolic: its answers, lists of variables, have no bound; take medium, hard or mixed",
+      self.cut.answer_tokens >= self.answer_bound,
+      "data.cut.answer_tokens",
+      f"must be at least {self.answer_bound}, the tokens of the longest answer ({self.longest_answer!r}) and"
+      f" its end, got {self.cut.answer_tokens}",
     )
     check(
       self.held_out_seed != TOKENIZER_SEED,
@@ -56,9 +62,27 @@ class TaskConfig(GsmInfiniteConfig):
     )
     at_least(self.vocab_size, tokens.LEAST_VOCAB, "data.vocab_size")
     at_least(self.tokenizer_texts, 1, "data.tokenizer_texts")
-    one_of(self.held_out, dataset.KINDS, "data.held_out")
+    at_least(self.problems, 0, "data.problems")
+    check(len(self.held_out) > 0, "data.held_out", f"needs at least one of {', '.join(dataset.KINDS)}")
+    for kind in self.held_out:
+      one_of(kind, dataset.KINDS, "data.held_out")
+    check(
+      len(set(self.held_out)) == len(self.held_out), "data.held_out", f"names a set twice: {self.held_out}"
+    )
     at_least(self.threads, 1, "data.threads")
     at_least(self.workers, 0, "data.workers")
+
+  @property
+  def longest_answer(self) -> str:
+    """The longest text that an answer may be, as wide as any."""
+    if self.subset == "symbolic":
+      return ", ".join(["V000000"] * self.operations[1])
+    return str(max(LARGEST, self.modulus - 1))
+
+  @property
+  def answer_bound(self) -> int:
+    """Tokens of the longest answer and its end, where names, digits and marks are tokens of their own."""
+    return len(tokens.pieces(self.longest_answer)) + 1
 
 
 def groups(cfg: GsmInfiniteConfig) -> list[str]:
@@ -74,18 +98,39 @@ def with_tokenizer(cfg: TaskConfig, folder: str | os.PathLike) -> TaskConfig:
   that a damaged file harms nobody.
 
   Raises:
-    ConfigError: if the tokenizer that it names is none, or its digits are not tokens of their own.
+    ConfigError: if the tokenizer that it names is none, its digits are not tokens of their own, or it makes
+      answers longer than `cut` allows.
   """
   if not cfg.tokenizer:
     texts = (problems.problem(cfg, TOKENIZER_SEED, i).text for i in range(cfg.tokenizer_texts))
     path = pathlib.Path(folder, "tokenizer.json")
     made = tokens.train(texts, cfg.vocab_size)
-    temporary = path.with_name(".tokenizer.json.tmp")
+    temporary = path.with_name(
+      f".tokenizer.json.{socket.gethostname()}.{os.getpid()}.tmp"
+    )  # several may do it
     made.save(temporary)
     os.replace(temporary, path)
     cfg = dataclasses.replace(cfg, tokenizer=str(path.resolve()))
-  tokens.load(cfg.tokenizer)
+  check_answers(cfg)
   return cfg
+
+
+def check_answers(cfg: TaskConfig) -> None:
+  """Raises `ConfigError` if the longest answer has more tokens, by the named tokenizer, than `cut` allows."""
+  longest = len(tokens.load(cfg.tokenizer).encode(cfg.longest_answer)) + 1
+  check(
+    longest <= cfg.cut.answer_tokens,
+    "data.cut.answer_tokens",
+    f"must be at least {longest}, the longest answer and its end by {cfg.tokenizer}, got"
+    f" {cfg.cut.answer_tokens}",
+  )
+
+
+def check_lengths(cfg: TaskConfig) -> None:
+  """Raises `ConfigError` if problems of some number of operations never have the lengths."""
+  low, high = cfg.operations
+  for op in range(low, high + 1):
+    problems.problem(cfg, TOKENIZER_SEED, 0, op=op)
 
 
 def to_example(made: problems.Problem, cfg: GsmInfiniteConfig) -> pipeline.Example:
@@ -114,27 +159,33 @@ class Examples:
     return to_example(problems.problem(self.cfg, self.seed, int(index)), self.cfg)
 
 
-def training(cfg: TaskConfig, seed: int, num: int) -> Examples:
-  """Training examples of a run.
+def training(cfg: TaskConfig, seed: int, num: int) -> pipeline.Source:
+  """The first `num` training examples of a run; those of `cfg.problems` problems, again and again.
 
   Raises:
     ConfigError: if the seed is the held-out one.
   """
   dataset.source(cfg, seed, num)  # refuses what is no source
+  if cfg.problems:
+    return pipeline.Epochs(Examples(cfg, seed, cfg.problems), num, seed)
   return Examples(cfg, seed, num)
 
 
-def held_out(cfg: TaskConfig, num: int) -> list[pipeline.Example]:
-  """The held-out examples, the same for every run.
+def held_out(cfg: TaskConfig, num: int) -> dict[str, pipeline.HeldOut]:
+  """The held-out sets, of `num` examples each, the same for every run; each with its `shortcut`'s score.
 
   Raises:
     ConfigError: if `num` cannot be balanced, or an answer is longer than `cut` allows.
   """
-  made = [to_example(p, cfg) for p in dataset.held_out(cfg, cfg.held_out, num)]
-  longest = max(len(e.answer) for e in made)
+  sets = {}
+  for kind in cfg.held_out:
+    made = dataset.held_out(cfg, kind, num)
+    right = [shortcut.guess(p.context) == p.answer for p in made]
+    sets[kind] = pipeline.HeldOut([to_example(p, cfg) for p in made], {"shortcut": right})
+  longest = max(len(e.answer) for held in sets.values() for e in held.examples)
   check(
     longest <= cfg.cut.answer_tokens,
     "data.cut.answer_tokens",
     f"must be at least {longest}, the longest held-out answer and its end, got {cfg.cut.answer_tokens}",
   )
-  return made
+  return sets

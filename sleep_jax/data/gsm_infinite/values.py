@@ -12,9 +12,16 @@ LARGEST = 1000  # value of a needed quantity
 
 
 def of_order(
-  structure: Structure, order: Sequence[int], expressions: Mapping[int, Expression], unknown: int | None
+  structure: Structure,
+  order: Sequence[int],
+  expressions: Mapping[int, Expression],
+  unknown: int | None,
+  modulus: int = -1,
 ) -> dict[int, Line] | None:
   """The needed quantities in terms of the unknown one.
+
+  Args:
+    modulus: of every value, where there is no unknown; -1 for none.
 
   Returns:
     Quantity -> (a, b) for a + b x, or None if one is of higher order.
@@ -28,16 +35,16 @@ def of_order(
       terms = [_times(*(lines[c] for c in pair)) for pair in summands(structure, q)]
       if None in terms:
         return None
-      lines[q] = (sum(t[0] for t in terms), sum(t[1] for t in terms))
-      continue
-    e = expressions[q]
-    a = sum(lines[c][0] for c in e.refs)
-    b = sum(lines[c][1] for c in e.refs)
-    if e.difference:
-      a, b = 2 * lines[e.refs[0]][0] - a, 2 * lines[e.refs[0]][1] - b
-    if e.literal is not None:
-      a, b = (a * e.literal, b * e.literal) if e.times and e.refs else (a + e.literal, b)
-    lines[q] = (a, b)
+      a, b = sum(t[0] for t in terms), sum(t[1] for t in terms)
+    else:
+      e = expressions[q]
+      a = sum(lines[c][0] for c in e.refs)
+      b = sum(lines[c][1] for c in e.refs)
+      if e.difference:
+        a, b = 2 * lines[e.refs[0]][0] - a, 2 * lines[e.refs[0]][1] - b
+      if e.literal is not None:
+        a, b = (a * e.literal, b * e.literal) if e.times and e.refs else (a + e.literal, b)
+    lines[q] = (a if modulus == -1 else a % modulus, b)
   return lines
 
 
@@ -73,8 +80,13 @@ def solution(
   unknown: int | None,
   x: int,
   draws: Draws,
+  modulus: int = -1,
 ) -> str:
-  """The worked solution, one definition a needed quantity, ending in `Answer: v.`"""
+  """The worked solution, one definition a needed quantity, ending in `Answer: v.`
+
+  With a modulus each definition says so.
+  """
+  ending = "." if modulus == -1 else f" (mod {modulus})."
   letters = [c for c in string.ascii_letters if unknown is None or c not in "xX"]
   draws.shuffle(letters)
   letter: dict[int, str] = {}
@@ -94,7 +106,7 @@ def solution(
     parts = [letter[q], formula(lambda c: letter[c]), formula(lambda c: _line(lines[c], nested=True))]
     parts.append(_line(lines[q]))
     shown = [part for i, part in enumerate(parts) if i < 2 or part != parts[i - 1]]
-    steps.append(f"Define {name(q)} as {letter[q]}; so {' = '.join(shown)}.")
+    steps.append(f"Define {name(q)} as {letter[q]}; so {' = '.join(shown)}{ending}")
   if unknown is None:
     return " ".join([*steps, f"Answer: {lines[order[-1]][0]}."])
   a, b = lines[order[-1]]

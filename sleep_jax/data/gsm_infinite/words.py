@@ -33,13 +33,17 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _crossed(
-  firsts: Sequence[str], lasts: Sequence[str], size: int, pattern: str
+  firsts: Sequence[str], lasts: Sequence[str], size: int, *patterns: str
 ) -> tuple[tuple[str, ...], ...]:
-  """One group for each of `lasts`: `size` of the `firsts`, another stretch of them in each group."""
+  """One group for each of `lasts`: `size` of the `firsts`, another stretch of them in each group.
+
+  Args:
+    patterns: of the names; the groups take them in turn.
+  """
   groups = []
   for i, last in enumerate(lasts):
     chosen = [firsts[(7 * i + j) % len(firsts)] for j in range(size)]
-    groups.append(tuple(pattern.format(first, last) for first in chosen))
+    groups.append(tuple(patterns[i % len(patterns)].format(first, last) for first in chosen))
   return tuple(groups)
 
 
@@ -75,8 +79,8 @@ _ENDINGS = _names(
   " crest, moor, barrow, den, hurst, worth, leigh, bourne, fell, shaw, dale, ley, pool, bank, cross, field"
 )
 _SUBJECTS = _names(
-  "glass blowing, marine law, alpine rescue, stage lighting, bee keeping, river navigation, paper folding,"
-  " desert farming, opera singing, bridge design, soil chemistry, comet watching, puppet theatre,"
+  "pottery, marine law, alpine rescue, lighting, bee keeping, river navigation, paper folding,"
+  " desert farming, opera, bridge design, chemistry, comet watching, puppet theatre,"
   " boat building"
 )
 _SCHOOLS = _names(
@@ -186,7 +190,26 @@ TEMPLATES: dict[str, Template] = {
         " intense detective thriller"
       ),
     ),
-    noise_places=_crossed(_GALAS, _EVENTS, 20, "{} {}"),
-    noise_kinds=_crossed(_PEOPLE, _PLOTS, 20, "film about {} {}"),
+    noise_places=_crossed(_GALAS, _EVENTS, 20, "{} City {}", "Greater {} City {}"),
+    noise_kinds=_crossed(_PEOPLE, _PLOTS, 20, "film about {} {}", *["film about the {} {}"] * 4),
   ),
 }
+
+
+def phrases() -> list[str]:
+  """All words of problems, as they stand in a text: after a space, and at its beginning."""
+  fixed = (
+    "The number of the number of equals plus times the sum of , and . What is the ?\nThe How many does have?"
+    "\nThe The average the difference between exists, and its number is greater than 0. The total per\n"
+    "Which variables are equal to -1?\nassign V1 = V2 - 1. assign V3 = V4 + 1."
+  )
+  names = [fixed]
+  for t in TEMPLATES.values():
+    names += [f" {phrase} in" for phrase in (t.total, t.product, t.average)]
+    names += [
+      f" {name}"
+      for groups in (t.places, t.kinds, t.noise_places, t.noise_kinds)
+      for g in groups
+      for name in g
+    ]
+  return names

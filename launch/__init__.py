@@ -1,0 +1,1 @@
+"""Starts experiments in several processes, on this machine or on others."""
