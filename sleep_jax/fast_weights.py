@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels.conv_gated_delta import conv_gated_delta
 from kernels.gated_delta import gated_delta
 from kernels.gated_hebbian import gated_hebbian
 from sleep_jax import layers, params, sharding
@@ -27,6 +28,8 @@ RULES: dict[str, Rule] = {
   "jet": gated_delta,  # as gdn; the layer around it convolves v alone, dynamically
 }
 DYNAMIC = ("jet",)  # layers of JetBlock's form (arXiv 2508.15884): see `declare`
+
+FUSED = ("pallas_tpu_fused",)  # kernels that take the short convolution, SiLU, norms and gates of `gdn` along
 
 OUT_NORM_EPS = 1e-5
 
@@ -138,9 +141,37 @@ def fast_weights(
     x, _joined(weights, "q", "k", "v", "gate"), heads
   )  # one large product, not four
   qkv, gate = jnp.split(qkv_and_gate, [sum(widths)], axis=-1)
+  gates = jnp.stack([weights["a"], weights["b"]], axis=1)  # [D, 2, H]
+  step, b = jnp.moveaxis(layers.dense(x.astype(jnp.float32), gates, ("batch", "seq", None, "heads")), 2, 0)
+
+  if fast.kernel in FUSED and rule is gated_delta and "q_conv" in weights and fast.conv_size > 1:
+    taps = _joined(weights, "q_conv", "k_conv", "v_conv")
+    decays = weights["A_log"], weights["dt_bias"]
+    o, S, context = conv_gated_delta(
+      qkv, taps, state.context, step, b, *decays, state.S, mask=valid, implementation=fast.kernel
+    )
+  else:
+    q, k, v, context = _convolved(weights, x, qkv, state, cfg, valid)
+    g = -jnp.exp(weights["A_log"]) * jax.nn.softplus(step + weights["dt_bias"])
+    o, S = rule(q, k, v, g, jax.nn.sigmoid(b), state.S, mask=valid, implementation=fast.kernel)
+  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
+  o = (o * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+  return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+
+
+def _convolved(
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  qkv: jax.Array,
+  state: FastWeights,
+  cfg: ModelConfig,
+  valid: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+  """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
+  fast, context = cfg.fast, None
+  widths = (fast.key_dim, fast.key_dim, fast.value_dim)
   if fast.conv_size and valid is not None:
     qkv = jnp.where(valid[:, :, None, None], qkv, 0)
-  context = None
   if "conv_w1" in weights:
     qk, v = jnp.split(qkv, [sum(widths[:2])], axis=-1)
     v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
@@ -148,17 +179,7 @@ def fast_weights(
   elif fast.conv_size:
     qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
   q, k, v = jnp.split(jax.nn.silu(qkv), [widths[0], sum(widths[:2])], axis=-1)
-  q = layers.l2_normalize(q) * fast.key_dim**-0.5
-  k = layers.l2_normalize(k)
-
-  gates = jnp.stack([weights["a"], weights["b"]], axis=1)  # [D, 2, H]
-  step, b = jnp.moveaxis(layers.dense(x.astype(jnp.float32), gates, ("batch", "seq", None, "heads")), 2, 0)
-  g = -jnp.exp(weights["A_log"]) * jax.nn.softplus(step + weights["dt_bias"])
-
-  o, S = rule(q, k, v, g, jax.nn.sigmoid(b), state.S, mask=valid, implementation=fast.kernel)
-  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
-  o = (o * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
-  return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+  return layers.l2_normalize(q) * fast.key_dim**-0.5, layers.l2_normalize(k), v, context
 
 
 def _generated_taps(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
