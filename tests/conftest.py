@@ -1,7 +1,12 @@
 """Eight simulated CPU devices for every test, set before anything touches a backend."""
 
+import hypothesis
 import jax
 import pytest
+
+# Time is never asserted: on a busy machine an example that took milliseconds before takes a second.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,5 +1,6 @@
 """The fast-weight layer against the NumPy oracle and against transformers' own; what S promises."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from kernels import dispatch
+from kernels.conv_gated_delta import pallas_tpu_fused
 from sleep_jax import blocks, config, fast_weights
 from tests import hybrids, oracle, torch_peer
 
@@ -50,6 +53,17 @@ def exact(cfg, weights, x, state, keep):
   return out, S, np.concatenate([left[name] for name in "qkv"], axis=-1) if left else None
 
 
+@contextlib.contextmanager
+def fused_on_this_cpu():
+  """The fused TPU kernel under its name, interpreted."""
+  interpreted = functools.partial(pallas_tpu_fused.conv_gated_delta, interpret=True)
+  with (
+    mock.patch.dict(dispatch.ORDER, cpu=dispatch.ORDER["tpu"]),
+    mock.patch.object(pallas_tpu_fused, "conv_gated_delta", interpreted),
+  ):
+    yield
+
+
 class LayerTest(parameterized.TestCase):
   @parameterized.parameters(
     {"kind": "gdn"},
@@ -76,6 +90,30 @@ class LayerTest(parameterized.TestCase):
         self.assertIsNone(after.context)
       else:
         hybrids.assert_near(after.context, context, TOLERANCE)
+
+  def test_the_fused_kernel_equals_the_oracle(self):
+    """It has one name among the kernels, here interpreted; its layer hands it the raw projections."""
+    cfg, weights, x, state = setting(kernel="pallas_tpu_fused")
+    keep = np.arange(LENGTH) >= np.array([[2], [5]])
+    with fused_on_this_cpu():
+      out, after = compiled(cfg)(weights, x, state, keep)
+    o, S, context = exact(cfg, weights, x, state, keep)
+    hybrids.assert_near(np.asarray(out)[keep], o[keep], TOLERANCE)
+    hybrids.assert_near(after.S, S, TOLERANCE)
+    hybrids.assert_near(after.context, context, TOLERANCE)
+
+  @parameterized.parameters(
+    {"kind": "hebbian"}, {"kind": "jet"}, {"kind": "gdn", "conv_size": 0}, {"kind": "gdn", "conv_size": 1}
+  )
+  def test_a_layer_that_the_fused_kernel_does_not_take_is_refused(self, kind, **changes):
+    cfg = hybrids.model_config((kind,), fast={"kernel": "pallas_tpu_fused", **changes})
+    weights = {name: jnp.zeros(weight.shape) for name, weight in fast_weights.declare(cfg, kind).items()}
+    x, state = jnp.zeros((2, LENGTH, cfg.embed_dim)), fast_weights.init_state(cfg, 2, kind)
+    with (
+      fused_on_this_cpu(),
+      self.assertRaisesRegex(NotImplementedError, "has no implementation 'pallas_tpu_fused', use 'xla'"),
+    ):
+      jax.eval_shape(lambda: fast_weights.fast_weights(weights, x, state, cfg, fast_weights.RULES[kind]))
 
   @parameterized.product(kind=("gdn", "hebbian"), cut=(1, 2, 4))
   def test_split_in_two_it_gives_the_same_state(self, kind, cut):

@@ -11,6 +11,8 @@ from tests import hybrids
 
 BASE = hybrids.model_config(("attn", "attn", "attn", "attn"), norm_placement="sandwich", loop_norm=True)
 FAST = config.FastConfig(num_heads=2, key_dim=3, value_dim=4)
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
 SLEEP = config.SleepConfig(num_passes=2)
 
 
@@ -68,9 +70,17 @@ def test_prelude_and_coda_write_once_and_the_loop_n_times():
 
 @pytest.mark.slow
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_dense_models_equal_transformers(kind, tied, tmp_path):
+@pytest.mark.parametrize(
+  ("kind", "options"),
+  [
+    ("Qwen2", {"tie_word_embeddings": False}),
+    ("Qwen2", {"tie_word_embeddings": True}),
+    ("Llama", {"tie_word_embeddings": True}),
+    ("Llama", {"attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("Llama", {"mlp_bias": True, "rope_scaling": LLAMA3, "rope_theta": 100.0}),
+  ],
+)
+def test_dense_models_equal_transformers(kind, options, tmp_path):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   torch.manual_seed(0)
   settings = getattr(transformers, f"{kind}Config")(
@@ -80,7 +90,7 @@ def test_dense_models_equal_transformers(kind, tied, tmp_path):
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    tie_word_embeddings=tied,
+    **options,
     max_position_embeddings=64,
     attn_implementation="eager",
   )
@@ -90,6 +100,7 @@ def test_dense_models_equal_transformers(kind, tied, tmp_path):
       weight.add_(0.2 * torch.randn_like(weight))
   peer.save_pretrained(tmp_path / "peer")
   cfg, weights, source = pretrained.load(tmp_path / "peer")
+  assert cfg.attention.rope_scaling.kind == options.get("rope_scaling", {}).get("rope_type", "none")
   tokens = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
   with torch.no_grad():
     want = peer(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
