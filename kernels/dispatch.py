@@ -103,9 +103,9 @@ def step(rule: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
   return update(rule, named, S)
 
 
-def axes_of_a_token(rule: str, name: str) -> str:
+def axes_of_a_token(rule: str, name: str) -> Sequence[str]:
   """The axes of an argument of `step`."""
-  return axes_of(rule, name).replace("T", "")
+  return [axis for axis in axes_of(rule, name) if axis != "T"]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -220,7 +220,7 @@ def on_mesh(
   named: dict[str, jax.Array],
   *,
   typed: bool = True,
-  axes_of: Callable[[str, str], str] = axes_of,
+  axes_of: Callable[[str, str], Sequence[str]] = axes_of,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs on each device's own rows and heads if an explicit mesh says who holds which.
 
@@ -247,6 +247,7 @@ def on_mesh(
 
   specs = {name: P(*(placed.get(axis) for axis in axes_of(rule, name))) for name in named}
   arrays = [jax.reshard(x, jax.NamedSharding(mesh, specs[name])) for name, x in named.items()]
-  out = P(placed["B"], None, placed["H"], None), specs["S"]
+  of_o = "BTHV" if any("T" in axes_of(rule, name) for name in named) else "BHV"  # one token has no T
+  out = P(*(placed.get(axis) for axis in of_o)), specs["S"]
   sharded = jax.shard_map(run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out, check_vma=typed)
   return sharded(*arrays)
