@@ -3,7 +3,7 @@
 import difflib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ Rule = Callable[..., tuple[jax.Array, jax.Array]]
 ORDER = {
   "cpu": ("xla", "reference"),
   "gpu": ("xla", "reference", "pallas_gpu"),
-  "tpu": ("xla", "reference", "pallas_tpu"),
+  "tpu": ("xla", "reference", "pallas_tpu", "pallas_tpu_fused"),
 }
 # What is tried, in turn, when none is named. A Pallas kernel moves in here, in front, with a measured table.
 DEFAULT = {"cpu": ("xla", "reference"), "gpu": ("xla", "reference"), "tpu": ("xla", "reference")}
@@ -34,12 +34,31 @@ OPERANDS = {
   "kda": _SCALAR | {"g": "BTHK"},
   "gdn2": {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTHK", "e": "BTHK", "w": "BTHV"},
 }
+# Likewise of a rule that has its layer's front before it: no rule of its own. X = K + K + V, c taps.
+FRONTED = {
+  "conv_gated_delta": {
+    "x": "BTHX",
+    "taps": "cHX",
+    "context": ("B", "c-1", "H", "X"),
+    "a": "BTH",
+    "b": "BTH",
+    "A_log": "H",
+    "dt_bias": "H",
+  }
+}
 GATES = ("g", "b", "e", "w")  # zero at a pad: no decay, nothing erased, nothing written
+FRONT_WEIGHTS = ("taps", "a", "A_log", "dt_bias")
+CLOSED = -1e30  # what an input of a gate is at a pad: softplus and sigmoid of it are 0, and flat
 
 
-def axes_of(rule: str, name: str) -> str:
+def operands(rule: str) -> dict[str, Sequence[str]]:
+  """The arguments of a rule, in order, with their axes; without S and mask."""
+  return OPERANDS[rule] if rule in OPERANDS else FRONTED[rule]
+
+
+def axes_of(rule: str, name: str) -> Sequence[str]:
   """The axes of an argument, a letter each."""
-  return (OPERANDS[rule] | {"S": "BHKV", "mask": "BT"})[name]
+  return (operands(rule) | {"S": "BHKV", "mask": "BT"})[name]
 
 
 def call(
@@ -52,7 +71,7 @@ def call(
 
   Args:
     rule: folder and function under `kernels`.
-    *arrays: the rule's operands in the order of `OPERANDS`, then S.
+    *arrays: the rule's operands in the order of `OPERANDS` or `FRONTED`, then S.
     mask: [B, T] bool or None, as in the public functions.
     implementation: run this one or raise. None: those of `DEFAULT` in turn, until one can; each that cannot
       (NotImplementedError, ImportError) is reported in one warning.
@@ -62,7 +81,7 @@ def call(
     TypeError: a dtype; forward-mode differentiation.
     NotImplementedError: the named implementation does not take these arrays, or has not got this rule.
   """
-  named = dict(zip((*OPERANDS[rule], "S"), map(jnp.asarray, arrays), strict=True))
+  named = dict(zip((*operands(rule), "S"), map(jnp.asarray, arrays), strict=True))
   if mask is not None:
     named["mask"] = jnp.asarray(mask)
   check(rule, named, axes_of)
@@ -84,9 +103,9 @@ def step(rule: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
   return update(rule, named, S)
 
 
-def axes_of_a_token(rule: str, name: str) -> str:
+def axes_of_a_token(rule: str, name: str) -> Sequence[str]:
   """The axes of an argument of `step`."""
-  return axes_of(rule, name).replace("T", "")
+  return [axis for axis in axes_of(rule, name) if axis != "T"]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -129,8 +148,9 @@ def _run(rule: str, implementation: str, named: dict[str, jax.Array]) -> tuple[j
     x = dict(zip(named, arrays, strict=True))
     if "mask" in x:
       keep = x.pop("mask")[..., None]
-      for name in x.keys() & set(GATES):
-        x[name] = jnp.where(keep[..., None] if x[name].ndim == 4 else keep, x[name], 0)
+      at_pads = {"x": 0, "a": CLOSED, "b": CLOSED} if rule in FRONTED else dict.fromkeys(GATES, 0)
+      for name in x.keys() & at_pads.keys():
+        x[name] = jnp.where(keep[..., None] if x[name].ndim == 4 else keep, x[name], at_pads[name])
     return run(*x.values())
 
   try:
@@ -150,7 +170,7 @@ def _warn_once(rule: str, name: str, reason: str) -> None:
   logging.warning("%s: skipped %s: %s", rule, name, reason)
 
 
-def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], str]) -> None:
+def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], Sequence[str]]) -> None:
   """Raises one line that names the argument, what it is and what is needed."""
   sizes: dict[str, int] = {}
   for name, x in named.items():
@@ -162,12 +182,21 @@ def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], 
       raise ValueError(f"{rule}: {name} has shape {x.shape}, needs [{', '.join(axes)}] = {need}")
   for axis, size in sizes.items():
     if size < 1:
-      raise ValueError(f"{rule}: {axis} is {size} in q {named['q'].shape}, needs at least 1")
+      first, x = next(iter(named.items()))
+      raise ValueError(f"{rule}: {axis} is {size} in {first} {x.shape}, needs at least 1")
+  for name, axis, need in (("x", "X", "K + K + V"), ("context", "c-1", "taps - 1")):
+    if axis not in sizes:
+      continue
+    size = 2 * sizes["K"] + sizes["V"] if axis == "X" else sizes["c"] - 1
+    if sizes[axis] != size:
+      raise ValueError(f"{rule}: {name} has shape {named[name].shape}, needs {need} = {size} as its {axis}")
 
-  for name in ("q", "k", "v"):
-    if not jnp.issubdtype(named[name].dtype, jnp.floating):
+  for name in ("q", "k", "v", "x"):
+    if name in named and not jnp.issubdtype(named[name].dtype, jnp.floating):
       raise TypeError(f"{rule}: {name} has dtype {named[name].dtype}, needs a floating point dtype")
-  for name in GATES:
+  if "context" in named and named["context"].dtype != named["x"].dtype:
+    raise TypeError(f"{rule}: context has dtype {named['context'].dtype}, needs x's, {named['x'].dtype}")
+  for name in (*GATES, *FRONT_WEIGHTS):
     if name in named and named[name].dtype not in (jnp.float32, jnp.float64):
       raise TypeError(f"{rule}: {name} has dtype {named[name].dtype}, needs float32 (or float64)")
   widest = jnp.float64 if any(x.dtype == jnp.float64 for n, x in named.items() if n != "S") else jnp.float32
@@ -191,7 +220,7 @@ def on_mesh(
   named: dict[str, jax.Array],
   *,
   typed: bool = True,
-  axes_of: Callable[[str, str], str] = axes_of,
+  axes_of: Callable[[str, str], Sequence[str]] = axes_of,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs on each device's own rows and heads if an explicit mesh says who holds which.
 
@@ -201,7 +230,7 @@ def on_mesh(
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    mesh = jax.typeof(named["v"]).sharding.mesh
+    mesh = jax.typeof(next(iter(named.values()))).sharding.mesh
   if not any(kind == AxisType.Explicit for kind in mesh.axis_types):
     return run(*named.values())
 
@@ -218,6 +247,7 @@ def on_mesh(
 
   specs = {name: P(*(placed.get(axis) for axis in axes_of(rule, name))) for name in named}
   arrays = [jax.reshard(x, jax.NamedSharding(mesh, specs[name])) for name, x in named.items()]
-  out = specs["v"], specs["S"]
+  of_o = "BTHV" if any("T" in axes_of(rule, name) for name in named) else "BHV"  # one token has no T
+  out = P(*(placed.get(axis) for axis in of_o)), specs["S"]
   sharded = jax.shard_map(run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out, check_vma=typed)
   return sharded(*arrays)

@@ -31,15 +31,22 @@ from pathlib import Path
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPES = {"128/256": (128, 256), "128/128": (128, 128)}  # K/V
-PROGRAMS = ("forward", "grad", "xla forward", "xla grad")
+# "front": what the fused kernel has and the plain one leaves to XLA (`kernels.conv_gated_delta.front`).
+PROGRAMS = (
+  *("forward", "grad", "fused forward", "fused grad"),
+  *("xla forward", "xla grad", "xla front forward", "xla front grad"),
+)
 KERNELS = {  # row of the table -> program that has the kernel, the kernel's name
   "forward": ("forward", "gated_delta_forward"),
   "forward, residuals kept": ("grad", "gated_delta_forward"),
   "backward": ("grad", "gated_delta_backward"),
+  "fused forward": ("fused forward", "conv_gated_delta_forward"),
+  "fused forward, residuals kept": ("fused grad", "conv_gated_delta_forward"),
+  "fused backward": ("fused grad", "conv_gated_delta_backward"),
 }
 BUDGETS = Path(__file__).parent / "results" / "tpu_budgets.json"
 SLACK = 1.1  # what a budget forgives
-TOKENS, HEADS = 2048, 16
+TOKENS, HEADS, TAPS = 2048, 16, 4
 NO_LIBTPU = "libtpu is not installed here, and without it nothing compiles for a TPU; `make test-aot` adds it"
 
 
@@ -61,19 +68,29 @@ class Row:
     return f"{self.device} {self.widths} {self.program}"
 
 
-def compiled(device: str, shape: Sequence[int], mode: str, rule: Callable, dtype: str = "bfloat16"):
+def compiled(
+  device: str,
+  shape: Sequence[int],
+  mode: str,
+  rule: Callable,
+  dtype: str = "bfloat16",
+  operands: str = "gated_delta",
+):
   """Compiles `rule` ("forward") or its forward and backward pass ("grad") for an absent TPU.
 
   Args:
     device: a key of TOPOLOGIES.
     shape: B, T, H, K, V.
-    rule: (q, k, v, g, b, S) -> (o, S).
-    dtype: of q, k and v.
+    rule: a function of the operands, with a tuple of arrays.
+    dtype: of q, k and v, or of x and its context.
+    operands: the rule whose arguments `rule` takes, S last.
   """
   import jax
   import jax.numpy as jnp
   from jax.experimental import topologies
   from jax.sharding import SingleDeviceSharding
+
+  from kernels import dispatch
 
   # Ask no metadata server, and let processes side by side load the library: there is no chip to fight over.
   quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -81,16 +98,21 @@ def compiled(device: str, shape: Sequence[int], mode: str, rule: Callable, dtype
     os.environ.setdefault(name, value)
   chip = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device]).devices[0]
   struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(chip))
-  B, T, H, K, V = shape
-  tokens = [struct((B, T, H, width), jnp.dtype(dtype)) for width in (K, K, V)]
-  inputs = [*tokens, *[struct((B, T, H), jnp.float32)] * 2, struct((B, H, K, V), jnp.float32)]
+  sizes = dict(zip("BTHKV", shape, strict=True)) | {"c": TAPS, "c-1": TAPS - 1}
+  sizes["X"] = 2 * sizes["K"] + sizes["V"]
+  inputs = []
+  for name in (*dispatch.operands(operands), "S"):
+    kind = dtype if name in ("q", "k", "v", "x", "context") else "float32"
+    inputs.append(struct([sizes[axis] for axis in dispatch.axes_of(operands, name)], jnp.dtype(kind)))
+  known = len(inputs)
 
   def grad(*x):
-    outputs, pull = jax.vjp(rule, *x[:6])
-    return outputs, pull(x[6:])
+    outputs, pull = jax.vjp(rule, *x[:known])
+    return outputs, pull(x[known:])
 
   if mode == "grad":
-    inputs += [tokens[2], inputs[5]]
+    of_output = lambda y: struct(y.shape, y.dtype)  # noqa: E731
+    inputs += map(of_output, jax.eval_shape(rule, *inputs))
   program = jax.jit(rule if mode == "forward" else grad)
   return program.trace(*inputs).lower(lowering_platforms=("tpu",)).compile()
 
@@ -122,17 +144,29 @@ def price(device: str, widths: str, program: str) -> list[Row]:
 def child(device: str, widths: str, program: str) -> dict[str, float]:
   """What a compiled program says of itself; the bundles are in the dump."""
   from kernels import chunk
+  from kernels.conv_gated_delta import front, pallas_tpu_fused
   from kernels.gated_delta import pallas_tpu, pallas_tpu_parts
 
-  K, V = SHAPES[widths]
-  mode = program.split()[-1]
+  shape, mode = (1, TOKENS, HEADS, *SHAPES[widths]), program.split()[-1]
+
+  def xla(*x):
+    return chunk.chunked(*x, chunk.Plan(solve=True, hoist=True, block=1))  # what an accelerator gets
+
+  def xla_front(*x):
+    q, k, v, *gates = front.front(*x)
+    return *(y.astype(x[0].dtype) for y in (q, k, v)), *gates
+
+  rules = {
+    "": (pallas_tpu.gated_delta, "gated_delta"),
+    "fused": (pallas_tpu_fused.conv_gated_delta, "conv_gated_delta"),
+    "xla": (xla, "gated_delta"),
+    "xla front": (xla_front, "conv_gated_delta"),
+  }
+  rule, operands = rules[program.removesuffix(mode).strip()]
+  done = compiled(device, shape, mode, rule, operands=operands)
   if program.startswith("xla"):
-    plan = chunk.Plan(solve=True, hoist=True, block=1)  # what an accelerator gets
-    rule = lambda *x: chunk.chunked(*x, plan)  # noqa: E731
-    done = compiled(device, (1, TOKENS, HEADS, K, V), mode, rule)
     found = {"cycles": estimated_cycles(done.as_text())}
   else:
-    done = compiled(device, (1, TOKENS, HEADS, K, V), mode, pallas_tpu.gated_delta)
     found = {"token_heads": pallas_tpu_parts.CHUNK * pallas_tpu_parts.HEADS}  # of a grid step
   return found | {"temp_bytes": done.memory_analysis().temp_size_in_bytes}
 

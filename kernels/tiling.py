@@ -136,7 +136,7 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
   """sum(x * y, -1), in full precision.
 
-  As a product: what jax 0.10.2 makes of a sum over the last axis takes a CPU 14 times as long (0.12: alike).
+  As a product: for a sum of two arrays of [1, 2000, 12, 256] jax 0.10.2 took a CPU core 22 ms, for this 1.6.
   """
   return dot("...k,...k->...", x, y)
 

@@ -59,6 +59,8 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
   if cfg.attention.bias:
     for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
       weights[f"{name}_bias"] = params.bias(count, hd, axes=("heads", "head_dim"))
+  if cfg.attention.out_bias:
+    weights["o_bias"] = params.bias(d, axes=(None,))
   return weights
 
 
@@ -71,7 +73,7 @@ def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None) -> KVCach
   cache = KVCache(k=k, v=k, valid=valid, length=jnp.asarray(before, jnp.int32))
   if kept is None:
     return cache
-  k = layers.rope(kept.k, jnp.arange(before), cfg.attention.rope_theta)
+  k = layers.rope(kept.k, jnp.arange(before), cfg.attention.rope_theta, cfg.attention.rope_scaling)
   return _append(cache.replace(length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
 
 
@@ -135,8 +137,8 @@ def attention(
     start = cache.length if cache is not None else 0
     keys_at = start + jnp.arange(length)
   positions = start + jnp.arange(length)
-  q = layers.rope(q, positions, cfg.attention.rope_theta)
-  k = layers.rope(k, keys_at, cfg.attention.rope_theta)
+  q = layers.rope(q, positions, cfg.attention.rope_theta, cfg.attention.rope_scaling)
+  k = layers.rope(k, keys_at, cfg.attention.rope_theta, cfg.attention.rope_scaling)
 
   if isinstance(cache, KVCache):
     cache = _append(cache, k, v, valid)
@@ -156,7 +158,10 @@ def attention(
   scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
   shares = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1).astype(x.dtype)
   out = jnp.einsum("bhts,bshd->bthd", shares, v)
-  return layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2), cache
+  out = layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2)
+  if cfg.attention.out_bias:
+    out = out + weights["o_bias"].astype(out.dtype)
+  return out, cache
 
 
 def _repeated(x: jax.Array, groups: int) -> jax.Array:

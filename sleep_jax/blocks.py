@@ -42,6 +42,9 @@ def declare(cfg: ModelConfig) -> dict[str, Any]:
         "down": params.matrix(hidden, d, axes=("mlp", "w_embed")),
       },
     }
+    if cfg.mlp_bias:
+      for name, width, axis in (("gate", hidden, "mlp"), ("up", hidden, "mlp"), ("down", d, None)):
+        declared[str(i)]["mlp"][f"{name}_bias"] = params.bias(width, axes=(axis,))
     if cfg.norm_placement == "sandwich":
       declared[str(i)] |= {"post_norm": params.scale(d), "mlp_post_norm": params.scale(d)}
   return declared

@@ -9,7 +9,7 @@ all are named here again, so that a caller needs one module.
 import dataclasses
 from typing import Any
 
-from sleep_jax.model_config import ATTENTION, AttentionConfig, FastConfig, ModelConfig
+from sleep_jax.model_config import ATTENTION, AttentionConfig, FastConfig, ModelConfig, RopeScaling
 from sleep_jax.schema import (
   ConfigError,
   above,
@@ -25,8 +25,8 @@ from sleep_jax.schema import (
 
 __all__ = [
   "ATTENTION", "AttentionConfig", "Config", "ConfigError", "FastConfig", "MeshConfig", "ModelConfig",
-  "OptimConfig", "SleepConfig", "TrainConfig", "above", "at_least", "check", "check_sleep", "defaults_of",
-  "from_dict", "nearest", "one_of", "replace", "to_dict"
+  "OptimConfig", "RopeScaling", "SleepConfig", "TrainConfig", "above", "at_least", "check", "check_sleep",
+  "defaults_of", "from_dict", "nearest", "one_of", "replace", "to_dict"
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels.conv_gated_delta import conv_gated_delta
 from kernels.delta import delta
 from kernels.gated_delta import gated_delta
 from kernels.gated_hebbian import gated_hebbian
@@ -38,6 +39,7 @@ RULES: dict[str, Rule] = {
 }
 DYNAMIC = ("jet",)  # layers of JetBlock's form (arXiv 2508.15884): see `declare`
 CHANNELWISE = ("kda", "gdn2")
+FUSED = ("pallas_tpu_fused",)  # kernels that take the short convolution, SiLU, norms and gates of `gdn` along
 # What the gate on the read is squashed by, where that is not SiLU. (Of gdn2 there are two published layers:
 # SiLU is its authors' choice, a sigmoid flash-linear-attention's.)
 SQUASH: dict[str, Callable[[jax.Array], jax.Array]] = {"kda": jax.nn.sigmoid}
@@ -183,21 +185,16 @@ def fast_weights(
   ends = [*itertools.accumulate((*widths, *(weights[name].shape[-1] for name in others)))]
   qkv, *parts = jnp.split(joined, ends[2:-1], axis=-1)
   projected = dict(zip(others, parts, strict=True))
-  if fast.conv_size and valid is not None:
-    qkv = jnp.where(valid[:, :, None, None], qkv, 0)
-  context = None
-  if "conv_w1" in weights:
-    qk, v = jnp.split(qkv, [sum(widths[:2])], axis=-1)
-    v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
-    qkv = jnp.concatenate([qk, v], axis=-1)
-  elif fast.conv_size:
-    qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
-  q, k, v = jnp.split(jax.nn.silu(qkv), [widths[0], sum(widths[:2])], axis=-1)
-  q = layers.l2_normalize(q) * fast.key_dim**-0.5
-  k = layers.l2_normalize(k)
-
-  gates = _gates(weights, x, projected)
-  o, S = rule(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
+  if fast.kernel in FUSED and rule is gated_delta and "q_conv" in weights and fast.conv_size > 1:
+    taps, steps = _joined(weights, "q_conv", "k_conv", "v_conv"), _scalars(weights, x)
+    gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
+    o, S, context = conv_gated_delta(
+      qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel
+    )
+  else:
+    q, k, v, context = _convolved(weights, x, qkv, state, cfg, valid)
+    gates = _gates(weights, x, projected)
+    o, S = rule(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
   gate = projected.get("gate")
   if gate is None:
@@ -208,6 +205,29 @@ def fast_weights(
   return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
 
 
+def _convolved(
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  qkv: jax.Array,
+  state: FastWeights,
+  cfg: ModelConfig,
+  valid: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+  """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
+  fast, context = cfg.fast, None
+  widths = (fast.key_dim, fast.key_dim, fast.value_dim)
+  if fast.conv_size and valid is not None:
+    qkv = jnp.where(valid[:, :, None, None], qkv, 0)
+  if "conv_w1" in weights:
+    qk, v = jnp.split(qkv, [sum(widths[:2])], axis=-1)
+    v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
+    qkv = jnp.concatenate([qk, v], axis=-1)
+  elif fast.conv_size:
+    qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
+  q, k, v = jnp.split(jax.nn.silu(qkv), [widths[0], sum(widths[:2])], axis=-1)
+  return layers.l2_normalize(q) * fast.key_dim**-0.5, layers.l2_normalize(k), v, context
+
+
 def _gates(
   weights: dict[str, jax.Array], x: jax.Array, projected: dict[str, jax.Array]
 ) -> tuple[jax.Array, ...]:
@@ -216,20 +236,25 @@ def _gates(
   Args:
     projected: e and w [B, T, H, K or V] before their sigmoid, if the rule has these.
   """
-  x = x.astype(jnp.float32)
-  scalars, steps = [name for name in ("a", "b") if name in weights], {}
-  if scalars:
-    stacked = jnp.stack([weights[name] for name in scalars], axis=1)  # [D, 1 or 2, H]
-    both = layers.dense(x, stacked, ("batch", "seq", None, "heads"))
-    steps = dict(zip(scalars, jnp.moveaxis(both, 2, 0), strict=True))
+  steps = _scalars(weights, x)
   steps |= {name: projected[name].astype(jnp.float32) for name in ("e", "w") if name in projected}
   rates = tuple(jax.nn.sigmoid(steps[name]) for name in ("b", "e", "w") if name in steps)
   if "A_log" not in weights:
     return rates
   A, step = jnp.exp(weights["A_log"]), steps.get("a")
   if step is None:
-    A, step = A[:, None], _through(weights, "f", x)
+    A, step = A[:, None], _through(weights, "f", x.astype(jnp.float32))
   return -A * jax.nn.softplus(step + weights["dt_bias"]), *rates
+
+
+def _scalars(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
+  """The projections of the gates with one number a head, a and b, those that there are: [B, T, H] float32."""
+  names = [name for name in ("a", "b") if name in weights]
+  if not names:
+    return {}
+  stacked = jnp.stack([weights[name] for name in names], axis=1)  # [D, 1 or 2, H]
+  both = layers.dense(x.astype(jnp.float32), stacked, ("batch", "seq", None, "heads"))
+  return dict(zip(names, jnp.moveaxis(both, 2, 0), strict=True))
 
 
 def _through(weights: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:

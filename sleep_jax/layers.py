@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax import sharding
+from sleep_jax.config import RopeScaling
 
 
 def dense(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int = 1) -> jax.Array:
@@ -44,30 +45,48 @@ def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
   """Rotary position embedding, rotate-half: channel i turns with channel i + d/2.
 
   Args:
     x: [B, T, H, d], d even.
     positions: [T], whole numbers.
     theta: base; the angle of pair i is position * theta^(-2 i / d).
+    scaling: of the angles. None: as they are.
 
   Returns:
     [B, T, H, d], in x's dtype; angles and rotation in float32.
   """
   half = x.shape[-1] // 2
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is not None:
+    frequencies = scaled(frequencies, scaling)
   angles = positions.astype(jnp.float32)[:, None] * frequencies
   cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, d/2]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+  """Frequencies of rotary angles, in radians a token, as `scaling` stretches them."""
+  if scaling.kind == "none":
+    return frequencies
+  slow = frequencies / scaling.factor
+  if scaling.kind == "linear":
+    return slow
+  turns = scaling.original * frequencies / (2 * jnp.pi)
+  kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+  return kept * frequencies + (1 - kept) * slow
+
+
 def swiglu(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-  """(silu(x W_gate) * (x W_up)) W_down; x [B, T, D]."""
+  """(silu(x W_gate) * (x W_up)) W_down, each product with its bias if there is one; x [B, T, D]."""
   both = jnp.stack([params["gate"], params["up"]], axis=1)  # [D, 2, F]: one large product, not two
   gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp")), 2, 0)
-  return dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"))
+  if "up_bias" in params:
+    gate, up = (y + params[f"{name}_bias"].astype(y.dtype) for name, y in (("gate", gate), ("up", up)))
+  out = dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"))
+  return out + params["down_bias"].astype(out.dtype) if "down_bias" in params else out
 
 
 def short_conv(x: jax.Array, w: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,32 @@ ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary angles are stretched for contexts longer than those trained on first.
+
+  Attributes:
+    kind: `none`; `linear`: all are divided by `factor`; `llama3`: those of pairs that turn less than `low`
+      times in `original` tokens are divided by `factor`, those that turn more than `high` times are not, and
+      between the two the share of either goes linearly with the number of turns.
+    factor, low, high: as said.
+    original: tokens, of the first training.
+  """
+
+  kind: str = "none"
+  factor: float = 1.0
+  low: float = 1.0
+  high: float = 4.0
+  original: int = 8192
+
+  def __post_init__(self):
+    one_of(self.kind, ("none", "linear", "llama3"), "model.attention.rope_scaling.kind")
+    at_least(self.factor, 1.0, "model.attention.rope_scaling.factor")
+    above(self.low, 0, "model.attention.rope_scaling.low")
+    above(self.high, self.low, "model.attention.rope_scaling.high")
+    at_least(self.original, 1, "model.attention.rope_scaling.original")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
   """Causal attention inside the window.
 
@@ -19,8 +45,10 @@ class AttentionConfig:
     num_kv_heads: key and value heads; query heads share them in groups. None: as many as `num_heads`.
     head_dim: width of a head. None: `embed_dim / num_heads`, which must divide.
     rope_theta: base of the rotary angles.
+    rope_scaling: of these angles.
     qk_norm: RMSNorm on queries and keys, per head.
     bias: added to queries, keys and values.
+    out_bias: added to what the output projection gives.
     swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
   """
 
@@ -28,8 +56,10 @@ class AttentionConfig:
   num_kv_heads: int | None = None
   head_dim: int | None = None
   rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling = RopeScaling()
   qk_norm: bool = True
   bias: bool = False
+  out_bias: bool = False
   swa_window: int | None = None
 
   def __post_init__(self):
@@ -67,7 +97,8 @@ class FastConfig:
     decay_init: range (low, high) from which exp(A_log) is drawn evenly; the decay of a token is
       exp(-exp(A_log) * softplus(.)). The usual (1, 16) forgets a window of a few dozen tokens
       within N passes; (1/16, 1) keeps it.
-    kernel: backend of `kernels`, by name. None: the fastest measured one for the platform.
+    kernel: backend of `kernels`, by name. None: the fastest measured one for the platform. With
+      `pallas_tpu_fused` the short convolution, SiLU, norms and gates of a `gdn` block run inside the kernel.
   """
 
   num_heads: int = 4
@@ -97,6 +128,7 @@ class ModelConfig:
     vocab_size: tokens.
     embed_dim: D.
     mlp_dim: hidden width of the SwiGLU MLP. None: 2 D.
+    mlp_bias: added to what each of its three projections gives.
     blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`), or
       a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, `delta`, `kda`, `gdn2`, or one that
       `fast_weights.RULES` was given).
@@ -124,6 +156,7 @@ class ModelConfig:
   vocab_size: int
   embed_dim: int = 256
   mlp_dim: int | None = None
+  mlp_bias: bool = False
   blocks: tuple[str, ...] = ("attn", "gdn", "attn", "gdn")
   without_mlp: tuple[int, ...] = ()
   window: int = 24

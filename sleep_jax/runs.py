@@ -218,6 +218,7 @@ def _phrase(key: str, value: str) -> str:
     "data.rollout_steps": f"t = {value}",
     "train.steps": f"{value} steps",
     "optim.muon_lr": f"Muon lr {value}",
+    "train.init_from": f"from {Path(value).name}",
   }
   return phrases.get(key, f"{key.rpartition('.')[2]} {value}")
 

@@ -10,8 +10,16 @@ from tests.forked import ROOT, Experiment
 
 CONFIGS = ROOT / "experiments" / "configs"
 
-# What is added to `--config=...:tiny --workdir=new`, and words of the one line that comes back. {dir} holds
-# words.json (no digits), bytes.json (each byte a token) and bad.json (no tokenizer).
+# A setting of each experiment that is right, whatever `tiny` is.
+BASE = {
+  "gsm_infinite": "data.subset=mixed data.operations=(1,3) data.number_range=5 data.min_tokens=190"
+  " data.max_tokens=250 data.cut.max_tokens=260 data.cut.answer_tokens=6 model.window=96"
+  " model.vocab_size=2048 train.eval_sequences=12 train.eval_batch_size=4",
+  "depo": "",
+  "gsm_infinite_data": "",
+}
+# What is changed in it, with `--config=...:tiny --workdir=new`, and words of the one line that comes back.
+# {dir} holds words.json (no digits), bytes.json (each byte a token) and bad.json (no tokenizer).
 GSM = {
   "one_operation_with_d_2": (
     "data.subset=medium",
@@ -104,7 +112,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, tmp_path, module, 
   config = f"--config={CONFIGS / module}.py:tiny"
   with Experiment(f"experiments.{module}", tmp_path) as experiment:
     for name, (changes, message) in mistakes.items():
-      flags = [f"--config.{change.format(dir=folder)}" for change in changes.split()]
+      settings = dict(change.split("=", 1) for change in f"{BASE[module]} {changes}".split())
+      flags = [f"--config.{key}={value.format(dir=folder)}" for key, value in settings.items()]
       ended = experiment.run(config, f"--workdir={tmp_path / 'new'}", *flags)
       assert ended.code == 2, (name, ended)
       assert len(ended.err.strip().splitlines()) == 1 and message in ended.err, (name, ended.err)

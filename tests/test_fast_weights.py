@@ -1,5 +1,6 @@
 """The fast-weight layer against the NumPy oracle and against transformers' own; what S promises."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from sleep_jax import blocks, config, fast_weights
+from kernels import dispatch
+from kernels.conv_gated_delta import pallas_tpu_fused
+from sleep_jax import blocks, config, fast_weights, sharding
 from tests import hybrids, oracle, torch_peer
 
 LENGTH = 6
@@ -50,6 +54,17 @@ def exact(cfg, weights, x, state, keep):
   return out, S, np.concatenate([left[name] for name in "qkv"], axis=-1) if left else None
 
 
+@contextlib.contextmanager
+def fused_on_this_cpu():
+  """The fused TPU kernel under its name, interpreted."""
+  interpreted = functools.partial(pallas_tpu_fused.conv_gated_delta, interpret=True)
+  with (
+    mock.patch.dict(dispatch.ORDER, cpu=dispatch.ORDER["tpu"]),
+    mock.patch.object(pallas_tpu_fused, "conv_gated_delta", interpreted),
+  ):
+    yield
+
+
 class LayerTest(parameterized.TestCase):
   @parameterized.parameters(
     {"kind": "gdn"},
@@ -76,6 +91,53 @@ class LayerTest(parameterized.TestCase):
         self.assertIsNone(after.context)
       else:
         hybrids.assert_near(after.context, context, TOLERANCE)
+
+  def test_the_fused_kernel_equals_the_oracle(self):
+    """It has one name among the kernels, here interpreted; its layer hands it the raw projections."""
+    cfg, weights, x, state = setting(kernel="pallas_tpu_fused")
+    keep = np.arange(LENGTH) >= np.array([[2], [5]])
+    with fused_on_this_cpu():
+      out, after = compiled(cfg)(weights, x, state, keep)
+    o, S, context = exact(cfg, weights, x, state, keep)
+    hybrids.assert_near(np.asarray(out)[keep], o[keep], TOLERANCE)
+    hybrids.assert_near(after.S, S, TOLERANCE)
+    hybrids.assert_near(after.context, context, TOLERANCE)
+
+  @parameterized.parameters(
+    {"kind": "hebbian"}, {"kind": "jet"}, {"kind": "gdn", "conv_size": 0}, {"kind": "gdn", "conv_size": 1}
+  )
+  def test_a_layer_that_the_fused_kernel_does_not_take_is_refused(self, kind, **changes):
+    cfg = hybrids.model_config((kind,), fast={"kernel": "pallas_tpu_fused", **changes})
+    weights = {name: jnp.zeros(weight.shape) for name, weight in fast_weights.declare(cfg, kind).items()}
+    x, state = jnp.zeros((2, LENGTH, cfg.embed_dim)), fast_weights.init_state(cfg, 2, kind)
+    with (
+      fused_on_this_cpu(),
+      self.assertRaisesRegex(NotImplementedError, "has no implementation 'pallas_tpu_fused', use 'xla'"),
+    ):
+      jax.eval_shape(lambda: fast_weights.fast_weights(weights, x, state, cfg, fast_weights.RULES[kind]))
+
+  def test_the_fused_kernel_keeps_shardings(self):
+    """Rows over data, heads over model, on devices that need not be there: outputs, state and gradients."""
+    cfg = hybrids.model_config(("gdn",), fast={"kernel": "pallas_tpu_fused", "num_heads": 4})
+    mesh = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def struct(shape, axes, dtype=jnp.float32):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(axes, shape)))
+
+    def loss(weights, x, state, valid):
+      out, after = fast_weights.fast_weights(weights, x, state, cfg, fast_weights.RULES["gdn"], valid=valid)
+      return jnp.sum(out) + jnp.sum(after.S) + jnp.sum(after.context), (out, after)
+
+    with jax.sharding.use_abstract_mesh(mesh), fused_on_this_cpu():
+      weights = {name: struct(w.shape, w.axes) for name, w in fast_weights.declare(cfg, "gdn").items()}
+      x, valid = (
+        struct((4, 6, cfg.embed_dim), ("batch", "seq", "embed")),
+        struct((4, 6), ("batch", "seq"), bool),
+      )
+      state = jax.eval_shape(lambda: fast_weights.init_state(cfg, 4))
+      grads, left = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), weights, x, state, valid)
+    for got, want in ((grads, (weights, x, state)), (left, (x, state))):
+      self.assertEqual(*([y.sharding.spec for y in jax.tree.leaves(tree)] for tree in (got, want)))
 
   @parameterized.product(kind=("gdn", "hebbian"), cut=(1, 2, 4))
   def test_split_in_two_it_gives_the_same_state(self, kind, cut):

@@ -154,6 +154,16 @@ def test_what_was_changed_beside_n_is_in_the_label(tmp_path):
   ]
 
 
+def test_what_a_run_began_with_is_told_by_its_last_name(tmp_path):
+  for n, points in ((1, ONE), (4, FOUR)):
+    path = fake_runs.write(tmp_path / f"n{n}", n, points) / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["init_from"] = f"/far/away/stage1/n{n}_s0"
+    path.write_text(json.dumps(config))
+  labels = [label for label, _ in runs.settings(runs.load_runs(tmp_path / "*"))]
+  assert labels == ["N = 1, from n1_s0", "N = 4, from n4_s0"]
+
+
 def test_how_often_one_looks_makes_no_second_curve(tmp_path):
   fake_runs.write(tmp_path / "a", 1, ONE, seed=0)
   path = fake_runs.write(tmp_path / "b", 1, ONE, seed=1) / "config.json"

@@ -6,6 +6,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from sleep_jax import layers
+from sleep_jax.config import RopeScaling
 from tests import hybrids, oracle
 
 TOLERANCE = 2e-6  # float32 sums of some ten terms: a few times 2^-24, relative to the largest entry
@@ -51,6 +52,16 @@ class NormTest(parameterized.TestCase):
 
 
 class RopeTest(parameterized.TestCase):
+  def test_scaled_frequencies_by_hand(self):
+    """Pairs that turn 8 to 1/2 times in 100 tokens: 4 leave an angle as it is, 1 divides it by 10."""
+    turns = np.array([8.0, 4.0, 2.0, 1.0, 0.5])
+    frequencies = jnp.asarray(turns * 2 * np.pi / 100, jnp.float32)
+    linear = layers.scaled(frequencies, RopeScaling("linear", 10.0))
+    np.testing.assert_allclose(linear, frequencies / 10, rtol=1e-6)
+    llama = layers.scaled(frequencies, RopeScaling("llama3", 10.0, low=1.0, high=4.0, original=100))
+    np.testing.assert_allclose(llama / frequencies, [1, 1, 1 / 3 + 2 / 3 / 10, 0.1, 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(layers.scaled(frequencies, RopeScaling()), frequencies)
+
   @parameterized.product(theta=(100.0, 10_000.0), start=(0, 7))
   def test_equals_the_oracle(self, theta, start):
     x = normal(2, 5, 3, 8)

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from sleep_jax.data import pipeline
+from sleep_jax.data.gsm_infinite import task
 from sleep_jax.data.pipeline import Blocks, CutConfig, Example, WorkerError
 
 CUT = CutConfig(max_tokens=40, answer_tokens=2, tails=(4,), bucket_batches=3)
@@ -135,3 +136,20 @@ def test_a_worker_that_dies_is_one_clear_line(tmp_path):
 def test_what_a_source_raises_in_a_worker_is_raised_here(tmp_path):
   with pytest.raises(OSError, match="the disk is gone"):
     fed(tmp_path / "log", workers=2, bad=20)
+
+
+@pytest.mark.slow
+def test_word_problems_from_workers(tmp_path):
+  """The real source, with its tokenizer, in processes of its own."""
+  cfg = task.TaskConfig(
+    operations=(1, 3),
+    min_tokens=190,
+    max_tokens=250,
+    cut=CutConfig(max_tokens=260, answer_tokens=6),
+    vocab_size=512,
+  )
+  ready = task.with_tokenizer(dataclasses.replace(cfg, tokenizer_texts=16), tmp_path)
+  blocks = Blocks(task.training(ready, 0, 64), ready.cut, window=96, batch_size=2, steps=32, seed=0)
+  want, got = (pipeline.feed(blocks, ready.cut, 11, workers=workers) for workers in (0, 2))
+  for a, b in zip(want, got, strict=True):
+    same([b], [a])

@@ -34,9 +34,9 @@ H100-days a run:
     ouro_sliding  stage 2, from stage 1: two epochs, everything, sliding window, L = 512. 1.4e19 FLOP;
                   figure 5: 0.91 at 2 operations with sleep, 0.60 without
 
-At T = 4000 a gradient keeps 1.2 (Jet) to 1.4 GB (Ouro) a sequence, so a batch of 256 wants about eight
-devices of 80 GB, or several parts: --config.train.microbatches=8. `problems` = 76,800 is what two epochs in
-600 steps of 256 come to; L of stage 1 is our reading.
+At T = 4000 a gradient keeps 1.2 (Jet) to 1.4 GB (Ouro) a sequence. A batch of 256 is therefore taken in 32
+parts of 8 (`train.microbatches`), which with weights, gradients and optimizer fit one device of 80 GB, on
+paper. `problems` = 76,800 is what two epochs in 600 steps of 256 come to; L of stage 1 is our reading.
 
 One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` lists N = 1, 2, 4 (`jet_2b` also
 6). Stage 2 of each N starts from stage 1 of the same: --config.pretrained.folder='work/stage1/{run}'.
@@ -103,7 +103,7 @@ def _from_checkpoint(c: config_dict.ConfigDict, preset: str) -> None:
   c.model = config_dict.create(window=2000, eviction="hard", dtype="bfloat16")
   c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
   c.data.problems = 76_800
-  c.train.update(eval_every=100, save_every=100)
+  c.train.update(eval_every=100, save_every=100, microbatches=32)
   if preset == "jet_2b":
     c.train.steps = 700
     c.sleep.update(first_block=7, last_block=21)

@@ -1,6 +1,8 @@
 """The gated delta rule as Mosaic kernels for TPUs: `gated_delta`. kernels/README.md says how they work."""
 
 import functools
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.gated_delta import pallas_tpu_backward
 from kernels.gated_delta import pallas_tpu_parts as parts
 from kernels.gated_delta.pallas_tpu_parts import Cut, dot
+
+Ref = Any  # a reference to an array in VMEM
 
 
 def gated_delta(
@@ -105,35 +109,47 @@ def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *
   def _():
     S_ref[...] = S_in_ref[...]
 
-  dtype = q_ref.dtype
-  r, C, _ = q_ref.shape
-  row, col = parts.grid_of(C)
+  row, col = parts.grid_of(q_ref.shape[1])
   gates = parts.gates(g_ref[0, 0], b_ref[0, 0])
+  refs = Chunk(q_ref, k_ref, v_ref, S_ref, o_ref, kept_refs)
+  parts.in_step([head(h, refs, gates, row, col) for h in range(q_ref.shape[0])])
 
-  def head(h):
-    reads, S = jnp.concatenate([q_ref[h], k_ref[h]], 0), S_ref[h]
-    b, since = gates.column("b", h), gates.column("since", h)
-    kT = k_ref[h].T
-    scores = dot(reads, kT)
-    yield
-    decay = gates.decay(h, row, col)
-    A = jnp.where(row > col, b * decay * scores[C:], 0.0)
-    writes = (kT.astype(jnp.float32) * gates.until_row[h : h + 1]).astype(dtype)
-    uses = jnp.concatenate(
-      [(decay * scores[:C] * gates.kept_row[h : h + 1]).astype(dtype), writes], 0
-    )  # of U: for o and for S
-    inverse = yield from parts.unit_lower_inverse(A, dtype)
-    seen = dot(reads, S.astype(dtype))
-    yield
-    U = dot(inverse, (b * (v_ref[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))
-    yield
-    if kept_refs:
-      inverse_ref, met_ref = kept_refs
-      inverse_ref[h] = inverse
-      met_ref[h, 0] = S.astype(dtype)
-    used = dot(uses, U.astype(dtype))
-    yield
-    o_ref[h] = (since * seen[:C] + used[:C]).astype(o_ref.dtype)
-    S_ref[h] = gates.whole[h : h + 1] * S + used[C:]
 
-  parts.in_step([head(h) for h in range(r)])
+class Chunk(NamedTuple):
+  """Where one chunk of r heads lies in VMEM. S is read and overwritten, o and what is kept are written."""
+
+  q: Ref  # [r, C, K], as k
+  k: Ref
+  v: Ref  # [r, C, V], as o
+  S: Ref  # [r, K, V]
+  o: Ref
+  kept: tuple[Ref, ...]  # the inverse [r, C, C] and the S that is met [r, 1, K, V], or nothing
+
+
+def head(h: int, refs: Chunk, gates: parts.Gates, row: jax.Array, col: jax.Array) -> Generator:
+  """The chunk of head h: a task for `parts.in_step`."""
+  dtype, C = refs.q.dtype, refs.q.shape[1]
+  reads, S = jnp.concatenate([refs.q[h], refs.k[h]], 0), refs.S[h]
+  b, since = gates.column("b", h), gates.column("since", h)
+  kT = refs.k[h].T
+  scores = dot(reads, kT)
+  yield
+  decay = gates.decay(h, row, col)
+  A = jnp.where(row > col, b * decay * scores[C:], 0.0)
+  writes = (kT.astype(jnp.float32) * gates.until_row[h : h + 1]).astype(dtype)
+  uses = jnp.concatenate(
+    [(decay * scores[:C] * gates.kept_row[h : h + 1]).astype(dtype), writes], 0
+  )  # of U: for o and for S
+  inverse = yield from parts.unit_lower_inverse(A, dtype)
+  seen = dot(reads, S.astype(dtype))
+  yield
+  U = dot(inverse, (b * (refs.v[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))
+  yield
+  if refs.kept:
+    inverse_ref, met_ref = refs.kept
+    inverse_ref[h] = inverse
+    met_ref[h, 0] = S.astype(dtype)
+  used = dot(uses, U.astype(dtype))
+  yield
+  refs.o[h] = (since * seen[:C] + used[:C]).astype(refs.o.dtype)
+  refs.S[h] = gates.whole[h : h + 1] * S + used[C:]

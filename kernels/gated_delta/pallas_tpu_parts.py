@@ -51,10 +51,10 @@ class Cut:
     x = jnp.moveaxis(x, 2, 1).reshape(self.B * self.H, self.T, x.shape[-1]).astype(self.dtype)
     return self._pad(x, self.n * self.C, width)
 
-  def gates(self, x: jax.Array) -> jax.Array:
-    """[B, T, H] -> [groups, n, r, C], float32."""
+  def gates(self, x: jax.Array, pad: float = 0.0) -> jax.Array:
+    """[B, T, H] -> [groups, n, r, C], float32, `pad` where there is no token."""
     x = jnp.moveaxis(x, 2, 1).reshape(self.B * self.H, self.T, 1).astype(jnp.float32)
-    x = self._pad(x, self.n * self.C, 1).reshape(self.groups, self.r, self.n, self.C)
+    x = self._pad(x, self.n * self.C, 1, value=pad).reshape(self.groups, self.r, self.n, self.C)
     return jnp.moveaxis(x, 2, 1)
 
   def state(self, S: jax.Array) -> jax.Array:
@@ -75,9 +75,10 @@ class Cut:
     """[groups * r, Kp, Vp] -> [B, H, K, V]."""
     return S[: self.B * self.H, : self.K, : self.V].reshape(self.B, self.H, self.K, self.V)
 
-  def _pad(self, x: jax.Array, *sizes: int) -> jax.Array:
+  def _pad(self, x: jax.Array, *sizes: int, value: float = 0.0) -> jax.Array:
     sizes = (self.groups * self.r, *sizes)
-    return jnp.pad(x, [(0, size - have) for size, have in zip(sizes, x.shape, strict=True)])
+    widths = [(0, size - have) for size, have in zip(sizes, x.shape, strict=True)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
 def make_cut(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array) -> Cut:
@@ -96,16 +97,21 @@ def make_cut(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Arra
   for name, x in (("K", K), ("V", V)):
     if x > WIDEST:
       raise NotImplementedError(f"pallas_tpu: {name} is {x}, takes up to {WIDEST}")
+  dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in (q, k, v)) else jnp.float32
+  return cut_of(B, T, H, K, V, jnp.dtype(dtype))
+
+
+def cut_of(B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype, tile: int = 16) -> Cut:
+  """The cut for these sizes; K and V are padded to multiples of `tile`."""
   n = -(-T // CHUNK)
   C = min(CHUNK, max(16, 1 << (T - 1).bit_length()))
-  Kp, Vp = -(-K // 16) * 16, -(-V // 16) * 16
+  Kp, Vp = -(-K // tile) * tile, -(-V // tile) * tile
   most = max(1, min(HEADS, HEADS * 128 * 256 // (Kp * Vp)))
   rows = B * H
   r = max(m for m in range(1, min(most, rows) + 1) if rows % m == 0)
   if 2 * r <= most and r < rows:  # an awkward number of rows: zeros cost less than empty matrix units
     r = most
-  dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in (q, k, v)) else jnp.float32
-  return Cut(B, T, H, K, V, r, -(-rows // r), n, C, Kp, Vp, jnp.dtype(dtype))
+  return Cut(B, T, H, K, V, r, -(-rows // r), n, C, Kp, Vp, dtype)
 
 
 def dot(x: jax.Array, y: jax.Array, contract: str = "nn") -> jax.Array:

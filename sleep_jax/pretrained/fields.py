@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sleep_jax.config import ConfigError
+from sleep_jax.config import ConfigError, RopeScaling
 
 
 class PretrainedError(ConfigError):
@@ -101,14 +101,48 @@ class Fields:
 
 
 def rope_theta(fields: Fields) -> float:
-  """The base of plain rotary angles, as older (`rope_theta`) and newer files (`rope_parameters`) write it."""
-  fields.only("rope_scaling", (None,), "rotary angles are used as they are")
+  """The base of plain rotary angles; refuses angles that are scaled."""
+  theta, scaling = rope(fields)
+  if scaling.kind != "none":
+    raise PretrainedError(
+      f"{fields.where}: rotary angles scaled in the {scaling.kind} way are not supported here"
+    )
+  return theta
+
+
+def rope(fields: Fields) -> tuple[float, RopeScaling]:
+  """Base and scaling of rotary angles.
+
+  Older files have `rope_theta` and `rope_scaling`, newer ones have both in `rope_parameters`.
+  """
   if fields.values.get("rope_parameters") is None:
     fields.only("rope_parameters", (None,), "")
-    return fields.get("rope_theta", float)
-  rope = fields.group("rope_parameters")
-  rope.only("rope_type", (None, "default"), "rotary angles are used as they are")
-  theta = rope.get("rope_theta", float)
-  rope.finish()
+    theta = fields.get("rope_theta", float)
+    if fields.values.get("rope_scaling") is None:
+      fields.only("rope_scaling", (None,), "")
+      return theta, RopeScaling()
+    return theta, _scaling(fields.group("rope_scaling"))
+  fields.only("rope_scaling", (None,), "rope_parameters says it")
+  group = fields.group("rope_parameters")
+  theta = group.get("rope_theta", float)
   fields.only("rope_theta", (None, theta), "rope_parameters says otherwise")
-  return theta
+  return theta, _scaling(group)
+
+
+def _scaling(group: Fields) -> RopeScaling:
+  """What one of these objects says; `type` is what the oldest files call `rope_type`."""
+  name = "type" if group.values.get("rope_type") is None and "type" in group.values else "rope_type"
+  kind = group.get(name, str, "default")
+  group.only("type", (None, kind), "rope_type says otherwise")
+  if kind == "default":
+    scaling = RopeScaling()
+  elif kind == "linear":
+    scaling = RopeScaling("linear", group.get("factor", float))
+  else:
+    group.only(name, ("llama3",), "known: default, linear, llama3")
+    low, high = (group.get(f"{end}_freq_factor", float) for end in ("low", "high"))
+    scaling = RopeScaling(
+      "llama3", group.get("factor", float), low, high, group.size("original_max_position_embeddings")
+    )
+  group.finish()
+  return scaling

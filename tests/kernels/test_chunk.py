@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import chunk, tiling
+from kernels import channel, chunk, tiling
 from kernels.gated_delta import gated_delta
 from tests.kernels import cases
 
@@ -39,6 +39,27 @@ def test_the_plan_changes_no_result(solve, T):
     chunk.Plan(solve, hoist=True, block=6),
   ):
     cases.assert_near(run(plan), want, 2e-6)
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    pytest.param({"hoist": True}, id="hoist"),
+    pytest.param({"block": 2, "max_chunk": 5}, marks=pytest.mark.slow, id="blocks"),
+  ],
+)
+def test_the_plan_changes_no_result_with_a_decay_per_channel(other):
+  """As above; 17 tokens in two chunks of 9, in pieces of 5, against chunks of 5, in one piece each."""
+  inputs = cases.random_inputs("gdn2", 3, 17, 2, 5, 4)
+  q, k, v, g, e, w, S = inputs
+
+  def run(plan):
+    return cases.outputs_and_gradients(
+      functools.partial(channel.chunked, plan=plan), [q, k, w * v, g, e * k, S]
+    )
+
+  plan = channel.Plan(solve=True, hoist=False, block=3, max_chunk=9)
+  cases.assert_near(run(plan._replace(**other)), run(plan), 2e-6)
 
 
 def test_blocks_divide_the_batch_and_fit_the_cache():

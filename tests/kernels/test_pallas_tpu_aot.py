@@ -6,6 +6,7 @@ import json
 import pytest
 
 from kernels import static_tpu
+from kernels.conv_gated_delta import pallas_tpu_fused
 from kernels.gated_delta import pallas_tpu
 
 pytestmark = pytest.mark.aot
@@ -31,6 +32,23 @@ def test_forward_and_backward_compile(device, shape, dtype):
   assert "gated_delta_forward" in text and "gated_delta_backward" in text
 
 
+@every_device
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((1, 256, 2, 128, 256), "bfloat16"),  # nothing padded, the convolution carried over a chunk
+    ((3, 75, 1, 40, 72), "float32"),  # T, K and V fit nothing
+  ],
+)
+def test_fused_forward_and_backward_compile(device, shape, dtype):
+  """One kernel a direction, and what is left outside moves no activation but to turn and pad it."""
+  rule = pallas_tpu_fused.conv_gated_delta
+  text = static_tpu.compiled(device, shape, "grad", rule, dtype, "conv_gated_delta").as_text()
+  assert text.count("tpu_custom_call") >= 2
+  assert "conv_gated_delta_forward" in text and "conv_gated_delta_backward" in text
+  assert "convolution" not in text and "tanh" not in text
+
+
 def test_budgets():
   """On one generation; `python -m kernels.static_tpu` has all, and --write-budgets for a change meant."""
   version = importlib.metadata.version("libtpu")
@@ -39,5 +57,6 @@ def test_budgets():
     pytest.skip(
       f"tpu_budgets.json has none for libtpu {version}; kernels.static_tpu --write-budgets adds them"
     )
-  rows = [row for program in ("forward", "grad") for row in static_tpu.price("v5e", "128/256", program)]
+  programs = {program for program, _ in static_tpu.KERNELS.values()}
+  rows = [row for program in sorted(programs) for row in static_tpu.price("v5e", "128/256", program)]
   assert static_tpu.over_budget(rows, known[version]) == []

@@ -220,3 +220,27 @@ def test_second_derivatives_and_where_forward_mode_ends(rule):
     cases.assert_near(along("xla", mode), want, 1e-5)
   with pytest.raises(TypeError, match="forward-mode"):
     jax.jvp(function(rule, "xla"), tuple(inputs), tuple(direction))
+
+
+@every_rule_slowly
+def test_forward_mode_of_the_reference_and_the_hessian_of_the_default(rule):
+  """jvp, linearize and jacfwd are the adjoint of the default; a hessian is forward over reverse."""
+  inputs = tuple(map(jnp.asarray, cases.random_inputs(rule, 1, 3, 1, 2, 3)))
+  direction = tuple(map(jnp.asarray, cases.random_inputs(rule, 1, 3, 1, 2, 3, seed=7)))
+  slow, fast = (function(rule, name) for name in ("reference", "xla"))
+  out, moved = quick(lambda x, d: jax.jvp(slow, x, d))(inputs, direction)
+  _, pull = jax.vjp(jax.jit(fast), *inputs)
+  pairs = zip(pull(out), direction, strict=True)
+  forward, reverse = sum(map(jnp.vdot, out, moved)), sum(jnp.vdot(x, d) for x, d in pairs)
+  np.testing.assert_allclose(forward, reverse, rtol=1e-5)
+  cases.assert_near(jax.linearize(slow, *inputs)[1](*direction), [np.asarray(x) for x in moved], 1e-6)
+
+  def loss(f, k):
+    o, S = f(inputs[0], k, *inputs[2:])
+    return jnp.sum(jnp.sin(o)) + jnp.sum(S**2)
+
+  k = inputs[1]
+  slope = quick(jax.jacfwd(functools.partial(loss, slow)))(k)
+  cases.assert_near([slope], [np.asarray(quick(jax.jacrev(functools.partial(loss, fast)))(k))], 1e-5)
+  hessians = [quick(jax.hessian(functools.partial(loss, f)))(k) for f in (fast, slow)]
+  cases.assert_near(hessians[:1], [np.asarray(hessians[1])], 1e-5)

@@ -12,6 +12,7 @@ import optax
 import pytest
 import safetensors.numpy
 
+from experiments import convert
 from sleep_jax import checkpoint, config, model, optim, params, pretrained, sharding, train, workdir
 from sleep_jax.pretrained import memory, safetensors_io
 from tests import hybrids
@@ -103,8 +104,10 @@ def test_a_run_is_written_back_and_gone_on_from_to_the_bit(tmp_path):
 def test_what_is_no_run_to_start_from_is_one_line(tmp_path):
   run, weights = tuned_ouro()
   drawn = start_run(tmp_path / "drawn", config.replace(run, train={"init_from": None}), weights)
+  there = sorted(tmp_path.rglob("*"))
   with pytest.raises(config.ConfigError, match="drawn: this run began with weights that were drawn"):
-    pretrained.load_run(drawn)
+    convert.convert(convert.ConvertConfig(source=str(drawn), target=str(tmp_path / "new" / "out")))
+  assert sorted(tmp_path.rglob("*")) == there
   with workdir.prepare(tmp_path / "empty", config.to_dict(run)):
     pass
   with pytest.raises(config.ConfigError, match="empty: this run has saved no step yet"):

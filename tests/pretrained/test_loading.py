@@ -12,11 +12,13 @@ import tokenizers
 
 from experiments import convert
 from sleep_jax import config, model, params, pretrained, sharding
-from sleep_jax.pretrained import jet_nemotron, ouro, safetensors_io, tokenizer, weight_map
+from sleep_jax.pretrained import fields, jet_nemotron, ouro, safetensors_io, tokenizer, weight_map
 from sleep_jax.pretrained.memory import memory_config
 from tests import hybrids
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "data" / "golden"
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
 NAMES = ("jet_nemotron_tiny", "ouro_tiny")
 
 
@@ -163,6 +165,10 @@ BAD = {
   "field": (changed(rope_sclaing=3), "config.json: unknown field.s. rope_sclaing"),
   "type": (changed(hidden_size="64"), "config.json: hidden_size must be of type int, got '64'"),
   "range": (changed(vocab_size=0), "config.json: vocab_size must lie in 1"),
+  "rope": (
+    changed(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "config.json: rotary angles scaled in the linear way are not supported here",
+  ),
   "value": (changed(hidden_act="gelu"), "config.json: hidden_act = 'gelu' is not supported"),
   "json": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
 }
@@ -178,6 +184,51 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(case, copy, tmp_path
     convert.convert(convert.ConvertConfig(source=str(folder), target=str(tmp_path / "new" / "out")))
   assert "\n" not in str(caught.value)
   assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+  ("written", "read"),
+  [
+    ({"rope_theta": 1e4}, config.RopeScaling()),
+    ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2}}, config.RopeScaling("linear", 2.0)),
+    ({"rope_theta": 1e4, "rope_scaling": LLAMA3}, config.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+    ({"rope_parameters": LLAMA3 | {"rope_theta": 1e4}}, config.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+  ],
+)
+def test_scaled_rotary_angles_as_older_and_newer_files_write_them(written, read):
+  theta, scaling = fields.rope(told := fields.Fields(written, "config.json"))
+  told.finish()
+  assert (theta, scaling) == (1e4, read)
+
+
+@pytest.mark.parametrize(
+  ("written", "message"),
+  [
+    (
+      {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}},
+      "rope_type = 'yarn' is not supported .known: d",
+    ),
+    (
+      {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear"}},
+      "config.json: rope_scaling: factor is missing",
+    ),
+    (
+      {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "more": 1}},
+      "rope_scaling: unknown field.s. more",
+    ),
+    (
+      {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2.0}},
+      "type = 'llama3' is not supported .rope_type says otherwise",
+    ),
+    (
+      {"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+      "model.attention.rope_scaling.high: must be above 1.0, got 1.0",
+    ),
+  ],
+)
+def test_other_rotary_angles_are_refused(written, message):
+  with pytest.raises(config.ConfigError, match=message):
+    fields.rope(fields.Fields(written, "config.json"))
 
 
 def test_a_window_shorter_than_the_sliding_layers_is_refused():

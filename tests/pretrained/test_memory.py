@@ -11,6 +11,8 @@ from tests import hybrids
 
 BASE = hybrids.model_config(("attn", "attn", "attn", "attn"), norm_placement="sandwich", loop_norm=True)
 FAST = config.FastConfig(num_heads=2, key_dim=3, value_dim=4)
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
 SLEEP = config.SleepConfig(num_passes=2)
 
 
@@ -68,9 +70,17 @@ def test_prelude_and_coda_write_once_and_the_loop_n_times():
 
 @pytest.mark.slow
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_dense_models_equal_transformers(kind, tied, tmp_path):
+@pytest.mark.parametrize(
+  ("kind", "options"),
+  [
+    ("Qwen2", {"tie_word_embeddings": False}),
+    ("Qwen2", {"tie_word_embeddings": True}),
+    ("Llama", {"tie_word_embeddings": True}),
+    ("Llama", {"attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("Llama", {"mlp_bias": True, "rope_scaling": LLAMA3, "rope_theta": 100.0}),
+  ],
+)
+def test_dense_models_equal_transformers(kind, options, tmp_path):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   torch.manual_seed(0)
   settings = getattr(transformers, f"{kind}Config")(
@@ -80,7 +90,7 @@ def test_dense_models_equal_transformers(kind, tied, tmp_path):
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    tie_word_embeddings=tied,
+    **options,
     max_position_embeddings=64,
     attn_implementation="eager",
   )
@@ -90,11 +100,13 @@ def test_dense_models_equal_transformers(kind, tied, tmp_path):
       weight.add_(0.2 * torch.randn_like(weight))
   peer.save_pretrained(tmp_path / "peer")
   cfg, weights, source = pretrained.load(tmp_path / "peer")
+  assert cfg.attention.rope_scaling.kind == options.get("rope_scaling", {}).get("rope_type", "none")
   tokens = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
   with torch.no_grad():
     want = peer(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  predict = hybrids.jit(lambda w: model.predict(w, tokens, {}, cfg)[0])
   with jax.default_matmul_precision("highest"):
-    got = hybrids.jit(lambda w: model.predict(w, tokens, {}, cfg)[0])(weights)
+    got = predict(weights)
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
   pretrained.export(tmp_path / "out", cfg, weights, source)
   written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -102,3 +114,14 @@ def test_dense_models_equal_transformers(kind, tied, tmp_path):
   assert (tmp_path / "out/model.safetensors").read_bytes() == (
     tmp_path / "peer/model.safetensors"
   ).read_bytes()
+
+  # What was trained here since, they read too.
+  trained = jax.tree.map(lambda x: x + 0.05 * np.sin(np.arange(x.size)).reshape(x.shape), weights)
+  pretrained.export(tmp_path / "trained", cfg, trained, source, dtype="float32")
+  again = type(peer).from_pretrained(tmp_path / "trained", attn_implementation="eager").eval()
+  with torch.no_grad():
+    want = again(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  with jax.default_matmul_precision("highest"):
+    far = predict(weights)
+    np.testing.assert_allclose(predict(trained), want, atol=2e-5 * np.abs(want).max())
+  assert np.abs(far - want).max() > 0.1

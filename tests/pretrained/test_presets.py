@@ -125,6 +125,7 @@ def test_the_papers_settings(folders):
     assert (cfg.train.batch_size, cfg.optim.muon_lr, cfg.optim.adam_lr) == (256, 1e-3, 5e-5)
     assert (cfg.data.operations, cfg.data.min_tokens, cfg.data.max_tokens) == ((1, 8), 2000, 3300)
     assert cfg.data.tokenizer == str(pathlib.Path(cfg.train.init_from) / "tokenizer.json")
+    assert cfg.train.batch_size // cfg.train.microbatches == 8
     assert (cfg.train.eval_sequences, cfg.data.problems) == (1600, 76_800)
   assert [c.train.steps for c in (jet, ouro, first, second)] == [700, 1000, 300, 600]
   assert [c.train.steps * 256 / 76_800 for c in (first, second)] == [1, 2]  # epochs

@@ -27,7 +27,13 @@ SHORT = [
     *("train.steps=2", "train.batch_size=2", "train.log_every=1", "train.save_every=2", "train.eval_every=2"),
     *("train.eval_sequences=4", "train.eval_batch_size=4", "data.operations=(1,2)", "data.problems=3"),
     *("data.min_tokens=200", "data.max_tokens=245", "data.cut.max_tokens=256", "data.cut.tails=()"),
-    *("data.cut.bucket_batches=1", f"model.window={WINDOW}", "sleep.num_passes=2", "optim.adam_lr=1e-3"),
+    *(
+      "data.cut.bucket_batches=1",
+      "train.microbatches=2",
+      f"model.window={WINDOW}",
+      "sleep.num_passes=2",
+      "optim.adam_lr=1e-3",
+    ),
     *("optim.newton_schulz_dtype=float32", "optim.newton_schulz_steps=1", "model.dtype=float32"),
   )
 ]

@@ -1,0 +1,5 @@
+"""The gated delta rule behind its layer's short convolution, norms and gates: `conv_gated_delta`."""
+
+from kernels.conv_gated_delta.api import conv_gated_delta
+
+__all__ = ["conv_gated_delta"]
