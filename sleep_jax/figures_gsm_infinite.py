@@ -27,7 +27,7 @@ def figure_4(runs: Sequence[Run]) -> figures.Drawing:
     raise RunError("figure 4 (GSM-Infinite): none of the runs has an evaluation by operations")
   return figures_groups.draw(
     "figure_4",
-    "GSM-Infinite: exact answers by number of operations, against training steps",
+    "GSM-Infinite: exact answers against training steps",
     "exact (%)",
     ("operations", "exact_percent"),
     [
