@@ -21,6 +21,9 @@ from sleep_jax import config, metrics, train, workdir
 from sleep_jax.data import pipeline
 
 TRAINED = ("tiny",)  # small and scratch need an accelerator
+SCRATCH = [
+  preset for preset in presets.PRESETS if preset not in presets.PRETRAINED
+]  # those need a checkpoint
 NOTES = (
   "`data_wait`: time for which the loop stood still for a batch over all the steps' time, without compiling;"
   " an upper bound of what the device missed. The first step, which fills the pipeline, is not counted.",
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))
   sections = {
     "Training": [trained(preset, n, args.steps) for preset in TRAINED for n in args.passes],
-    "Making: data alone": [alone(preset, args.batches) for preset in presets.PRESETS],
+    "Making: data alone": [alone(preset, args.batches) for preset in SCRATCH],
   }
   tables.save(args.out, "data_wait", "Waiting for data", sections, tables.finish(facts), NOTES)
   return 0

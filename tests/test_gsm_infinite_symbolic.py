@@ -16,7 +16,7 @@ from sleep_jax.data import pipeline
 from sleep_jax.data.gsm_infinite import task, tokenizer
 
 # What the config's docstring says to add to `tiny`.
-OVERRIDES = {"data.subset": "symbolic", "data.cut.answer_tokens": 24, "data.cut.max_tokens": 280}
+OVERRIDES = {"data.subset": "symbolic", "data.cut.answer_tokens": 24, "data.cut.max_tokens": 130}
 
 
 def values_of(**changes):
