@@ -72,7 +72,7 @@ def _join() -> None:
   names = ("coordinator_address", "num_processes", "process_id")
   asked = {name: flags.FLAGS[name].value for name in names}
   given = [name for name, value in asked.items() if value is not None]
-  if not flags.FLAGS.distributed:
+  if not flags.FLAGS["distributed"].value:
     if given:
       raise ConfigError(f"--{given[0]} says nothing without --distributed")
     return
