@@ -124,6 +124,8 @@ class RunTest(parameterized.TestCase):
   def test_a_signal_stores_the_session_after_the_token_and_it_goes_on_as_if_never_stopped(self):
     asked = {"max_new_tokens": 15, "sampling": {"temperature": 1.0}}
     whole, _ = self.run_command(TEXT, **asked)
+    # What a shell starts in the background ignores SIGINT, and so would this test.
+    self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
     path, before = self.dir / "interrupted", signal.getsignal(signal.SIGINT)
     out, told = Interrupting(after=4), io.StringIO()
     with self.assertRaisesRegex(PreemptedError, "stopped by SIGINT after 4 tokens; .* is stored in .*inter"):
