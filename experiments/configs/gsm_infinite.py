@@ -7,7 +7,7 @@
     python -m experiments.figures --runs='work/gsm/*' --figure=4 --out=figures
 
     tiny     2 and 3 operations, 50-100 tokens, L = 36 (the question is always evicted), numbers up to 9, the
-             zoo alone, 2 layers, 1000 steps: 220 CPU seconds in two threads, data included. N = 2, seed 0
+             zoo alone, 2 layers, 1000 steps: 2 min 10 s on two cores, data included. N = 2, seed 0
              gave 96.9 and 87.9 % at 2 and 3 operations, 256 problems each, after 77 CPU seconds of steps.
              The commonest answers get 15.6 and 14.8 %, and the number that a text gives most often 61.3 and
              74.6 %: that is what to compare with (results/gsm_infinite)
