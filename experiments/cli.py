@@ -88,8 +88,8 @@ def _join() -> None:
   try:
     jax.distributed.initialize(**asked)
   except ValueError as e:
-    where = "the flags" if given else "the cluster's environment (name them: --coordinator_address, ...)"
-    raise ConfigError(f"--distributed: {where}: {str(e).splitlines()[0]}") from e
+    told = str(e).splitlines()[0] if given else f"no cluster was found here; give {', '.join(names)}"
+    raise ConfigError(f"--distributed: {told}") from e
   if not processes.primary():
     sys.stdout = open(os.devnull, "w")  # the first one talks
 

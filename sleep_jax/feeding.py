@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import jax
 
-from sleep_jax import answers, flops, metrics, model, record, sharding
+from sleep_jax import answers, flops, model, progress, record, sharding
 from sleep_jax.config import Config, check
 from sleep_jax.data import pipeline
 
@@ -158,7 +158,7 @@ class Steps:
     """Tokens read before `step`: `record.Recorder.saved` wrote them down when its checkpoint was made."""
     return last_row["tokens"] if step and last_row else 0
 
-  def start(self, state: Any, clock: metrics.Clock) -> None:
+  def start(self, state: Any, clock: progress.Clock) -> None:
     """Begins to make the batches of the state's step and on."""
     self._clock, self._before = clock, clock.wall_s
     self._batches = Prefetch(self._placed(int(state.step)), AHEAD)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -74,3 +75,27 @@ def _block(kind: str, index: int, length: int, cfg: ModelConfig) -> float:
       * (2 * chunk * fast.key_dim + 3 * fast.key_dim * fast.value_dim + 2 * chunk * fast.value_dim)
     )
   return length * (dense + mixing)
+
+
+# Dense bf16 FLOP/s of one device, from the vendors' datasheets (NVIDIA's halved where they count sparsity;
+# Google Cloud's TPU system architecture pages). The first entry whose words are all in the name counts.
+_PEAK_FLOPS = (
+  (("h100", "pcie"), 756e12),
+  (("h100", "nvl"), 835e12),
+  (("h100",), 989e12),
+  (("h200",), 989e12),
+  (("a100",), 312e12),
+  (("tpu v4",), 275e12),
+  (("tpu v5 lite",), 197e12),
+  (("tpu v5e",), 197e12),
+  (("tpu v5",), 459e12),  # v5p calls itself "TPU v5"
+  (("tpu v6",), 918e12),
+)
+
+
+def peak_flops(device: Any) -> float | None:
+  """Peak dense bf16 FLOP/s of a device, or of a `device_kind`; None if it is not in the table (any CPU)."""
+  kind = (device if isinstance(device, str) else device.device_kind).lower()
+  if "tpu v4 lite" in kind or " mig " in kind:  # another chip, v4i; a slice of a chip
+    return None
+  return next((peak for words, peak in _PEAK_FLOPS if all(word in kind for word in words)), None)

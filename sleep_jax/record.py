@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from sleep_jax import evaluate, flops, metrics, model, optim, processes
+from sleep_jax import evaluate, flops, metrics, model, optim, processes, progress
 from sleep_jax.config import Config
 
 
@@ -42,12 +42,12 @@ class Recorder:
       tokens: read before this start.
     """
     self._cfg, self._writer, self._tokens = cfg, writer, tokens
-    peak = metrics.peak_flops(jax.devices()[0])
+    peak = flops.peak_flops(jax.devices()[0])
     self._peak = peak and peak * num_devices
     self._schedule = optim.schedule(cfg.optim, cfg.train.steps)
-    self._progress = metrics.Progress(cfg.train.steps)
+    self._progress = progress.Progress(cfg.train.steps)
     self._loads: list[Load] = []  # since the last row
-    self.clock = metrics.Clock(writer.last())
+    self.clock = progress.Clock(writer.last())
 
   def trained(self, step: int, measured: dict[str, float], load: Load) -> None:
     """One optimizer step; if its turn to be logged has come, a row and a progress line.

@@ -30,6 +30,7 @@ from sleep_jax import (
   optim,
   pretrained,
   processes,
+  progress,
   record,
   sharding,
   workdir,
@@ -307,7 +308,7 @@ class Steps(contextlib.nullcontext):
     del last_row
     return step * self._load.tokens
 
-  def start(self, state: TrainState, clock: metrics.Clock) -> None:
+  def start(self, state: TrainState, clock: progress.Clock) -> None:
     """Compiles, while the clock stands."""
     with clock.paused():
       traced = make_dispatch(self._cfg, self._task, self._tx, self._segments)

@@ -392,8 +392,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_draws_what_the_runs_allow(tmp_path):
   for passes in (1, 4):
     extra = [fake_runs.sleep_row(200, 2, passes)]
-    fake_runs.write(tmp_path / "work" / f"n{passes}", passes, FOUR, extra=extra)
-  done = command(f"--runs={tmp_path}/work/*", f"--out={tmp_path}/out")
+    fake_runs.write(tmp_path / "runs" / f"n{passes}", passes, FOUR, extra=extra)
+  done = command(f"--runs={tmp_path}/runs/*", f"--out={tmp_path}/out")
   assert done.returncode == 0, done.stderr
   assert "| n4 | 4 |" in done.stdout and "59.0 %" in done.stdout
   names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -13,7 +13,7 @@ from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleep_jax import metrics
+from sleep_jax import flops, metrics, progress
 
 VALUES = st.recursive(
   st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text('abc é\n"\\{', max_size=5),
@@ -170,19 +170,19 @@ class WriterTest(parameterized.TestCase):
     wall, cpu = Clockwork(), Clockwork()
     wall.t, cpu.t = 1000.0, 50.0  # clocks start anywhere
     with self.writer() as w:
-      clock = metrics.Clock(w.last(), wall=wall, cpu=cpu)
+      clock = progress.Clock(w.last(), wall=wall, cpu=cpu)
       wall.t, cpu.t = 1060.0, 140.0
       w.write({"kind": "train", "step": 1, "wall_s": clock.wall_s, "cpu_s": clock.cpu_s})
       w.write({"kind": "sleep", "step": 1})  # a row without a clock is no reason to start at zero
     wall.t, cpu.t = 7.0, 3.0  # another process
     with self.writer() as w:
-      clock = metrics.Clock(w.last(), wall=wall, cpu=cpu)
+      clock = progress.Clock(w.last(), wall=wall, cpu=cpu)
       wall.t, cpu.t = 8.5, 3.25
     self.assertEqual((clock.wall_s, clock.cpu_s), (61.5, 90.25))
 
   def test_what_happens_in_a_pause_is_not_counted(self):
     wall, cpu = Clockwork(), Clockwork()
-    clock = metrics.Clock({"wall_s": 10.0, "cpu_s": 20.0}, wall=wall, cpu=cpu)
+    clock = progress.Clock({"wall_s": 10.0, "cpu_s": 20.0}, wall=wall, cpu=cpu)
     wall.t, cpu.t = 1.0, 2.0
     with self.assertRaises(KeyError), clock.paused():
       wall.t, cpu.t = 101.0, 202.0
@@ -191,7 +191,7 @@ class WriterTest(parameterized.TestCase):
     self.assertEqual(clock.times(), {"wall_s": 11.5, "cpu_s": 22.5})
 
   def test_cpu_time_is_that_of_this_process(self):
-    clock = metrics.Clock()
+    clock = progress.Clock()
     while clock.cpu_s < 0.05:
       sum(range(10000))
     self.assertGreaterEqual(clock.wall_s, 0.04)  # one thread: no more CPU than wall, but for their resolution
@@ -201,10 +201,10 @@ class WriterTest(parameterized.TestCase):
 class ProgressTest(parameterized.TestCase):
   def test_the_line(self):
     now, out = Clockwork(), io.StringIO()
-    progress = metrics.Progress(1000, stream=out, now=now)
-    progress.line(10, 10_000, 2.0)
+    shown = progress.Progress(1000, stream=out, now=now)
+    shown.line(10, 10_000, 2.0)
     now.t = 5.0
-    progress.line(20, 60_000, 1.5, mfu=0.408, sleep=0.777)
+    shown.line(20, 60_000, 1.5, mfu=0.408, sleep=0.777)
     want = [
       "step   10/1000  loss 2.0000",
       "step   20/1000  loss 1.5000  10k tokens/s  eta 8 min  mfu 41 % (sleep 78 % of FLOPs)",  # 980 * 0.5 s
@@ -214,35 +214,35 @@ class ProgressTest(parameterized.TestCase):
 
   def test_eta_shrugs_off_a_slow_interval_and_follows_a_new_rate(self):
     now = Clockwork()
-    progress = metrics.Progress(10_000, window=5, stream=io.StringIO(), now=now)
+    shown = progress.Progress(10_000, window=5, stream=io.StringIO(), now=now)
     for step in range(0, 100, 10):
-      progress.update(step, step * 100)
+      shown.update(step, step * 100)
       now.t += 600 if step in (0, 50) else 10  # compilation, then an evaluation
-    self.assertEqual(progress.seconds_per_step, 1.0)
-    self.assertEqual(progress.tokens_per_s, 100.0)
+    self.assertEqual(shown.seconds_per_step, 1.0)
+    self.assertEqual(shown.tokens_per_s, 100.0)
     for step in range(100, 150, 10):
-      progress.update(step, step * 100)
+      shown.update(step, step * 100)
       now.t += 20
-    self.assertEqual(progress.seconds_per_step, 2.0)
+    self.assertEqual(shown.seconds_per_step, 2.0)
 
   def test_a_resumed_run_counts_its_own_rate_only(self):
     now = Clockwork()
-    progress = metrics.Progress(200, stream=io.StringIO(), now=now)
-    progress.line(100, 1_000_000, 1.0)
+    shown = progress.Progress(200, stream=io.StringIO(), now=now)
+    shown.line(100, 1_000_000, 1.0)
     now.t = 10.0
-    self.assertIn("  100 tokens/s  eta 90 s", progress.line(110, 1_001_000, 1.0).replace("2 min", "90 s"))
+    self.assertIn("  100 tokens/s  eta 90 s", shown.line(110, 1_001_000, 1.0).replace("2 min", "90 s"))
 
   def test_a_closed_stream_stops_no_run(self):
     out = io.StringIO()
     out.close()
-    self.assertEqual(metrics.Progress(10, stream=out).line(1, 1, 0.5), "step  1/10  loss 0.5000")
+    self.assertEqual(progress.Progress(10, stream=out).line(1, 1, 0.5), "step  1/10  loss 0.5000")
 
   @parameterized.parameters(
     (0, "0 s"), (-3, "0 s"), (89.4, "89 s"), (90, "2 min"), (5000, "83 min"), (5400, "1 h 30 min"),
     (11_100, "3 h 05 min"), (183_600, "2 d 3 h"),
   )  # fmt: skip
   def test_duration(self, seconds, want):
-    self.assertEqual(metrics.duration(seconds), want)
+    self.assertEqual(progress.duration(seconds), want)
 
   @parameterized.parameters(
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12),
@@ -251,5 +251,5 @@ class ProgressTest(parameterized.TestCase):
     ("cpu", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("TPU v4 lite", None),
   )  # fmt: skip
   def test_peak_flops(self, kind, want):
-    self.assertEqual(metrics.peak_flops(kind), want)
-    self.assertEqual(metrics.peak_flops(mock.Mock(device_kind=kind)), want)
+    self.assertEqual(flops.peak_flops(kind), want)
+    self.assertEqual(flops.peak_flops(mock.Mock(device_kind=kind)), want)

@@ -97,6 +97,7 @@ class OneProcessTest(parameterized.TestCase):
       ("--distributed", "--process_id=0"),
       "--coordinator_address is required beside",
     ),
+    ("no_cluster", ("--distributed",), "--distributed: no cluster was found here; give coordinator_address,"),
     (
       "out_of_range",
       ("--distributed", "--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"),
