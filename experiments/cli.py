@@ -19,9 +19,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
-from sleep_jax import processes
+from sleep_jax import feeding, processes, train, workdir
 from sleep_jax.checkpoint import CheckpointError
-from sleep_jax.config import ConfigError, check, nearest
+from sleep_jax.config import Config, ConfigError, check, defaults_of, nearest, to_dict
 from sleep_jax.data.pipeline import WorkerError
 from sleep_jax.metrics import MetricsError
 from sleep_jax.train import NotFiniteError, PreemptedError
@@ -135,6 +135,30 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
   app.run(guarded, flags_parser=parse)
   raise AssertionError("app.run ends the process")
+
+
+def train_in_workdir(
+  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task | feeding.FedTask]
+) -> dict[str, Any] | None:
+  """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
+
+  Args:
+    cfg: of the run.
+    make_task: called once the folder is taken.
+
+  Returns:
+    The last evaluation's row; None, and a line is printed, if there was nothing left to do.
+
+  Raises:
+    What `train.check_fits`, `workdir.prepare`, `make_task` and `train.train` raise.
+  """
+  folder = required("workdir", define_workdir_flag().value)
+  train.check_fits(cfg)
+  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
+    if run.done_step is not None:
+      print(f"{run.path} is complete: {run.done_step} steps")
+      return None
+    return train.train(cfg, make_task(run), run)
 
 
 def defaults(value: Any) -> config_dict.ConfigDict:

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 
 from experiments import cli
-from sleep_jax import answers, config, model, workdir
+from sleep_jax import answers, config, model
 from sleep_jax import train as training
 from sleep_jax.data import depo
 
 CONFIG = cli.define_config_flag()
-WORKDIR = cli.define_workdir_flag()
+cli.define_workdir_flag()
 cli.define_process_flags()
 
 
@@ -82,13 +82,9 @@ def table(row: dict[str, Any], hops: tuple[int, ...], nodes: int) -> str:
 
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  folder = cli.required("workdir", WORKDIR.value)
-  training.check_fits(cfg)
-  with workdir.prepare(folder, config.to_dict(cfg), defaults=config.defaults_of(cfg)) as run:
-    if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
-      return cli.DONE
-    row = training.train(cfg, task, run)
+  row = cli.train_in_workdir(cfg, lambda run: task)
+  if row is None:
+    return cli.DONE
   print(table(row, cfg.data.test_hops, cfg.data.max_nodes))
   return cli.DONE
 

@@ -13,13 +13,12 @@ and the number that a text gives most often. Rerunning the same command resumes;
 from typing import Any
 
 from experiments import cli, fine_tuning
-from sleep_jax import config, feeding, model, workdir
-from sleep_jax import train as training
+from sleep_jax import config, feeding, model
 from sleep_jax.data.gsm_infinite import task as gsm
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 
 CONFIG = cli.define_config_flag()
-WORKDIR = cli.define_workdir_flag()
+cli.define_workdir_flag()
 cli.define_process_flags()
 
 
@@ -117,13 +116,9 @@ def tables(row: dict[str, Any], data: gsm.TaskConfig) -> str:
 
 def main() -> int:
   cfg = build(cli.required("config", CONFIG.value).to_dict())
-  folder = cli.required("workdir", WORKDIR.value)
-  training.check_fits(cfg)
-  with workdir.prepare(folder, config.to_dict(cfg), defaults=config.defaults_of(cfg)) as run:
-    if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
-      return cli.DONE
-    row = training.train(cfg, make_task(cfg, str(run.path)), run)
+  row = cli.train_in_workdir(cfg, lambda run: make_task(cfg, str(run.path)))
+  if row is None:
+    return cli.DONE
   print(tables(row, cfg.data))
   return cli.DONE
 

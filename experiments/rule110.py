@@ -9,12 +9,12 @@ import functools
 from typing import Any
 
 from experiments import cli
-from sleep_jax import config, model, workdir
+from sleep_jax import config, model
 from sleep_jax import train as training
 from sleep_jax.data import rule110
 
 CONFIG = cli.define_config_flag()
-WORKDIR = cli.define_workdir_flag()
+cli.define_workdir_flag()
 cli.define_process_flags()
 
 
@@ -45,13 +45,9 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
 
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  folder = cli.required("workdir", WORKDIR.value)
-  training.check_fits(cfg)
-  with workdir.prepare(folder, config.to_dict(cfg), defaults=config.defaults_of(cfg)) as run:
-    if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
-      return cli.DONE
-    row = training.train(cfg, task, run)
+  row = cli.train_in_workdir(cfg, lambda run: task)
+  if row is None:
+    return cli.DONE
   print(
     f"exact {row['exact']:.1%} (best constant {row['const_exact']:.1%}),"
     f" per bit {row['bit']:.1%} (best constant {row['const_bit']:.1%})"
