@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import measure, tables
-from experiments import gsm_infinite
-from experiments.configs import gsm_infinite as presets
-from sleep_jax import config, metrics, train, workdir
-from sleep_jax.data import pipeline
+from sleep_jax import config, train
+from sleep_jax.benchmarks import measure, tables
+from sleep_jax.data import batching
+from sleep_jax.experiments import gsm_infinite
+from sleep_jax.experiments.configs import gsm_infinite as presets
+from sleep_jax.runtime import metrics, workdir
 
 TRAINED = ("tiny",)  # small and scratch need an accelerator
 SCRATCH = [
@@ -62,7 +63,7 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
     task = gsm_infinite.make_task(
       config.replace(cfg, train={"eval_sequences": 8 * 3, "eval_batch_size": 1}), folder
     )
-    blocks = pipeline.Blocks(
+    blocks = batching.Blocks(
       task.source,
       task.cut,
       window=cfg.model.window,

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks import measure, tables
+from sleep_jax.benchmarks import measure, tables
 from sleep_jax.data import gsm_infinite
 from sleep_jax.data.gsm_infinite import statistics
 

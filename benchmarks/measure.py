@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.configs import rule110 as presets
 from sleep_jax import config, train
 from sleep_jax.data import rule110
+from sleep_jax.experiments.configs import rule110 as presets
 
 # What is not timed is compiled in a quarter of the time, and computes the same.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

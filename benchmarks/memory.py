@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from benchmarks import measure, tables
-from sleep_jax import config, model, train
+from sleep_jax import config, model, train, windows
+from sleep_jax.benchmarks import measure, tables
 
 REMAT = ("none", "block", "pass", "window")
 
@@ -86,11 +86,11 @@ def gradient(cfg: config.Config, task: train.Task) -> Callable[[], Any]:
 
 
 def _grad(cfg: config.Config, task: train.Task) -> Callable[..., Any]:
-  segments = model.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window)
   return jax.grad(lambda weights, batch: model.loss(weights, batch, segments, cfg.model, cfg.sleep)[0])
 
 
-def _arguments_of(cfg: config.Config, task: train.Task) -> tuple[model.Params, model.Batch]:
+def _arguments_of(cfg: config.Config, task: train.Task) -> tuple[model.Params, windows.Batch]:
   weights = model.init(cfg.model, jax.random.key(cfg.seed))
   return weights, task.batch(jax.random.key(cfg.seed + 1), 0, cfg.train.batch_size)
 

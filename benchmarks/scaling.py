@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import measure, tables
 from sleep_jax import blocks, model
+from sleep_jax.benchmarks import measure, tables
 from sleep_jax.config import ModelConfig, SleepConfig
 
 ANSWERS = 8  # tokens decoded in one timed call, one at a time

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from sleep_jax import model, optim, params
+from sleep_jax import model, optim, params, windows
 from sleep_jax.config import Config, ModelConfig, check
 from sleep_jax.data import rule110
 from sleep_jax.fast_weights import OUT_NORM_EPS
@@ -73,8 +73,8 @@ class Model:
   def __init__(self, cfg: Config, layout: np.ndarray, chunk: int | None):
     check_config(cfg)
     self.cfg, self.num_passes, self.chunk = cfg.model, cfg.sleep.num_passes, chunk
-    self.segments = model.plan(layout, cfg.model.window)
-    self.answers = torch.from_numpy(model.answer_positions(self.segments))
+    self.segments = windows.plan(layout, cfg.model.window)
+    self.answers = torch.from_numpy(windows.answer_positions(self.segments))
     self.cos, self.sin = _angles(cfg.model)
 
   def loss(self, weights: Weights, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

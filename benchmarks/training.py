@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import measure, tables
-from sleep_jax import config, flops, model, optim, train
+from sleep_jax import config, model, optim, train, windows
+from sleep_jax.benchmarks import measure, tables
+from sleep_jax.cost import flops
 
 OURS = "sleep_jax"
 SCANNED = "sleep_jax, loops=scan"
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   threads = measure.pin(args.threads)
   peers = args.peers and _have_peers()
   if peers:
-    from benchmarks import torch_model
+    from sleep_jax.benchmarks import torch_model
 
     torch_model.set_up(threads)
   facts = tables.machine(("jax", "jaxlib", *(("torch", "transformers") if peers else ())))
@@ -127,9 +128,9 @@ def differences(cfg: config.Config, task: train.Task) -> dict[str, float]:
   """
   import torch
 
-  from benchmarks import torch_model
+  from sleep_jax.benchmarks import torch_model
 
-  segments = model.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window)
   values = measure.quick(lambda: model.init(cfg.model, jax.random.key(cfg.seed)))()
   batch = measure.quick(lambda: task.batch(jax.random.key(cfg.seed + 1), 0, cfg.train.batch_size))()
   grad = measure.quick(
@@ -156,7 +157,7 @@ def _updates(cfg: config.Config, values: model.Params, grads: model.Params) -> t
 
   Muon is compared in float32: in bfloat16 both round, each its own way.
   """
-  from benchmarks import torch_model
+  from sleep_jax.benchmarks import torch_model
 
   cfg = config.replace(cfg, optim={"newton_schulz_dtype": "float32"})
   tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
@@ -217,7 +218,7 @@ def needed_flops(cfg: config.Config, task: train.Task) -> float:
   the MLP are computed for nothing; XLA leaves them out where passes are written out, PyTorch because
   `torch_model` does.
   """
-  segments = model.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window)
   counted = flops.per_sequence(segments, cfg.model, cfg.sleep).train
   if cfg.model.blocks[-1] == "attn":
     return counted
@@ -235,7 +236,7 @@ def _jax_step(cfg: config.Config, task: train.Task) -> Callable[[], Any]:
   tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
   held = [measure.quick(lambda: train.init_state(cfg, tx))()]
   dispatch = (
-    train.make_dispatch(cfg, task, tx, model.plan(task.layout, cfg.model.window)).lower(held[0]).compile()
+    train.make_dispatch(cfg, task, tx, windows.plan(task.layout, cfg.model.window)).lower(held[0]).compile()
   )
 
   def step():
@@ -252,7 +253,7 @@ def _torch_step(
   """The PyTorch model as one would train it."""
   import torch
 
-  from benchmarks import torch_model
+  from sleep_jax.benchmarks import torch_model
 
   net = torch_model.Model(cfg, task.layout, chunk)
   weights = torch_model.from_jax(model.init(cfg.model, jax.random.key(cfg.seed)))

@@ -19,13 +19,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
-from sleep_jax import feeding, processes, train, workdir
-from sleep_jax.checkpoint import CheckpointError
+from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, nearest, to_dict
-from sleep_jax.data.pipeline import WorkerError
-from sleep_jax.metrics import MetricsError
-from sleep_jax.train import NotFiniteError, PreemptedError
-from sleep_jax.workdir import WorkdirError
+from sleep_jax.data.batching import WorkerError
+from sleep_jax.runtime import processes, workdir
+from sleep_jax.runtime.checkpoint import CheckpointError
+from sleep_jax.runtime.metrics import MetricsError
+from sleep_jax.runtime.workdir import WorkdirError
+from sleep_jax.train import NotFiniteError, PreemptedError, host_steps
 
 DONE, FAILED, USER_MISTAKE, STOPPED = 0, 1, 2, 3
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -138,7 +139,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def train_in_workdir(
-  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task | feeding.FedTask]
+  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task | host_steps.FedTask]
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import cli
 from sleep_jax import config, model, params, pretrained
 from sleep_jax.config import ConfigError, FastConfig
+from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
 

@@ -12,8 +12,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, runner
-from sleep_jax import claims, config, report, runs
+from sleep_jax import config
+from sleep_jax.experiments import cli, runner
+from sleep_jax.report import claims, page, runs
 
 WORKDIR = flags.DEFINE_string(
   "workdir", "work/demo", "each run gets a folder in it; figures and report.html too"
@@ -44,10 +45,10 @@ def summarize(folder: pathlib.Path, names: list[str]) -> int:
   print(f"\nAt the end of each run\n\n{runs.to_markdown(runs.summary_table(found))}")
   print(f"\nAt equal compute\n\n{runs.to_markdown(runs.equal_compute_table(found))}")
   print(f"\n{claims.claim(found)}\n{claims.compute_claim(found)}")
-  for drawing in report.drawings(found):
+  for drawing in page.drawings(found):
     drawing.save(folder / "figures")
-  page = report.write_html(folder / "report.html", found, command="make demo")
-  print(f"\nfigures in {folder / 'figures'}, all of it in {page}")
+  written = page.write_html(folder / "report.html", found, command="make demo")
+  print(f"\nfigures in {folder / 'figures'}, all of it in {written}")
   return cli.DONE
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 
-from experiments import cli
-from sleep_jax import answers, config, model
+from sleep_jax import config, model, windows
 from sleep_jax import train as training
 from sleep_jax.data import depo
+from sleep_jax.experiments import cli
+from sleep_jax.scoring import by_group
 
 CONFIG = cli.define_config_flag()
 cli.define_workdir_flag()
@@ -53,9 +54,9 @@ def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
   """weights -> row: one held-out set of `train.eval_sequences` for each k, on the same graphs."""
   data, size = cfg.data, cfg.train.eval_batch_size
   key = jax.random.key(data.held_out_seed)
-  segments = model.plan(depo.layout(data), cfg.model.window)
+  segments = windows.plan(depo.layout(data), cfg.model.window)
   plain = dataclasses.replace(cfg.sleep, remat="none", backprop_passes=None)
-  return answers.make_evaluate(
+  return by_group.make_evaluate(
     lambda g, i: training.shard(depo.batch(data, key, i, size, hops=data.test_hops[g])),
     [f"k{k}" for k in data.test_hops],
     cfg.train.eval_sequences // size,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
-from sleep_jax import figures, figures_depo, figures_gsm_infinite, report
 from sleep_jax.config import ConfigError
-from sleep_jax.runs import Run, RunError, equal_compute_table, load_runs, summary_table, to_markdown
+from sleep_jax.experiments import cli
+from sleep_jax.report import figures, figures_depo, figures_gsm_infinite, page
+from sleep_jax.report.runs import Run, RunError, equal_compute_table, load_runs, summary_table, to_markdown
 
 RUNS = flags.DEFINE_list("runs", None, "workdirs or globs of workdirs, separated by commas")
 OUT = flags.DEFINE_string("out", "figures", "folder that the files are written to")
@@ -38,7 +38,7 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
   """
   if which != "all":
     return DRAW[which](runs).save(out)
-  drawings = report.drawings(runs)
+  drawings = page.drawings(runs)
   if any(r.rows.get("sleep") for r in runs):
     drawings.append(figures.sleep_changes(runs))
   if figures_depo.hops(runs):
@@ -48,7 +48,7 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
   if not drawings:
     raise RunError("nothing to draw yet: none of the runs has an evaluation")
   paths = [path for drawing in drawings for path in drawing.save(out)]
-  return [*paths, report.write_html(out / "report.html", runs)]
+  return [*paths, page.write_html(out / "report.html", runs)]
 
 
 def main() -> int:

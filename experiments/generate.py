@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli
 from sleep_jax import config, generate, pretrained, session_file
 from sleep_jax.config import ATTENTION, ConfigError, ModelConfig, SleepConfig
+from sleep_jax.experiments import cli
 from sleep_jax.generate import SamplingConfig
 from sleep_jax.pretrained.tokenizer import Tokenizer
-from sleep_jax.signals import stop_signals
+from sleep_jax.runtime.signals import stop_signals
 from sleep_jax.train import PreemptedError
 
 CONFIG = cli.define_config_flag()

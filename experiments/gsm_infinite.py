@@ -12,10 +12,11 @@ and the number that a text gives most often. Rerunning the same command resumes;
 
 from typing import Any
 
-from experiments import cli, fine_tuning
-from sleep_jax import config, feeding, model
+from sleep_jax import config, model
 from sleep_jax.data.gsm_infinite import task as gsm
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
+from sleep_jax.experiments import cli, fine_tuning
+from sleep_jax.train import host_steps
 
 CONFIG = cli.define_config_flag()
 cli.define_workdir_flag()
@@ -36,7 +37,7 @@ def build(values: dict[str, Any]) -> config.Config:
     values = fine_tuning.filled_in(values)
   data = config.from_dict(gsm.TaskConfig, values["data"], "data.")
   cfg = config.from_dict(config.Config, values | {"data": data})
-  feeding.check_fits(cfg, data.cut)
+  host_steps.check_fits(cfg, data.cut)
   config.check(
     cfg.seed not in (data.held_out_seed, gsm.TOKENIZER_SEED),
     "seed",
@@ -68,11 +69,11 @@ def build(values: dict[str, Any]) -> config.Config:
   return cfg
 
 
-def make_task(cfg: config.Config, folder: str) -> feeding.FedTask:
+def make_task(cfg: config.Config, folder: str) -> host_steps.FedTask:
   """The task; its tokenizer, if the config names none, is written to `folder`."""
   data = gsm.with_tokenizer(cfg.data, folder)
   blocks = -(-cfg.train.steps // data.cut.bucket_batches)
-  return feeding.FedTask(
+  return host_steps.FedTask(
     source=gsm.training(data, cfg.seed, blocks * data.cut.bucket_batches * cfg.train.batch_size),
     cut=data.cut,
     held_out=gsm.held_out(data, cfg.train.eval_sequences),

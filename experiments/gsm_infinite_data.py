@@ -19,13 +19,14 @@ from collections.abc import Iterable, Iterator
 
 from array_record.python import array_record_module
 
-from experiments import cli
-from sleep_jax import config, workdir
+from sleep_jax import config
 from sleep_jax.data import gsm_infinite as gsm
 from sleep_jax.data.gsm_infinite import GsmInfiniteConfig, Problem, comparison, dataset, problem, problems
 from sleep_jax.data.gsm_infinite import reading as read_text
 from sleep_jax.data.gsm_infinite.reading import Reading
-from sleep_jax.workdir import write_file
+from sleep_jax.experiments import cli
+from sleep_jax.runtime import workdir
+from sleep_jax.runtime.workdir import write_file
 
 CONFIG = cli.define_config_flag()
 WORKDIR = cli.define_workdir_flag()

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments import cli
-from sleep_jax import config, flops, footprint, model, params, pretrained
+from sleep_jax import config, model, params, pretrained, windows
 from sleep_jax.config import ModelConfig, OptimConfig, SleepConfig
+from sleep_jax.cost import flops, footprint
+from sleep_jax.experiments import cli
 from sleep_jax.pretrained import jet_nemotron, memory, ouro
 
 PASSES = flags.DEFINE_list("passes", ["1", "4"], "values of N, separated by commas")
@@ -97,8 +98,10 @@ def times(models: Sequence[Row], passes: Sequence[int], tokens: int) -> str:
     for n in passes:
       sleep_cfg = dataclasses.replace(row.sleep, num_passes=n)
       window = cfg.window
-      one = flops.per_sequence(model.plan([i >= window for i in range(2 * window)], window), cfg, sleep_cfg)
-      whole = flops.per_sequence(model.plan([i == tokens - 1 for i in range(tokens)], window), cfg, sleep_cfg)
+      one = flops.per_sequence(windows.plan([i >= window for i in range(2 * window)], window), cfg, sleep_cfg)
+      whole = flops.per_sequence(
+        windows.plan([i == tokens - 1 for i in range(tokens)], window), cfg, sleep_cfg
+      )
       read = 2 * params.count(model.declare(cfg)) + footprint.cache(cfg) + footprint.state(cfg)
       lines.append(
         f"| {row.name} | {n} | {one.asleep / window / GB:.1f} | {one.awake / window / GB:.1f}"

@@ -8,10 +8,10 @@ Rerunning the same command resumes; a finished run is left alone.
 import functools
 from typing import Any
 
-from experiments import cli
 from sleep_jax import config, model
 from sleep_jax import train as training
 from sleep_jax.data import rule110
+from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
 cli.define_workdir_flag()

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import cli
-from sleep_jax import config, metrics
-from sleep_jax.workdir import Workdir
+from sleep_jax import config
+from sleep_jax.experiments import cli
+from sleep_jax.runtime import metrics
+from sleep_jax.runtime.workdir import Workdir
 
 # What a run starts with, unless the caller's environment says otherwise. The C library reads the second when
 # a process begins: large pages, with which a training step on a CPU takes 0.6 of the time (see benchmarks).

@@ -14,7 +14,7 @@ import shlex
 
 from absl import flags
 
-from experiments import cli, runner
+from sleep_jax.experiments import cli, runner
 
 CONFIG = cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "each run gets a folder in it")

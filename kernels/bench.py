@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import bench_peers as peers
-from kernels import chart, dispatch
-from kernels.shapes import SHAPES, make_inputs
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.measure import chart
+from sleep_jax.kernels.measure import peers as peers
+from sleep_jax.kernels.measure.shapes import SHAPES, make_inputs
 
 IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")
 MODES = ("forward", "grad")

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import bench
-from kernels import shapes as known
+from sleep_jax.kernels import bench
+from sleep_jax.kernels.measure import shapes as known
 
 SHAPES = {name: known.SHAPES[name] for name in "RDJL"}
 DECAYS = {"weak": 1.0, "strong": 20.0}  # means of -g
@@ -100,7 +100,7 @@ def program(name: str, mode: str) -> Callable:
 
   A backward pass that recomputes needs no outputs; as results they are not dead code.
   """
-  rule = importlib.import_module(f"kernels.gated_delta.{name}").gated_delta
+  rule = importlib.import_module(f"sleep_jax.kernels.gated_delta.{name}").gated_delta
 
   def run(inputs, cotangents):
     if mode == "forward":

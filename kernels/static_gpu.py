@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from kernels import bench, gpu_check
-from kernels.gated_delta import pallas_gpu
+from sleep_jax.kernels import bench, gpu_check
+from sleep_jax.kernels.gated_delta import pallas_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "results" / "gpu_static"

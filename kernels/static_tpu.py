@@ -90,7 +90,7 @@ def compiled(
   from jax.experimental import topologies
   from jax.sharding import SingleDeviceSharding
 
-  from kernels import dispatch
+  from sleep_jax.kernels.common import dispatch
 
   # Ask no metadata server, and let processes side by side load the library: there is no chip to fight over.
   quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -143,14 +143,16 @@ def price(device: str, widths: str, program: str) -> list[Row]:
 
 def child(device: str, widths: str, program: str) -> dict[str, float]:
   """What a compiled program says of itself; the bundles are in the dump."""
-  from kernels import chunk
-  from kernels.conv_gated_delta import front, pallas_tpu_fused
-  from kernels.gated_delta import pallas_tpu, pallas_tpu_parts
+  from sleep_jax.kernels.common import chunked_head
+  from sleep_jax.kernels.conv_gated_delta import front, pallas_tpu_fused
+  from sleep_jax.kernels.gated_delta import pallas_tpu, pallas_tpu_parts
 
   shape, mode = (1, TOKENS, HEADS, *SHAPES[widths]), program.split()[-1]
 
   def xla(*x):
-    return chunk.chunked(*x, chunk.Plan(solve=True, hoist=True, block=1))  # what an accelerator gets
+    return chunked_head.chunked(
+      *x, chunked_head.Plan(solve=True, hoist=True, block=1)
+    )  # what an accelerator gets
 
   def xla_front(*x):
     q, k, v, *gates = front.front(*x)

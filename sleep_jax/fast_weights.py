@@ -18,14 +18,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels.conv_gated_delta import conv_gated_delta
-from kernels.delta import delta
-from kernels.gated_delta import gated_delta
-from kernels.gated_hebbian import gated_hebbian
-from kernels.gdn2 import gdn2
-from kernels.kda import kda
 from sleep_jax import layers, params, sharding
 from sleep_jax.config import ModelConfig
+from sleep_jax.kernels.conv_gated_delta import conv_gated_delta
+from sleep_jax.kernels.delta import delta
+from sleep_jax.kernels.gated_delta import gated_delta
+from sleep_jax.kernels.gated_hebbian import gated_hebbian
+from sleep_jax.kernels.gdn2 import gdn2
+from sleep_jax.kernels.kda import kda
 
 Rule = Callable[..., tuple[jax.Array, jax.Array]]
 

@@ -11,7 +11,7 @@ The trainer of this package does not use it.
 import jax
 from flax import nnx
 
-from sleep_jax import blocks, model
+from sleep_jax import blocks, model, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 
 
@@ -56,11 +56,11 @@ class SleepingHybrid(nnx.Module):
     """See `model.predict`."""
     return model.predict(self.tree(), tokens, state, self.cfg, valid=valid)
 
-  def __call__(self, batch: model.Batch, segments: model.Plan) -> tuple[jax.Array, blocks.State]:
+  def __call__(self, batch: windows.Batch, segments: windows.Plan) -> tuple[jax.Array, blocks.State]:
     """See `model.forward`."""
     return model.forward(self.tree(), batch, segments, self.cfg, self.sleep_cfg)
 
-  def loss(self, batch: model.Batch, segments: model.Plan) -> jax.Array:
+  def loss(self, batch: windows.Batch, segments: windows.Plan) -> jax.Array:
     """See `model.loss`; the scalar alone."""
     return model.loss(self.tree(), batch, segments, self.cfg, self.sleep_cfg)[0]
 

@@ -5,100 +5,20 @@ it left lies in the fast weights. A window with a loss is read awake, in one pas
 planned from the static layout of the loss before anything is traced.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, eviction, layers, params, passes, sharding
-from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax import blocks, carry, layers, looped, params, sharding
+from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.sleep import loop, sleep
+from sleep_jax.windows import Batch, Plan, Segment, answer_positions
 
 Params = dict[str, Any]
-State = eviction.State
-
-
-@flax.struct.dataclass
-class Batch:
-  """Sequences of one length, unequal ones padded on the left.
-
-  Position i predicts targets[i]: the shift of labels is made where the batch is made, *inside* the window
-  that answers. Otherwise the first label would be predicted by the last token of the window
-  before, which would have a loss, and would not be slept on.
-
-  Attributes:
-    inputs, targets: [B, T] int32.
-    loss_mask: [B, T], 1 where the prediction counts; zero outside the layout given to `plan`.
-    valid: [B, T] bool, False for pads. None: no pads.
-  """
-
-  inputs: jax.Array
-  targets: jax.Array
-  loss_mask: jax.Array
-  valid: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-  """`count` neighbouring windows of one length and kind, under one loop.
-
-  Attributes:
-    start: position of the first window's first token.
-    length: tokens a window, at most L.
-    count: windows.
-    reads: positions inside each window that have a loss; empty: the model sleeps on the window.
-  """
-
-  start: int
-  length: int
-  count: int
-  reads: tuple[int, ...]
-
-
-Plan = tuple[Segment, ...]
-
-
-def plan(layout: Sequence[bool], window: int) -> Plan:
-  """Cuts a sequence into windows and says which are slept on.
-
-  Args:
-    layout: for each of T positions, whether any sequence of a batch may have a loss there.
-    window: L.
-
-  Returns:
-    Segments in order. Neighbouring windows alike in length and reads share one.
-
-  Raises:
-    ConfigError: if no position has a loss.
-  """
-  layout = np.asarray(layout, bool)
-  if not layout.any():
-    raise ConfigError("loss_mask: no position has a loss, so there is nothing to learn")
-  segments: list[Segment] = []
-  for start in range(0, len(layout), window):
-    part = layout[start : start + window]
-    reads = tuple(int(i) for i in np.flatnonzero(part))
-    last = segments[-1] if segments else None
-    if last and (last.length, last.reads) == (len(part), reads):
-      segments[-1] = dataclasses.replace(last, count=last.count + 1)
-    else:
-      segments.append(Segment(start, len(part), 1, reads))
-  return tuple(segments)
-
-
-def answer_positions(segments: Plan) -> np.ndarray:
-  """Positions of the sequence that have a loss, in order: [M] int."""
-  return np.concatenate(
-    [
-      s.start + w * s.length + np.asarray(s.reads, int)
-      for s in segments
-      for w in range(s.count if s.reads else 0)
-    ]
-  )
+State = carry.State
 
 
 def declare(cfg: ModelConfig) -> dict[str, Any]:
@@ -129,7 +49,7 @@ def init_state(cfg: ModelConfig, batch: int, sleep_cfg: SleepConfig | None = Non
     sleep_cfg: how the sequence will be slept on; matters with `kept` = `each`, which needs N caches. None:
       the default.
   """
-  return eviction.init_state(cfg, batch, sleep_cfg or SleepConfig())
+  return carry.init_state(cfg, batch, sleep_cfg or SleepConfig())
 
 
 def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -141,7 +61,7 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
   head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
-  h = passes.normed(weights, h, cfg)
+  h = looped.normed(weights, h, cfg)
   return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
 
 
@@ -166,8 +86,8 @@ def consolidate(
   """
   first, last = sleep_cfg.first_block, sleep_cfg.last_block or len(cfg.blocks)
   unroll, remat = sleep_cfg.loops == "unroll", sleep_cfg.remat
-  start = blocks.open_window(eviction.of_first_pass(state), cfg)
-  own = eviction.of_each_pass(state, sleep_cfg.num_passes)
+  start = blocks.open_window(carry.of_first_pass(state), cfg)
+  own = carry.of_each_pass(state, sleep_cfg.num_passes)
 
   def run(h, state, **which):
     h, state, _ = blocks.run(weights["blocks"], h, state, cfg, valid=valid, remat=remat != "none", **which)
@@ -177,7 +97,7 @@ def consolidate(
     before = {} if sleep_cfg.state == "reset" else blocks.reopen(looped, start)
     h, after = run(h, start | before | own, first=first, last=last)
     if cfg.loop_norm:
-      h = passes.normed(weights, h, cfg)
+      h = looped.normed(weights, h, cfg)
     return h, {i: after[i] for i in looped}, {i: after[i] for i in own}
 
   h, after = run(embed(weights, tokens, cfg), start, last=first)
@@ -192,7 +112,7 @@ def consolidate(
     own=own,
   )
   _, after = run(h, after | looped, first=last)
-  return eviction.left(state, after, own)
+  return carry.left(state, after, own)
 
 
 def predict(
@@ -217,11 +137,11 @@ def predict(
   Returns:
     Logits [B, M, vocab] float32 at `reads`, and the state after the window.
   """
-  start = blocks.open_window(eviction.of_first_pass(state), cfg)
+  start = blocks.open_window(carry.of_first_pass(state), cfg)
   h = embed(weights, tokens, cfg)
-  outs, after, _ = passes.read(weights, h, start, cfg, valid=valid, remat=remat)
+  outs, after, _ = looped.read(weights, h, start, cfg, valid=valid, remat=remat)
   outs = _at(outs, reads)
-  return logits_of(weights, passes.leave(weights, outs, cfg), cfg), eviction.left(state, after)
+  return logits_of(weights, looped.leave(weights, outs, cfg), cfg), carry.left(state, after)
 
 
 def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
@@ -233,7 +153,7 @@ def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
 
 def open_window(state: State, cfg: ModelConfig, batch: int) -> tuple[blocks.State, blocks.Cache]:
   """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept."""
-  start = blocks.open_window(eviction.of_first_pass(state), cfg)
+  start = blocks.open_window(carry.of_first_pass(state), cfg)
   cache = blocks.init_cache(cfg, batch, start)
   return {i: s for i, s in start.items() if i not in cache}, cache
 
@@ -260,9 +180,9 @@ def decode(
     Logits [B, M, vocab] float32 at `reads`, state and cache.
   """
   h = embed(weights, tokens, cfg)
-  outs, state, cache = passes.read(weights, h, state, cfg, valid=valid, cache=cache)
+  outs, state, cache = looped.read(weights, h, state, cfg, valid=valid, cache=cache)
   outs = _at(outs, reads)
-  return logits_of(weights, passes.leave(weights, outs, cfg), cfg), state, cache
+  return logits_of(weights, looped.leave(weights, outs, cfg), cfg), state, cache
 
 
 def forward(

@@ -231,7 +231,7 @@ def gradients(
   Args:
     loss_of: mean over the targets of a batch.
     weights: of the model.
-    batch: a `model.Batch` of B sequences. Part i is rows i, i + microbatches, ..., some of every device.
+    batch: a `windows.Batch` of B sequences. Part i is rows i, i + microbatches, ..., some of every device.
     microbatches: divides B.
 
   Returns:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, config, model
+from sleep_jax import blocks, config, model, windows
 from tests import oracle
 
 VOCAB, WIDTH = 11, 12
@@ -65,7 +65,7 @@ def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).integers(0, VOCAB, (rows, length), dtype=np.int32)
 
 
-def random_batch(length: int, scored, *, pads=(0, 0), seed: int = 1) -> tuple[model.Batch, np.ndarray]:
+def random_batch(length: int, scored, *, pads=(0, 0), seed: int = 1) -> tuple[windows.Batch, np.ndarray]:
   """A batch with len(pads) rows, `pads[i]` of them on the left of row i, and the layout of its loss.
 
   Every row but the first leaves out some of the scored positions, as real batches do.
@@ -77,17 +77,17 @@ def random_batch(length: int, scored, *, pads=(0, 0), seed: int = 1) -> tuple[mo
   mask[0] = layout
   valid = np.arange(length) >= np.asarray(pads)[:, None]
   mask = (mask * valid).astype(np.float32)
-  return model.Batch(inputs, targets, mask, valid if any(pads) else None), layout
+  return windows.Batch(inputs, targets, mask, valid if any(pads) else None), layout
 
 
 @functools.cache
-def reader(segments: model.Plan, cfg: config.ModelConfig, sleep_cfg: config.SleepConfig):
+def reader(segments: windows.Plan, cfg: config.ModelConfig, sleep_cfg: config.SleepConfig):
   """Compiled once a config: (params, batch) -> logits [B, M, vocab], state at the end."""
   return jit(lambda params, batch: model.forward(params, batch, segments, cfg, sleep_cfg))
 
 
 @functools.cache
-def program(segments: model.Plan, cfg: config.ModelConfig, sleep_cfg: config.SleepConfig):
+def program(segments: windows.Plan, cfg: config.ModelConfig, sleep_cfg: config.SleepConfig):
   """Compiled once a config: (params, batch) -> loss, its gradients, logits [B, M, vocab]."""
 
   def run(params, batch):
@@ -99,7 +99,7 @@ def program(segments: model.Plan, cfg: config.ModelConfig, sleep_cfg: config.Sle
   return jit(run)
 
 
-def oracle_settings(cfg: config.ModelConfig, sleep_cfg: config.SleepConfig, batch: model.Batch) -> dict:
+def oracle_settings(cfg: config.ModelConfig, sleep_cfg: config.SleepConfig, batch: windows.Batch) -> dict:
   """What `oracle.forward` needs to know of the same run."""
   return {
     "pattern": cfg.blocks,

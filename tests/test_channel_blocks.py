@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, fast_weights, flax_module, flops, footprint, model, optim, params
+from sleep_jax import blocks, config, fast_weights, flax_module, model, optim, params, windows
 from sleep_jax.config import SleepConfig
+from sleep_jax.cost import flops, footprint
 from tests import hybrids, oracle, test_model_oracle, test_promises, torch_peer
 
 KINDS = ("kda", "gdn2", "delta")
@@ -54,7 +55,7 @@ class DeclarationTest(parameterized.TestCase):
 
   def test_flops_by_hand(self):
     cfg = hybrids.model_config(("kda", "gdn2"), embed_dim=16, window=8, fast={"key_dim": 4, "value_dim": 6})
-    segments = model.plan(np.arange(16) >= 15, 8)  # one window asleep, one with one answer
+    segments = windows.plan(np.arange(16) >= 15, 8)  # one window asleep, one with one answer
     shared = (
       16 * 2 * (4 + 4 + 6) + 2 * 6 * 16 + 2 * 16 * 6 + 6 * 2 * (4 + 6)
     )  # q k v, o, f_a gate_a, f_b gate_b

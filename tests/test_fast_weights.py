@@ -12,9 +12,9 @@ import pytest
 from absl.testing import parameterized
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from kernels import dispatch
-from kernels.conv_gated_delta import pallas_tpu_fused
 from sleep_jax import blocks, config, fast_weights, sharding
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused
 from tests import hybrids, oracle, torch_peer
 
 LENGTH = 6

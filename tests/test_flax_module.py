@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sleep_jax import config, flax_module, model, optim, train
+from sleep_jax import config, flax_module, model, optim, train, windows
 from tests import hybrids
 
 CFG = hybrids.model_config(("attn", "jet"))
@@ -18,7 +18,7 @@ SLEEP = config.SleepConfig(num_passes=2)
 @pytest.mark.slow
 def test_two_steps_of_plain_nnx_are_two_steps_of_our_trainer():
   batch, layout = hybrids.random_batch(7, [5, 6])
-  segments = model.plan(layout, CFG.window)
+  segments = windows.plan(layout, CFG.window)
   run = config.Config(
     data=None, model=CFG, sleep=SLEEP, optim=config.OptimConfig(newton_schulz_dtype="float32")
   )
@@ -54,7 +54,7 @@ def test_two_steps_of_plain_nnx_are_two_steps_of_our_trainer():
 @pytest.mark.slow
 def test_the_optimizer_of_nnx_takes_it_as_it_is():
   batch, layout = hybrids.random_batch(7, [5, 6])
-  segments = model.plan(layout, CFG.window)
+  segments = windows.plan(layout, CFG.window)
   module = flax_module.SleepingHybrid(CFG, SLEEP, jax.random.key(0))
   weights, tx = module.tree(), optax.sgd(0.1)
   optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)

@@ -7,7 +7,9 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from sleep_jax import blocks, config, evaluate, flops, model
+from sleep_jax import blocks, config, model, windows
+from sleep_jax.cost import flops
+from sleep_jax.scoring import sleep_changes
 from tests import hybrids, oracle
 
 
@@ -16,42 +18,42 @@ class PlanTest(parameterized.TestCase):
   @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 45))
   def test_covers_the_sequence_once_in_order(self, layout, window):
     hypothesis.assume(any(layout))
-    segments = model.plan(layout, window)
-    covered, read, windows = [], [], []
+    segments = windows.plan(layout, window)
+    covered, read, found = [], [], []
     for s in segments:
       self.assertGreaterEqual(s.count, 1)
       for w in range(s.count):
         start = s.start + w * s.length
         covered.extend(range(start, start + s.length))
         read.extend(start + i for i in s.reads)
-        windows.append((s.length, s.reads))
+        found.append((s.length, s.reads))
     self.assertEqual(covered, list(range(len(layout))))
     self.assertEqual(read, [i for i, scored in enumerate(layout) if scored])
-    np.testing.assert_array_equal(model.answer_positions(segments), read)
+    np.testing.assert_array_equal(windows.answer_positions(segments), read)
     # All windows are L long but the last, and neighbours are merged exactly if they are alike.
-    self.assertEqual([length for length, _ in windows[:-1]], [window] * (len(windows) - 1))
-    self.assertLessEqual(windows[-1][0], window)
-    self.assertLen(segments, 1 + sum(a != b for a, b in zip(windows, windows[1:], strict=False)))
+    self.assertEqual([length for length, _ in found[:-1]], [window] * (len(found) - 1))
+    self.assertLessEqual(found[-1][0], window)
+    self.assertLen(segments, 1 + sum(a != b for a, b in zip(found, found[1:], strict=False)))
 
   def test_by_hand(self):
     layout = np.zeros(14, bool)
     layout[[9, 13]] = True
     self.assertEqual(
-      model.plan(layout, 4),
+      windows.plan(layout, 4),
       (
-        model.Segment(start=0, length=4, count=2, reads=()),
-        model.Segment(start=8, length=4, count=1, reads=(1,)),
-        model.Segment(start=12, length=2, count=1, reads=(1,)),
+        windows.Segment(start=0, length=4, count=2, reads=()),
+        windows.Segment(start=8, length=4, count=1, reads=(1,)),
+        windows.Segment(start=12, length=2, count=1, reads=(1,)),
       ),
     )
 
   def test_nothing_to_learn_is_refused(self):
     with self.assertRaisesRegex(config.ConfigError, "^loss_mask: no position has a loss"):
-      model.plan([False] * 5, 2)
+      windows.plan([False] * 5, 2)
 
   @parameterized.parameters(7, 9)
   def test_a_batch_of_another_length_is_refused(self, length):
-    cfg, segments = hybrids.model_config(("gdn",)), model.plan([False] * 7 + [True], 4)
+    cfg, segments = hybrids.model_config(("gdn",)), windows.plan([False] * 7 + [True], 4)
     batch, _ = hybrids.random_batch(length, (length - 1,))
     with self.assertRaisesRegex(ValueError, f"plan is for 8 tokens, the batch has {length}"):
       model.forward(hybrids.random_params(cfg), batch, segments, cfg, config.SleepConfig())
@@ -72,7 +74,7 @@ class LossTest(parameterized.TestCase):
   def test_the_loss_reads_the_answers_alone(self):
     cfg, sleep_cfg = hybrids.model_config(("gdn",)), config.SleepConfig()
     batch, layout = hybrids.random_batch(8, (6, 7))
-    segments = model.plan(layout, cfg.window)
+    segments = windows.plan(layout, cfg.window)
     run = hybrids.jit(lambda p, b: model.loss(p, b, segments, cfg, sleep_cfg))
     params = hybrids.random_params(cfg)
     loss, logits = run(params, batch)
@@ -108,8 +110,8 @@ class SleepChangesTest(parameterized.TestCase):
     """Also where a window that is read lies between two that are slept on: it writes too."""
     cfg, sleep_cfg = hybrids.model_config(("gdn", "attn")), config.SleepConfig(num_passes=2)
     batch, layout = hybrids.random_batch(13, (6, 12), pads=(0, 1))
-    params, segments = hybrids.random_params(cfg), model.plan(layout, cfg.window)
-    got = evaluate.sleep_changes(params, batch, segments, cfg, sleep_cfg)
+    params, segments = hybrids.random_params(cfg), windows.plan(layout, cfg.window)
+    got = sleep_changes.sleep_changes(params, batch, segments, cfg, sleep_cfg)
     settings = hybrids.oracle_settings(cfg, sleep_cfg, batch)
     trace = oracle.forward(params, batch.inputs, batch.loss_mask, **settings)["trace"]
     expected = []
@@ -135,7 +137,7 @@ class FlopsTest(parameterized.TestCase):
     attention=config.AttentionConfig(num_heads=4, num_kv_heads=2),
     fast=config.FastConfig(num_heads=2, key_dim=64, value_dim=128),
   )
-  segments = model.plan(np.arange(96) >= 95, 32)  # two windows asleep, one with one answer
+  segments = windows.plan(np.arange(96) >= 95, 32)  # two windows asleep, one with one answer
 
   def test_by_hand(self):
     mlp = 3 * 256 * 512

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, model
+from sleep_jax import blocks, config, windows
 from tests import hybrids, oracle
 from tests.hybrids import HYBRID
 
@@ -134,13 +134,13 @@ def prepared(c: Case, seed: int = 0):
   """Config, sleep config, parameters, batch, plan and the oracle's settings."""
   sleep_cfg = config.SleepConfig(**dict(c.sleep))
   batch, layout = hybrids.random_batch(c.length, c.scored, pads=c.pads, seed=seed + 1)
-  params, segments = hybrids.random_params(c.model, seed), model.plan(layout, c.window)
+  params, segments = hybrids.random_params(c.model, seed), windows.plan(layout, c.window)
   return c.model, sleep_cfg, params, batch, segments, hybrids.oracle_settings(c.model, sleep_cfg, batch)
 
 
 def check_logits(test, got, expected, batch, segments):
   """At the positions that are read, pads apart."""
-  at = model.answer_positions(segments)
+  at = windows.answer_positions(segments)
   test.assertTrue(set(at) <= set(expected["positions"]))
   exact = expected["logits"][:, np.searchsorted(expected["positions"], at)]
   keep = np.ones(exact.shape[:2], bool) if batch.valid is None else batch.valid[:, at]

@@ -11,7 +11,7 @@ import optax
 from absl.testing import parameterized
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax import model, optim, params, sharding
+from sleep_jax import model, optim, params, sharding, windows
 from sleep_jax.config import AttentionConfig, ConfigError, FastConfig, MeshConfig, ModelConfig, OptimConfig
 
 STEPS = 8
@@ -241,7 +241,7 @@ class MicrobatchTest(parameterized.TestCase):
     x, y, w = random.normal(size=(6, 4, 3)), random.normal(size=(6, 4)), random.normal(size=3)
     mask = random.random((6, 4)) < 0.4
     mask[1] = False  # a sequence without a target: with six parts, a part without any
-    batch = model.Batch(*(jnp.asarray(a, jnp.float32) for a in (x, y, mask)))
+    batch = windows.Batch(*(jnp.asarray(a, jnp.float32) for a in (x, y, mask)))
 
     def mean_square(weights, batch):
       error = jnp.einsum("btd,d->bt", batch.inputs, weights["w"]) - batch.targets

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, evaluate, model, params, sharding
+from sleep_jax import blocks, config, model, params, sharding, windows
 from sleep_jax.config import MeshConfig, SleepConfig
+from sleep_jax.cost import measured
 from tests import hybrids, oracle
 from tests.hybrids import assert_near, assert_same
 
@@ -28,12 +29,12 @@ class PlainHybridTest(parameterized.TestCase):
     """N = 1: attention with a window mask, convolution and recurrence over the whole sequence, no pads."""
     cfg, sleep_cfg = hybrids.model_config(pattern), SleepConfig(num_passes=1)
     batch, layout = hybrids.random_batch(14, (6, 7, 13), pads=(0, 1, 5))
-    segments, weights = model.plan(layout, cfg.window), hybrids.random_params(cfg)
+    segments, weights = windows.plan(layout, cfg.window), hybrids.random_params(cfg)
     logits, state = hybrids.reader(segments, cfg, sleep_cfg)(weights, batch)
     plain = oracle.unwindowed_hybrid(
       weights, batch.inputs, pattern=pattern, window=cfg.window, valid=batch.valid
     )
-    at = model.answer_positions(segments)
+    at = windows.answer_positions(segments)
     assert_near(np.asarray(logits), plain["logits"][:, at], NEAR)
     assert_near({i: s.S for i, s in state.items()}, plain["S"], NEAR)
 
@@ -66,7 +67,7 @@ class EvictionTest(parameterized.TestCase):
     """Reading on from a state equals reading the whole: the windows before it have left nothing else."""
     cfg, sleep_cfg = hybrids.model_config(PAIR), SleepConfig(num_passes=2)
     batch, layout = hybrids.random_batch(12, (10, 11))
-    weights, segments = hybrids.random_params(cfg), model.plan(layout, cfg.window)
+    weights, segments = hybrids.random_params(cfg), windows.plan(layout, cfg.window)
     whole, _ = hybrids.reader(segments, cfg, sleep_cfg)(weights, batch)
     asleep = hybrids.jit(lambda x, state: model.consolidate(weights, x, state, cfg, sleep_cfg))
     state = model.init_state(cfg, 2)
@@ -83,7 +84,7 @@ class PadTest(parameterized.TestCase):
     cfg, sleep_cfg = hybrids.model_config(PAIR), SleepConfig(num_passes=2)
     pads = (0, 4, 6)  # none, a window, a window and a half
     batch, layout = hybrids.random_batch(12, (10, 11), pads=pads)
-    weights, segments = hybrids.random_params(cfg), model.plan(layout, cfg.window)
+    weights, segments = hybrids.random_params(cfg), windows.plan(layout, cfg.window)
     logits, state = hybrids.reader(segments, cfg, sleep_cfg)(weights, batch)
     asleep = hybrids.jit(lambda x, state: model.consolidate(weights, x, state, cfg, sleep_cfg))
     awake = hybrids.jit(lambda x, state: model.predict(weights, x, state, cfg))
@@ -142,13 +143,13 @@ class AwakeTest(parameterized.TestCase):
     token, sizes = hybrids.random_tokens(2, 1), set()
     for num_passes, length in ((1, 4), (3, 12)):
       batch, _ = hybrids.random_batch(length, (length - 1,))
-      segments = model.plan([False] * (length - 4) + [True] * 4, cfg.window)
+      segments = windows.plan([False] * (length - 4) + [True] * 4, cfg.window)
       read = hybrids.reader(segments, cfg, SleepConfig(num_passes=num_passes))
       _, state = read(weights, batch)
       decode(token, state, blocks.init_cache(cfg, 2))
       sizes.add(sum(x.nbytes for x in jax.tree.leaves(state)))
     self.assertEqual(decode._cache_size(), 1)
-    self.assertEqual(sizes, {2 * evaluate.state_bytes(cfg)})
+    self.assertEqual(sizes, {2 * measured.state_bytes(cfg)})
     compiled = decode.lower(token, state, blocks.init_cache(cfg, 2)).compile()
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 64 * 1024)
 
@@ -161,7 +162,7 @@ class RematTest(parameterized.TestCase):
     super().setUpClass()
     cls.cfg = hybrids.model_config(("gdn",), window=32)
     cls.batch, layout = hybrids.random_batch(64, (63,), pads=(0,) * 4)
-    cls.segments = model.plan(layout, cls.cfg.window)
+    cls.segments = windows.plan(layout, cls.cfg.window)
     cls.params = hybrids.random_params(cls.cfg)
     cls.plain = cls.compiled("none")
 
@@ -190,7 +191,7 @@ class DtypeTest(parameterized.TestCase):
     cfg = hybrids.model_config(("gdn",), dtype="bfloat16")
     sleep_cfg = SleepConfig(num_passes=2)
     batch, layout = hybrids.random_batch(8, (6, 7), pads=(0, 1, 5))
-    weights, segments = hybrids.random_params(cfg), model.plan(layout, cfg.window)
+    weights, segments = hybrids.random_params(cfg), windows.plan(layout, cfg.window)
     loss, grads, logits = hybrids.program(segments, cfg, sleep_cfg)(weights, batch)
     self.assertEqual((loss.dtype, logits.dtype), (jnp.float32, jnp.float32))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, weights)
@@ -221,7 +222,7 @@ class MeshTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.batch, layout = hybrids.random_batch(8, (6, 7), pads=(0, 1, 5, 0, 0, 2, 3, 4))
-    cls.segments, cls.params = model.plan(layout, cls.cfg.window), hybrids.random_params(cls.cfg)
+    cls.segments, cls.params = windows.plan(layout, cls.cfg.window), hybrids.random_params(cls.cfg)
     cls.expected = hybrids.jit(cls.run_model)(cls.params, cls.batch)
 
   @classmethod
@@ -230,7 +231,7 @@ class MeshTest(parameterized.TestCase):
 
     def loss(weights):
       logits, state = model.forward(weights, batch, cls.segments, cls.cfg, cls.sleep_cfg)
-      at = model.answer_positions(cls.segments)
+      at = windows.answer_positions(cls.segments)
       return model.cross_entropy(logits, batch.targets[:, at], batch.loss_mask[:, at]), state
 
     (value, state), grads = jax.value_and_grad(loss, has_aux=True)(weights)
@@ -289,7 +290,7 @@ class MeshTest(parameterized.TestCase):
 
       weights = jax.tree.map(lambda w: placed(w.shape, w.axes), model.declare(cfg), is_leaf=params.is_weight)
       tokens, rows = placed((128, 8), ("batch", "seq"), jnp.int32), placed((128, 8), ("batch", "seq"))
-      batch = model.Batch(tokens, tokens, rows, placed((128, 8), ("batch", "seq"), bool))
+      batch = windows.Batch(tokens, tokens, rows, placed((128, 8), ("batch", "seq"), bool))
       grads, _ = jax.eval_shape(
         jax.grad(lambda w, b: model.loss(w, b, self.segments, cfg, sleep_cfg), has_aux=True), weights, batch
       )

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.gated_hebbian import gated_hebbian
-from sleep_jax import fast_weights, model
+from sleep_jax import fast_weights, model, windows
 from sleep_jax.config import AttentionConfig, FastConfig, ModelConfig, SleepConfig
+from sleep_jax.kernels.gated_hebbian import gated_hebbian
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,9 +69,9 @@ def test_own_rule_is_a_block_that_learns(oja):
     attention=AttentionConfig(num_heads=2), fast=FastConfig(num_heads=1, key_dim=4, value_dim=4),
   )  # fmt: skip
   weights = model.init(cfg, jax.random.key(0))
-  segments = model.plan([False] * 6 + [True], 3)
+  segments = windows.plan([False] * 6 + [True], 3)
   tokens = jnp.arange(14).reshape(2, 7) % 5
-  batch = model.Batch(tokens, tokens, jnp.zeros((2, 7)).at[:, -1].set(1.0))
+  batch = windows.Batch(tokens, tokens, jnp.zeros((2, 7)).at[:, -1].set(1.0))
   grads = jax.grad(lambda w: model.loss(w, batch, segments, cfg, SleepConfig(num_passes=2))[0])(weights)
   chex.assert_tree_all_finite(grads)
   assert float(jnp.max(jnp.abs(grads["blocks"]["1"]["mixer"]["k"]))) > 0

@@ -9,7 +9,7 @@ from absl.testing import parameterized
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax import model, params, sharding
+from sleep_jax import model, params, sharding, windows
 from sleep_jax.config import AttentionConfig, ConfigError, FastConfig, MeshConfig, ModelConfig, SleepConfig
 from sleep_jax.data import rule110
 
@@ -147,7 +147,7 @@ class WeightsTest(parameterized.TestCase):
       fast=FastConfig(num_heads=4, key_dim=16, value_dim=16),
     )
     task = rule110.Rule110Config()
-    segments = model.plan(rule110.layout(task), cfg.window)
+    segments = windows.plan(rule110.layout(task), cfg.window)
     sleep_cfg = SleepConfig(num_passes=2, loops=loops)
 
     def loss(weights):

@@ -27,9 +27,9 @@ embedding, whose scale is 1. The paper's figure 3 says a 4-layer GDN hybrid:
 
 from ml_collections import config_dict
 
-from experiments import cli
 from sleep_jax import config
 from sleep_jax.data import depo
+from sleep_jax.experiments import cli
 
 EXPERIMENT = "experiments.depo"
 PRESETS = ("smoke", "tiny", "small", "paper")

@@ -13,8 +13,8 @@ profit from it. In bfloat16 a 2B model needs about 4 GB (`param_dtype`).
 
 from ml_collections import config_dict
 
-from experiments import cli
 from sleep_jax.config import SleepConfig
+from sleep_jax.experiments import cli
 from sleep_jax.generate import SamplingConfig
 
 PRESETS = ("plain", "jet", "ouro")

@@ -44,10 +44,10 @@ One run is one (N, seed): --config.sleep.num_passes, --config.seed. `sweep` list
 
 from ml_collections import config_dict
 
-from experiments import cli
 from sleep_jax import config, pretrained
+from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import task
-from sleep_jax.data.pipeline import CutConfig
+from sleep_jax.experiments import cli
 
 EXPERIMENT = "experiments.gsm_infinite"
 PRETRAINED = ("jet_2b", "ouro", "ouro_memory", "ouro_sliding")

@@ -10,8 +10,8 @@ paper      77,000 problems of 2,000-3,300 tokens, 1 to 8 operations, 1,600 held 
 
 from ml_collections import config_dict
 
-from experiments import cli
 from sleep_jax.data.gsm_infinite import GsmInfiniteConfig
+from sleep_jax.experiments import cli
 
 PRESETS = ("tiny", "reference", "paper")
 

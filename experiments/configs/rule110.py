@@ -17,9 +17,9 @@ runs share their seed and so their data, in order. `sweep` lists the runs of a p
 
 from ml_collections import config_dict
 
-from experiments import cli
 from sleep_jax import config
 from sleep_jax.data import rule110
+from sleep_jax.experiments import cli
 
 EXPERIMENT = "experiments.rule110"
 PRESETS = ("tiny", "demo", "demo_rates", "fig2a", "fig2b")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
+from sleep_jax.kernels.common import dispatch
 
 
 def conv_gated_delta(

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.conv_gated_delta.front import NORM_EPS
-from kernels.dispatch import CLOSED
-from kernels.gated_delta import pallas_tpu_parts as parts
+from sleep_jax.kernels.common.dispatch import CLOSED
+from sleep_jax.kernels.conv_gated_delta.front import NORM_EPS
+from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
 
 Ref = Any  # a reference to an array in VMEM
 LANES = 128

@@ -8,11 +8,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.conv_gated_delta import pallas_tpu_front as front
-from kernels.conv_gated_delta import pallas_tpu_fused_backward
-from kernels.conv_gated_delta.pallas_tpu_front import BEFORE, LANES, Cut, Front
-from kernels.gated_delta import pallas_tpu
-from kernels.gated_delta import pallas_tpu_parts as parts
+from sleep_jax.kernels.conv_gated_delta import pallas_tpu_front as front
+from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused_backward
+from sleep_jax.kernels.conv_gated_delta.pallas_tpu_front import BEFORE, LANES, Cut, Front
+from sleep_jax.kernels.gated_delta import pallas_tpu
+from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
 
 
 def conv_gated_delta(

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.conv_gated_delta import pallas_tpu_front as front
-from kernels.conv_gated_delta.pallas_tpu_front import BEFORE, LANES, Cut, Front
-from kernels.gated_delta import pallas_tpu_backward
-from kernels.gated_delta import pallas_tpu_parts as parts
+from sleep_jax.kernels.conv_gated_delta import pallas_tpu_front as front
+from sleep_jax.kernels.conv_gated_delta.pallas_tpu_front import BEFORE, LANES, Cut, Front
+from sleep_jax.kernels.gated_delta import pallas_tpu_backward
+from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
 
 PREVIOUS = 16  # rows of x before a chunk that are fetched: a tile of bfloat16
 

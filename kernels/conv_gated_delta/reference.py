@@ -2,8 +2,8 @@
 
 import jax
 
-from kernels.conv_gated_delta.front import front
-from kernels.gated_delta import reference
+from sleep_jax.kernels.conv_gated_delta.front import front
+from sleep_jax.kernels.gated_delta import reference
 
 
 def conv_gated_delta(

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.conv_gated_delta.front import front
-from kernels.gated_delta import xla
+from sleep_jax.kernels.conv_gated_delta.front import front
+from sleep_jax.kernels.gated_delta import xla
 
 
 def conv_gated_delta(

@@ -1,5 +1,5 @@
 """The delta rule: `delta(q, k, v, b, S)`, and `delta_step` for one token."""
 
-from kernels.delta.api import delta, delta_step
+from sleep_jax.kernels.delta.api import delta, delta_step
 
 __all__ = ["delta", "delta_step"]

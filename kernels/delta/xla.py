@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import chunk, tiling
+from sleep_jax.kernels.common import chunked_head, tiling
 
 
 def delta(
   q: jax.Array, k: jax.Array, v: jax.Array, b: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """What `reference.delta` gives, up to rounding. Gradients: `kernels.chunk.chunked`."""
-  return chunk.chunked(q, k, v, jnp.zeros_like(b), b, S, tiling.make_plan(q, v, S, solve=True))
+  return chunked_head.chunked(q, k, v, jnp.zeros_like(b), b, S, tiling.make_plan(q, v, S, solve=True))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.gated_delta import gradients, xla
+from sleep_jax.kernels.gated_delta import gradients, xla
 
 C = 64  # tokens of a chunk
 WIDTHS = (64, 128)  # of q and k in the kernels; others are padded

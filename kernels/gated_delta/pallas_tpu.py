@@ -10,9 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.gated_delta import pallas_tpu_backward
-from kernels.gated_delta import pallas_tpu_parts as parts
-from kernels.gated_delta.pallas_tpu_parts import Cut, dot
+from sleep_jax.kernels.gated_delta import pallas_tpu_backward
+from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
+from sleep_jax.kernels.gated_delta.pallas_tpu_parts import Cut, dot
 
 Ref = Any  # a reference to an array in VMEM
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.gated_delta import pallas_tpu_parts as parts
-from kernels.gated_delta.pallas_tpu_parts import Cut, dot
+from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
+from sleep_jax.kernels.gated_delta.pallas_tpu_parts import Cut, dot
 
 Ref = Any  # a reference to an array in VMEM
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels import dispatch
+from sleep_jax.kernels.common import dispatch
 
 
 def gated_hebbian(

@@ -2,7 +2,7 @@
 
 import jax
 
-from kernels import channel
+from sleep_jax.kernels.common import chunked_channel
 
 
 def gdn2(
@@ -10,5 +10,5 @@ def gdn2(
 ) -> tuple[jax.Array, jax.Array]:
   """What `reference.gdn2` gives, up to rounding. Gradients: `kernels.channel.chunked`."""
   z, e = w.astype(S.dtype) * v, e.astype(S.dtype) * k
-  o, S = channel.chunked(q, k, z, g, e, S, channel.make_plan(q, v, S))
+  o, S = chunked_channel.chunked(q, k, z, g, e, S, chunked_channel.make_plan(q, v, S))
   return o.astype(v.dtype), S

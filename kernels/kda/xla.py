@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from kernels import channel, tiling
+from sleep_jax.kernels.common import chunked_channel, tiling
 
 
 def kda(
@@ -12,5 +12,5 @@ def kda(
 ) -> tuple[jax.Array, jax.Array]:
   """What `reference.kda` gives, up to rounding. Gradients: `kernels.channel.chunked`."""
   times = functools.partial(tiling.dot, "bth,bthk->bthk", b.astype(S.dtype))
-  o, S = channel.chunked(q, k, times(v), g, times(k), S, channel.make_plan(q, v, S))
+  o, S = chunked_channel.chunked(q, k, times(v), g, times(k), S, chunked_channel.make_plan(q, v, S))
   return o.astype(v.dtype), S

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax.config import at_least, check, one_of
-from sleep_jax.model import Batch
+from sleep_jax.windows import Batch
 
 PAD = 0
 MOST_NAMES = 1 << 16  # names are drawn from a table of all of them

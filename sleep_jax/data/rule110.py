@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax.config import at_least, check, one_of
-from sleep_jax.model import Batch
+from sleep_jax.windows import Batch
 
 ASK = 2
 VOCAB_SIZE = 3  # '0', '1', ASK

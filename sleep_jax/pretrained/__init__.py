@@ -9,9 +9,7 @@ A run that began with a checkpoint (`train.init_from`) is read in its place with
 Weights are safetensors and configs are data: nothing that was downloaded is executed.
 """
 
-from sleep_jax.pretrained.loading import PretrainedError, Source, differing, export, load, open_source
-from sleep_jax.pretrained.memory import add_memory, memory_weights
-from sleep_jax.pretrained.start import (
+from sleep_jax.pretrained.fine_tuning import (
   StartConfig,
   check_start,
   published_folder,
@@ -19,7 +17,9 @@ from sleep_jax.pretrained.start import (
   start_weights,
   trained_weights,
 )
-from sleep_jax.pretrained.trained import is_run, load_run
+from sleep_jax.pretrained.from_run import is_run, load_run
+from sleep_jax.pretrained.loading import PretrainedError, Source, differing, export, load, open_source
+from sleep_jax.pretrained.memory import add_memory, memory_weights
 
 __all__ = [
   "PretrainedError",

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
-from kernels.delta import delta
-from kernels.gated_delta import gated_delta
-from kernels.gated_hebbian import gated_hebbian
-from kernels.gdn2 import gdn2
-from kernels.kda import kda
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.delta import delta
+from sleep_jax.kernels.gated_delta import gated_delta
+from sleep_jax.kernels.gated_hebbian import gated_hebbian
+from sleep_jax.kernels.gdn2 import gdn2
+from sleep_jax.kernels.kda import kda
 
 RULES = {"gated_delta": gated_delta, "gated_hebbian": gated_hebbian, "delta": delta, "kda": kda, "gdn2": gdn2}
 IMPLEMENTATIONS = ("xla", "reference")

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from kernels import bench, chart, dispatch, shapes
-from kernels import bench_peers as peers
+from sleep_jax.kernels import bench
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.measure import chart, shapes
+from sleep_jax.kernels.measure import peers as peers
 
 
 def test_writes_one_row_per_contestant_with_its_error(tmp_path, monkeypatch, capsys):

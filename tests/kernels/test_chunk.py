@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import channel, chunk, tiling
-from kernels.gated_delta import gated_delta
+from sleep_jax.kernels.common import chunked_channel, chunked_head, tiling
+from sleep_jax.kernels.gated_delta import gated_delta
 from tests.kernels import cases
 
 
@@ -30,13 +30,13 @@ def test_the_plan_changes_no_result(solve, T):
   inputs = cases.random_inputs("gated_delta", 6, T, 2, 5, 4)
 
   def run(plan):
-    return cases.outputs_and_gradients(functools.partial(chunk.chunked, plan=plan), inputs)
+    return cases.outputs_and_gradients(functools.partial(chunked_head.chunked, plan=plan), inputs)
 
-  want = run(chunk.Plan(solve, hoist=False, block=6))
+  want = run(chunked_head.Plan(solve, hoist=False, block=6))
   for plan in (
-    chunk.Plan(solve, hoist=False, block=2),
-    chunk.Plan(solve, hoist=False, block=4),
-    chunk.Plan(solve, hoist=True, block=6),
+    chunked_head.Plan(solve, hoist=False, block=2),
+    chunked_head.Plan(solve, hoist=False, block=4),
+    chunked_head.Plan(solve, hoist=True, block=6),
   ):
     cases.assert_near(run(plan), want, 2e-6)
 
@@ -55,10 +55,10 @@ def test_the_plan_changes_no_result_with_a_decay_per_channel(other):
 
   def run(plan):
     return cases.outputs_and_gradients(
-      functools.partial(channel.chunked, plan=plan), [q, k, w * v, g, e * k, S]
+      functools.partial(chunked_channel.chunked, plan=plan), [q, k, w * v, g, e * k, S]
     )
 
-  plan = channel.Plan(solve=True, hoist=False, block=3, max_chunk=9)
+  plan = chunked_channel.Plan(solve=True, hoist=False, block=3, max_chunk=9)
   cases.assert_near(run(plan._replace(**other)), run(plan), 2e-6)
 
 

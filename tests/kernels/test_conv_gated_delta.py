@@ -13,8 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
-from kernels.conv_gated_delta import conv_gated_delta, pallas_tpu_fused, reference, xla
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.conv_gated_delta import conv_gated_delta, pallas_tpu_fused, reference, xla
 from tests.kernels import cases
 
 fused = functools.partial(pallas_tpu_fused.conv_gated_delta, interpret=True)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
-from kernels.gated_delta import gated_delta
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.gated_delta import gated_delta
 from tests.kernels import cases
 from tests.kernels.cases import every_rule, every_rule_slowly
 

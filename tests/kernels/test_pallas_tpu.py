@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.gated_delta import pallas_tpu, pallas_tpu_parts
+from sleep_jax.kernels.gated_delta import pallas_tpu, pallas_tpu_parts
 from tests.kernels import cases
 from tests.kernels.test_golden import GOLDEN, arrays, l2_normalised
 

@@ -12,9 +12,10 @@ import optax
 import pytest
 import safetensors.numpy
 
-from experiments import convert
-from sleep_jax import checkpoint, config, model, optim, params, pretrained, sharding, train, workdir
+from sleep_jax import config, model, optim, params, pretrained, sharding, train, windows
+from sleep_jax.experiments import convert
 from sleep_jax.pretrained import memory, safetensors_io
+from sleep_jax.runtime import checkpoint, workdir
 from tests import hybrids
 
 OURO = pathlib.Path(__file__).resolve().parents[1] / "data" / "golden" / "ouro_tiny"
@@ -161,7 +162,7 @@ def started(run, folder):
 def losses(run, state, steps=2):
   """What training steps from a state measure on the mesh that is set."""
   batch, layout = hybrids.random_batch(14, [12, 13], pads=(0,) * 4)
-  segments = model.plan(layout, run.model.window)
+  segments = windows.plan(layout, run.model.window)
   tx = optim.make(run.optim, model.declare(run.model), 3)
   step = hybrids.jit(lambda s, b: train.train_step(s, train.shard(b), cfg=run, tx=tx, segments=segments))
   found = []
@@ -234,7 +235,7 @@ def test_stage_1_moves_the_memory_alone_and_its_norm_is_that_of_the_memory():
     weights["blocks"]["1"]["mixer"]["o"] + 0.1
   )  # so that all of it learns
   batch, layout = hybrids.random_batch(7, [5, 6])
-  segments = model.plan(layout, cfg.window)
+  segments = windows.plan(layout, cfg.window)
   run = dataclasses.replace(
     run_config(cfg, trained=pretrained.memory_weights(cfg)), train=config.TrainConfig()
   )

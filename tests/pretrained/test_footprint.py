@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import memory_table
-from sleep_jax import config, flops, footprint, model
+from sleep_jax import config, windows
+from sleep_jax.cost import flops, footprint
+from sleep_jax.experiments import memory_table
 from sleep_jax.pretrained import jet_nemotron, memory, ouro
 from tests import hybrids
 
@@ -79,7 +80,7 @@ def test_operations_of_jet_nemotron_by_hand():
   cfg = jet_nemotron.config_2b()
   once = 24 * jet + 2 * attn + 2 * swa
   looped = 11 * jet + 2 * attn + swa
-  segments = model.plan(np.arange(2 * length) == 2 * length - 1, length)
+  segments = windows.plan(np.arange(2 * length) == 2 * length - 1, length)
   count = flops.per_sequence(segments, cfg, dataclasses.replace(jet_nemotron.SLEEP_2B, num_passes=5))
   np.testing.assert_allclose(count.asleep, length * (once + 4 * looped), rtol=1e-9)
   np.testing.assert_allclose(count.awake, length * once + 2 * d * 151936, rtol=1e-9)
@@ -89,7 +90,7 @@ def test_operations_of_a_memory_by_hand():
   """An inserted layer has no MLP."""
   d = 2048
   jet = 2 * (5 * d * 2048 + d * 256 + 256 * 2048 * 4) + 2 * 16 * (4 * 64 * 128 + 3 * 128 * 128)
-  segments = model.plan(np.arange(4000) == 3999, 2000)
+  segments = windows.plan(np.arange(4000) == 3999, 2000)
   with_memory, without = (
     flops.per_sequence(segments, cfg, config.SleepConfig(num_passes=3)) for cfg in (OURO, plain())
   )

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import convert
-from experiments import generate as command
 from sleep_jax import config, model, pretrained
 from sleep_jax.config import FastConfig, SleepConfig
+from sleep_jax.experiments import convert
+from sleep_jax.experiments import generate as command
 from sleep_jax.pretrained.tokenizer import Tokenizer
 from tests import forked, hybrids
 from tests.pretrained import tiny

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from experiments import convert
 from sleep_jax import config, model, params, pretrained, sharding
+from sleep_jax.experiments import convert
 from sleep_jax.pretrained import fields, jet_nemotron, ouro, safetensors_io, tokenizer, weight_map
 from sleep_jax.pretrained.memory import memory_config
 from tests import hybrids

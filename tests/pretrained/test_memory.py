@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sleep_jax import blocks, config, model, pretrained
+from sleep_jax import blocks, config, model, pretrained, windows
 from tests import hybrids
 
 BASE = hybrids.model_config(("attn", "attn", "attn", "attn"), norm_placement="sandwich", loop_norm=True)
@@ -22,7 +22,7 @@ def test_fresh_memory_changes_no_bit_and_trains_away():
   cfg, larger = pretrained.add_memory(BASE, weights, jax.random.key(1), num_layers=2, fast=FAST)
   assert cfg.blocks == ("attn", "jet", "attn", "attn", "jet", "attn") and cfg.without_mlp == (1, 4)
   batch, layout = hybrids.random_batch(7, [5, 6])
-  segments = model.plan(layout, cfg.window)
+  segments = windows.plan(layout, cfg.window)
   _, _, before = hybrids.program(segments, BASE, SLEEP)(weights, batch)
   step = hybrids.program(segments, cfg, SLEEP)
   _, grads, after = step(larger, batch)

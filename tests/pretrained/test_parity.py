@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleep_jax import blocks, config, fast_weights, layers, model, params, passes, pretrained
+from sleep_jax import blocks, config, fast_weights, layers, looped, model, params, pretrained
 from sleep_jax.pretrained import weight_map
 from tests import hybrids
 
@@ -77,7 +77,7 @@ def test_jet_hidden_states_and_memories(r):
     for side in "kv":
       rows = np.moveaxis(np.asarray(getattr(cache[str(i)], side)), 1, 2)[:, :, first:length]
       near(JET, f"run{r}.layer{i}.{side}_cache", rows, HIDDEN)
-  near(JET, f"run{r}.final_norm", passes.normed(weights, found[-1], cfg), HIDDEN)
+  near(JET, f"run{r}.final_norm", looped.normed(weights, found[-1], cfg), HIDDEN)
   near(JET, f"run{r}.logits", model.logits_of(weights, found[-1], cfg), 1e-4)
 
 
@@ -186,10 +186,10 @@ def ouro_reader(cfg: config.ModelConfig):
   @hybrids.jit
   def run(weights, tokens):
     h, state, cache = model.embed(weights, tokens, cfg), model.init_state(cfg, 1), blocks.init_cache(cfg, 1)
-    outs, _, cache = passes.read(weights, h, state, cfg, cache=cache)
+    outs, _, cache = looped.read(weights, h, state, cfg, cache=cache)
     logits = [model.logits_of(weights, out, cfg) for out in outs]
-    gates = passes.gate_logits(weights, outs, cfg)
-    return h, outs, [passes.normed(weights, h, cfg) for h in outs], gates, jnp.stack(logits), cache
+    gates = looped.gate_logits(weights, outs, cfg)
+    return h, outs, [looped.normed(weights, h, cfg) for h in outs], gates, jnp.stack(logits), cache
 
   return run
 
@@ -215,21 +215,21 @@ def test_ouro_loops_gates_and_exits(r):
       x = one(weights["blocks"][str(i)], x, 0)
       found.append(x)
     np.testing.assert_allclose(x, outs[u], atol=HIDDEN)
-    x = passes.normed(weights, x, cfg)
+    x = looped.normed(weights, x, cfg)
   near(OURO, f"run{r}.block_out", np.reshape(found, (4, 3, *h.shape)), HIDDEN)
   if r == 0:
     for side in "kv":
       rows = [np.moveaxis(np.asarray(getattr(cache[str(s)], side)), 1, 2)[:, :, :40] for s in range(12)]
       near(OURO, f"run0.{side}_cache", rows, HIDDEN)
 
-  chance = passes.exit_probabilities(gates)
+  chance = looped.exit_probabilities(gates)
   near(OURO, f"run{r}.exit_prob", chance, 1e-5)
   mean = np.sum(np.asarray(chance)[..., None] * np.asarray(logits), axis=0)
   near(OURO, f"run{r}.expected_logits", mean, HIDDEN)
   ones = jnp.ones(tokens[:, 1:].shape)
   near(OURO, f"run{r}.expected_loss", model.cross_entropy(mean[:, :-1], tokens[:, 1:], ones), HIDDEN)
   for threshold in (0.3, 0.6, 0.9):
-    near(OURO, f"run{r}.exit_step_{threshold}", passes.exit_pass(chance, threshold), 0)
+    near(OURO, f"run{r}.exit_step_{threshold}", looped.exit_pass(chance, threshold), 0)
     early = config.replace(cfg, exit_threshold=threshold)
     near(OURO, f"run{r}.logits_threshold_{threshold}", predicted(weights, tokens, early), HIDDEN)
 
@@ -258,8 +258,8 @@ def test_ouro_gradients():
   @hybrids.jit
   def run(weights):
     def loss(weights):
-      outs, _, _ = passes.read(weights, model.embed(weights, tokens, cfg), {}, cfg)
-      chance = passes.exit_probabilities(passes.gate_logits(weights, outs, cfg))[..., :-1]
+      outs, _, _ = looped.read(weights, model.embed(weights, tokens, cfg), {}, cfg)
+      chance = looped.exit_probabilities(looped.gate_logits(weights, outs, cfg))[..., :-1]
       logits = jnp.stack([model.logits_of(weights, out, cfg) for out in outs])[:, :, :-1]
       chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[None, :, 1:, None], axis=-1)[..., 0]
       entropy = -jnp.mean(jnp.sum(chance * jnp.log(chance), axis=0))

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import gsm_infinite, runner
-from experiments.configs import gsm_infinite as presets
 from sleep_jax import config, model, params, pretrained, train
-from sleep_jax.data import pipeline
+from sleep_jax.data import batching
 from sleep_jax.data.gsm_infinite import task
+from sleep_jax.experiments import gsm_infinite, runner
+from sleep_jax.experiments.configs import gsm_infinite as presets
 from tests import forked
 from tests.pretrained import tiny
 
@@ -158,7 +158,7 @@ def test_epochs_read_all_problems_in_an_order_of_their_own(folders):
     values_of("jet_2b", folders["tiny_jet"], data__problems=7, sleep__last_block=4, sleep__first_block=1)
   )
   source = task.training(cfg.data, 0, 17)
-  assert isinstance(source, pipeline.Epochs) and len(source) == 17
+  assert isinstance(source, batching.Epochs) and len(source) == 17
   plain = task.training(config.replace(cfg.data, problems=0), 0, 7)
   wanted = [plain[i].prompt.tobytes() for i in range(7)]
   read = [source[i].prompt.tobytes() for i in range(17)]

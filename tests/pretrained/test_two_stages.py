@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import gsm_infinite
-from experiments.configs import gsm_infinite as presets
-from sleep_jax import checkpoint_files, model, optim, params, pretrained, train
+from sleep_jax import model, optim, params, pretrained, train
+from sleep_jax.experiments import gsm_infinite
+from sleep_jax.experiments.configs import gsm_infinite as presets
+from sleep_jax.runtime import checkpoint_files
 from tests import forked, hybrids
 from tests.pretrained import tiny
 

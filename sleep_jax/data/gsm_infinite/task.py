@@ -6,12 +6,12 @@ import pathlib
 import socket
 
 from sleep_jax.config import at_least, check, one_of
-from sleep_jax.data import pipeline
+from sleep_jax.data import batching
+from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import dataset, problems, shortcut
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.data.gsm_infinite.config import GsmInfiniteConfig
 from sleep_jax.data.gsm_infinite.values import LARGEST
-from sleep_jax.data.pipeline import CutConfig
 
 TOKENIZER_SEED = 2_000_003  # of the problems that a tokenizer is trained on: the same for every run
 MARGIN = 4  # tokens that a problem has beside its text and its answer: the request for the answer
@@ -133,11 +133,11 @@ def check_lengths(cfg: TaskConfig) -> None:
     problems.problem(cfg, TOKENIZER_SEED, 0, op=op)
 
 
-def to_example(made: problems.Problem, cfg: GsmInfiniteConfig) -> pipeline.Example:
+def to_example(made: problems.Problem, cfg: GsmInfiniteConfig) -> batching.Example:
   """A problem: text and request for the answer; answer and its end; the group of its operations."""
   arrays = dataset.example(made, tokens.load(cfg.tokenizer))
   start = int(arrays["answer_start"])
-  return pipeline.Example(
+  return batching.Example(
     arrays["inputs"][: start + 1], arrays["targets"][start:], made.op - cfg.operations[0]
   )
 
@@ -153,13 +153,13 @@ class Examples:
   def __len__(self) -> int:
     return self.num
 
-  def __getitem__(self, index: int) -> pipeline.Example:
+  def __getitem__(self, index: int) -> batching.Example:
     if not 0 <= index < self.num:
       raise IndexError(f"example {index} of {self.num}")
     return to_example(problems.problem(self.cfg, self.seed, int(index)), self.cfg)
 
 
-def training(cfg: TaskConfig, seed: int, num: int) -> pipeline.Source:
+def training(cfg: TaskConfig, seed: int, num: int) -> batching.Source:
   """The first `num` training examples of a run; those of `cfg.problems` problems, again and again.
 
   Raises:
@@ -167,11 +167,11 @@ def training(cfg: TaskConfig, seed: int, num: int) -> pipeline.Source:
   """
   dataset.source(cfg, seed, num)  # refuses what is no source
   if cfg.problems:
-    return pipeline.Epochs(Examples(cfg, seed, cfg.problems), num, seed)
+    return batching.Epochs(Examples(cfg, seed, cfg.problems), num, seed)
   return Examples(cfg, seed, num)
 
 
-def held_out(cfg: TaskConfig, num: int) -> dict[str, pipeline.HeldOut]:
+def held_out(cfg: TaskConfig, num: int) -> dict[str, batching.HeldOut]:
   """The held-out sets, of `num` examples each, the same for every run; each with its `shortcut`'s score.
 
   Raises:
@@ -181,7 +181,7 @@ def held_out(cfg: TaskConfig, num: int) -> dict[str, pipeline.HeldOut]:
   for kind in cfg.held_out:
     made = dataset.held_out(cfg, kind, num)
     right = [shortcut.guess(p.context) == p.answer for p in made]
-    sets[kind] = pipeline.HeldOut([to_example(p, cfg) for p in made], {"shortcut": right})
+    sets[kind] = batching.HeldOut([to_example(p, cfg) for p in made], {"shortcut": right})
   longest = max(len(e.answer) for held in sets.values() for e in held.examples)
   check(
     longest <= cfg.cut.answer_tokens,

@@ -1,0 +1,1 @@
+"""What the rules share: the chunked algebra, the choice of an implementation, one token at a time."""

@@ -1,0 +1,1 @@
+"""Shapes, peers and charts of the benchmarks."""

@@ -1,0 +1,51 @@
+"""The shapes that the kernels are measured at, and inputs for them as a layer makes them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sleep_jax.kernels.common.dispatch import OPERANDS
+
+SHAPES = {  # B, T, H, K, V
+  "R": (512, 24, 4, 64, 64),  # Rule 110
+  "D": (32, 75, 8, 64, 64),  # Depo
+  "J": (1, 2000, 12, 96, 256),  # the JetBlock of Jet-Nemotron 2B, one window of 2000
+  "L": (1, 16384, 16, 128, 128),  # one long window of a large model: for accelerators
+  "E": (128, 12, 1, 64, 64),  # the demo
+  "A": (128, 1, 1, 64, 64),  # one token of the demo's answer
+}
+
+
+def make_inputs(
+  rule: str, shape: Sequence[int], decay: float = 1.0
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+  """Random inputs of a rule, float32: unit keys, gates uniform in 0 to 1, log decays of mean -`decay`.
+
+  Args:
+    rule: a name in `kernels.dispatch.OPERANDS`.
+    shape: B, T, H, K, V.
+    decay: 20 is strong.
+
+  Returns:
+    The arguments by name, in the rule's order, S last; and cotangents of o and S.
+  """
+  sizes = dict(zip("BTHKV", shape, strict=True))
+  rng = np.random.default_rng(0)
+
+  def normal(axes: str) -> np.ndarray:
+    return rng.normal(size=[sizes[axis] for axis in axes]).astype(np.float32)
+
+  x: dict[str, np.ndarray] = {}
+  for name, axes in [*OPERANDS[rule].items(), ("S", "BHKV")]:
+    size = [sizes[axis] for axis in axes]
+    if name in "qk":
+      x[name] = normal(axes)
+      x[name] /= np.linalg.norm(x[name], axis=-1, keepdims=True)
+    elif name in "vS":
+      x[name] = normal(axes)
+    elif name == "g":
+      x[name] = (-decay * rng.exponential(size=size)).astype(np.float32)
+    else:
+      x[name] = rng.uniform(size=size).astype(np.float32)
+  x["q"] *= np.float32(sizes["K"] ** -0.5)
+  return x, [normal("BTHV"), normal("BHKV")]

@@ -1,0 +1,184 @@
+"""Where a fine-tuning starts: a checkpoint in published format, or a run that began with one."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from sleep_jax import config, model
+from sleep_jax.config import ATTENTION, FastConfig, ModelConfig
+from sleep_jax.pretrained import from_run, loading, memory
+
+# How a model is run, which a checkpoint does not say.
+_FREE = ("window", "eviction", "embed_std", "dtype", "predict_passes", "pass_cache", "exit_threshold")
+_FREE_FAST = ("conv_context", "decay_init", "kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+  """A checkpoint, and what a run makes of it.
+
+  Attributes:
+    folder: in published format, with its `tokenizer.json`; or the workdir of a run that began with one.
+    memory_layers: fast-weight layers to insert; a checkpoint with inserted ones must have as many. 0: none.
+    fast: their sizes.
+    trained: `all` weights, or the inserted `memory` alone.
+    ignore: fields of the checkpoint's `config.json` that are known to change nothing.
+  """
+
+  folder: str | None = None
+  memory_layers: int = 0
+  fast: FastConfig = memory.MEMORY
+  trained: str = "all"
+  ignore: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    config.at_least(self.memory_layers, 0, "pretrained.memory_layers")
+    config.one_of(self.trained, ("all", "memory"), "pretrained.trained")
+
+
+def start_model(start: StartConfig, how: Mapping[str, Any]) -> ModelConfig:
+  """The model of a run: the architecture is the checkpoint's, the rest is said by `how`.
+
+  Args:
+    start: the checkpoint; only headers are read.
+    how: fields of `ModelConfig` that a checkpoint does not say, nested: `window`, `eviction`, `dtype`,
+      `fast.kernel` and the like.
+
+  Raises:
+    PretrainedError: if the checkpoint cannot be read.
+    ConfigError: if `how` has a field that the checkpoint says, or the fields do not fit each other.
+  """
+  folder = start.folder
+  config.check(bool(folder), "pretrained.folder", "is required: a checkpoint in published format, or a run")
+  fast = how.get("fast", {})
+  for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
+    told = [f"{name}.{field}" for field in given if field not in known]
+    config.check(not told, ", ".join(told), f"is said by the checkpoint, {folder}")
+  there = _architecture(folder, start.ignore)
+  if there.without_mlp and start.memory_layers:
+    _check_same_memory(start, there)
+  elif start.memory_layers:
+    there = memory.memory_config(there, num_layers=start.memory_layers, fast=start.fast)
+  config.check(
+    _has_memory(there),
+    "pretrained.folder",
+    f"{folder} has no fast weights, nothing that sleep could write; start from one that has, or set"
+    " pretrained.memory_layers",
+  )
+  values = config.to_dict(there)
+  fast = values["fast"] | dict(fast)
+  return config.from_dict(ModelConfig, values | dict(how) | {"fast": fast}, "model.")
+
+
+def trained_weights(start: StartConfig, cfg: ModelConfig) -> tuple[str, ...]:
+  """Patterns for `optim.trained`.
+
+  Raises:
+    ConfigError: if only an inserted memory is to be trained and there is none.
+  """
+  if start.trained == "all":
+    return ("*",)
+  config.check(
+    bool(cfg.without_mlp),
+    "pretrained.trained",
+    f"must be `all`: the fast weights of {start.folder} are its own, none were inserted",
+  )
+  return memory.memory_weights(cfg)
+
+
+def published_folder(folder: str | os.PathLike) -> pathlib.Path:
+  """The folder in published format itself, or the one with which a run began."""
+  return from_run.open_run(folder).published if from_run.is_run(folder) else pathlib.Path(folder)
+
+
+def check_start(cfg: ModelConfig, folder: str | os.PathLike, *, ignore: Sequence[str] = ()) -> None:
+  """Compares a config with that of a checkpoint or run, of which no weights are read.
+
+  Raises:
+    PretrainedError: if the checkpoint cannot be read.
+    ConfigError: naming the fields in which the checkpoint is another model.
+  """
+  there = _architecture(folder, ignore, **_changes(cfg))
+  if _lacks_memory(cfg, there):
+    there = memory.memory_config(there, **_memory_of(cfg))
+  fast = {name: getattr(cfg.fast, name) for name in _FREE_FAST}
+  there = dataclasses.replace(there, **_changes(cfg), fast=dataclasses.replace(there.fast, **fast))
+  told = []
+  for field in dataclasses.fields(cfg):
+    ours, theirs = getattr(cfg, field.name), getattr(there, field.name)
+    if ours != theirs:
+      told.append(f"model.{field.name} is {ours}, that of the checkpoint {theirs}")
+  config.check(not told, "train.init_from", f"{folder} is another model: {'; '.join(told)}")
+
+
+def start_weights(
+  cfg: ModelConfig, folder: str | os.PathLike, key: jax.Array, *, ignore: Sequence[str] = ()
+) -> model.Params:
+  """The slow weights of a checkpoint or run, float32, placed for the mesh that is set.
+
+  Layers that `cfg` inserts into a checkpoint without any are drawn, as `add_memory` draws them.
+
+  Args:
+    cfg: of the model to be trained.
+    folder: in published format, or the workdir of a run that began with one.
+    key: typed PRNG key for layers to be inserted.
+    ignore: fields of the checkpoint's `config.json` that are known to change nothing.
+
+  Raises:
+    PretrainedError, ConfigError: as `check_start`.
+    CheckpointError: if a run has saved nothing, or all of it is damaged.
+  """
+  check_start(cfg, folder, ignore=ignore)
+  if from_run.is_run(folder):
+    run = from_run.open_run(folder)
+    there, (weights, _) = run.model, from_run.run_weights(run)
+  else:
+    there, weights, _ = loading.load(folder, ignore=ignore, **_changes(cfg))
+  if _lacks_memory(cfg, there):
+    _, weights = memory.add_memory(there, weights, key, **_memory_of(cfg))
+  return weights
+
+
+def _architecture(folder: str | os.PathLike, ignore: Sequence[str], **changes: Any) -> ModelConfig:
+  if from_run.is_run(folder):
+    return from_run.open_run(folder).model
+  return loading.open_source(folder, ignore=ignore, **changes).model
+
+
+def _check_same_memory(start: StartConfig, there: ModelConfig) -> None:
+  """Refuses to insert layers of one kind where there are some of another."""
+  inserted = len(there.without_mlp)
+  config.check(
+    inserted == start.memory_layers,
+    "pretrained.memory_layers",
+    f"is {start.memory_layers}, but {start.folder} has {inserted} inserted layers already",
+  )
+  for field in dataclasses.fields(FastConfig):
+    ours, theirs = getattr(start.fast, field.name), getattr(there.fast, field.name)
+    config.check(
+      ours == theirs or field.name in _FREE_FAST,
+      f"pretrained.fast.{field.name}",
+      f"is {ours}, that of the layers in {start.folder} {theirs}",
+    )
+
+
+def _has_memory(cfg: ModelConfig) -> bool:
+  return not set(cfg.blocks) <= set(ATTENTION)
+
+
+def _lacks_memory(cfg: ModelConfig, there: ModelConfig) -> bool:
+  """Whether `cfg` is a model with inserted layers, and `there` one into which they can be inserted."""
+  return bool(cfg.without_mlp) and not _has_memory(there) and len(there.blocks) >= len(cfg.without_mlp)
+
+
+def _memory_of(cfg: ModelConfig) -> dict[str, Any]:
+  """What `memory_config` is to insert."""
+  return {"num_layers": len(cfg.without_mlp), "kind": cfg.blocks[cfg.without_mlp[0]], "fast": cfg.fast}
+
+
+def _changes(cfg: ModelConfig) -> dict[str, object]:
+  return {name: getattr(cfg, name) for name in _FREE}

@@ -1,0 +1,1 @@
+"""From metrics.jsonl to tables, figures and sentences. Imports no jax."""

@@ -1,0 +1,1 @@
+"""How good the answers are: exact match by position and by group; what sleep changed."""

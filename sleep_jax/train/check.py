@@ -1,0 +1,47 @@
+"""Whether a run fits together, asked before its folder is made."""
+
+import jax
+
+from sleep_jax import model, optim, pretrained, sharding
+from sleep_jax.config import Config, check, one_of
+from sleep_jax.kernels.common import dispatch as kernels
+
+
+def check_fits(cfg: Config) -> jax.sharding.Mesh:
+  """The mesh of a run. To be called before its workdir is made: a mistake then leaves nothing behind.
+
+  Raises:
+    ConfigError: where fields do not fit each other or the devices.
+  """
+  count = cfg.train.steps_per_dispatch
+  for name in ("steps", "eval_every", "save_every"):
+    value = getattr(cfg.train, name)
+    check(
+      value % count == 0,
+      f"train.{name}",
+      f"must be a multiple of train.steps_per_dispatch = {count}, got {value}",
+    )
+  if cfg.model.fast.kernel is not None:
+    known = kernels.ORDER.get(jax.default_backend(), kernels.ORDER["cpu"])
+    one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
+  optim.freeze(cfg.optim, model.declare(cfg.model))
+  if cfg.train.init_from is not None:
+    pretrained.check_start(cfg.model, cfg.train.init_from, ignore=cfg.train.init_ignore)
+  mesh = sharding.make_mesh(cfg.mesh)
+  size, hosts = mesh.shape["data"], jax.process_count()
+  check(
+    hosts == 1 or (mesh.size == jax.device_count() and size % hosts == 0),
+    "mesh",
+    f"of {hosts} processes must take all {jax.device_count()} devices, and mesh.data be a multiple of"
+    f" {hosts}, got {size} x {mesh.shape['model']}",
+  )
+  for name in ("batch_size", "eval_batch_size"):
+    value = getattr(cfg.train, name)
+    check(value % size == 0, f"train.{name}", f"must be a multiple of mesh.data = {size}, got {value}")
+  part = cfg.train.batch_size // cfg.train.microbatches
+  check(
+    part % size == 0,
+    "train.microbatches",
+    f"must leave a part a multiple of mesh.data = {size} sequences, got parts of {part}",
+  )
+  return mesh

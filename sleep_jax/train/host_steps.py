@@ -1,0 +1,220 @@
+"""Training on batches that the host makes: one compiled step a shape, the next batches already on the device.
+
+A thread takes planned batches from `pipeline.feed` and puts them where the mesh wants them, while the device
+runs the step before. Position = step: a run that resumes asks for its next step's batch, and nothing else of
+the data is remembered.
+"""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+
+from sleep_jax import model, sharding, windows
+from sleep_jax.config import Config, check
+from sleep_jax.cost import flops
+from sleep_jax.data import batching
+from sleep_jax.runtime import progress
+from sleep_jax.scoring import by_group
+from sleep_jax.train import recorder
+
+AHEAD = 2  # batches on the device that no step has taken yet
+TRACED_SEQUENCES = 16  # held-out sequences on which the work of sleep is recorded at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class FedTask:
+  """What is learnt, from examples of unequal length.
+
+  Attributes:
+    source: training examples, as many as the run takes.
+    cut: their shapes.
+    held_out: sets of the evaluation, by name. The first is the run's score; the rows' keys of the others
+      begin with their names.
+    groups: names of the groups that answers are scored in; `Example.group` is an index of it.
+    threads, workers: that make examples, as in `pipeline.feed`.
+  """
+
+  source: batching.Source
+  cut: batching.CutConfig
+  held_out: Mapping[str, batching.HeldOut]
+  groups: Sequence[str]
+  threads: int = 1
+  workers: int = 0
+
+
+def check_fits(cfg: Config, cut: batching.CutConfig) -> None:
+  """Refuses what only a fed run refuses; to be called before a workdir is made.
+
+  Raises:
+    ConfigError: where the window is longer than any sequence, a tail or an answer does not fit into it, or
+      the device is to run several steps a call.
+  """
+  check(
+    cfg.model.window <= cut.max_tokens,
+    "model.window",
+    f"must be at most data.cut.max_tokens = {cut.max_tokens}, the longest sequence, got {cfg.model.window}",
+  )
+  batching.tails(cut, cfg.model.window)
+  check(
+    cfg.train.steps_per_dispatch == 1,
+    "train.steps_per_dispatch",
+    f"must be 1 where the host makes the batches, got {cfg.train.steps_per_dispatch}",
+  )
+
+
+class Prefetch:
+  """Items made ahead in a thread. A context manager; what the thread raises is raised by `next`.
+
+  Args:
+    items: consumed in the thread.
+    ahead: items that wait at most.
+  """
+
+  def __init__(self, items: Iterable[Any], ahead: int):
+    self._queue: queue.Queue = queue.Queue(ahead)
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._fill, args=(iter(items),), daemon=True)
+    self._thread.start()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def __iter__(self) -> Iterator[Any]:
+    return self
+
+  def __next__(self) -> Any:
+    item, error = self._queue.get()
+    if error is not None:
+      self._offer((None, error))  # whoever asks again hears it again
+      raise error
+    return item
+
+  def close(self) -> None:
+    """Ends the thread after the item that it is making."""
+    self._stop.set()
+    self._thread.join()
+
+  def _fill(self, items: Iterator[Any]) -> None:
+    error: BaseException = StopIteration()
+    try:
+      for item in items:
+        if not self._offer((item, None)):
+          return
+    except BaseException as e:  # of any kind: it belongs to the thread that waits
+      error = e
+    self._offer((None, error))
+
+  def _offer(self, item: Any) -> bool:
+    """Waits for a place in the queue; False if it was closed meanwhile."""
+    while not self._stop.is_set():
+      try:
+        self._queue.put(item, timeout=0.1)
+        return True
+      except queue.Full:
+        pass
+    return False
+
+
+class Steps:
+  """Optimizer steps on what the host makes, as `train.train` takes them. A context manager."""
+
+  def __init__(
+    self,
+    cfg: Config,
+    task: FedTask,
+    step: Callable[..., tuple[Any, dict[str, jax.Array]]],
+    mesh: jax.sharding.Mesh,
+  ):
+    """
+    Args:
+      step: (state, batch, segments=) -> (state, measured); traced once a shape.
+    """
+    check_fits(cfg, task.cut)
+    self._cfg, self._task, self._step, self._mesh = cfg, task, step, mesh
+    self._compiled: dict[batching.Bucket, Callable] = {}
+    self._batches: Prefetch | None = None
+    self._blocks = batching.Blocks(
+      task.source,
+      task.cut,
+      window=cfg.model.window,
+      batch_size=cfg.train.batch_size,
+      steps=cfg.train.steps,
+      seed=cfg.seed,
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._batches is not None:
+      self._batches.close()
+
+  def tokens_before(self, step: int, last_row: dict[str, Any] | None) -> int:
+    """Tokens read before `step`: `record.Recorder.saved` wrote them down when its checkpoint was made."""
+    return last_row["tokens"] if step and last_row else 0
+
+  def start(self, state: Any, clock: progress.Clock) -> None:
+    """Begins to make the batches of the state's step and on."""
+    self._clock, self._before = clock, clock.wall_s
+    self._batches = Prefetch(self._placed(int(state.step)), AHEAD)
+
+  def __call__(self, state: Any) -> tuple[Any, dict[str, jax.Array], list[recorder.Load]]:
+    """One step; measurements are stacked, as those of several steps are."""
+    begin = self._clock.wall_s
+    planned, batch = next(self._batches)
+    now = self._clock.wall_s
+    segments = self._segments(planned.bucket)
+    positions = self._cfg.train.batch_size * (
+      planned.bucket.windows * self._cfg.model.window + planned.bucket.tail
+    )
+    load = recorder.Load(
+      tokens=round(positions * (1 - planned.padding)),
+      work=flops.per_sequence(segments, self._cfg.model, self._cfg.sleep) * self._cfg.train.batch_size,
+      positions=positions,
+      waited_s=now - begin,
+      took_s=now - self._before,
+    )
+    self._before = now
+    if planned.bucket not in self._compiled:
+      with self._clock.paused():
+        traced = jax.jit(lambda s, b: self._step(s, b, segments=segments), donate_argnums=0)
+        self._compiled[planned.bucket] = traced.lower(state, batch).compile()
+    state, measured = self._compiled[planned.bucket](state, batch)
+    return state, jax.tree.map(lambda x: x[None], measured), [load]
+
+  def test(self) -> Callable[[model.Params], dict[str, Any]]:
+    """The evaluation: weights -> row."""
+    task, cfg = self._task, self._cfg
+    size = cfg.train.eval_batch_size
+    return by_group.make_fed_evaluate(
+      task.held_out, task.groups, task.cut, size, cfg.model, cfg.sleep, self._mesh
+    )
+
+  def sample(self) -> tuple[windows.Plan, Callable[[], windows.Batch]]:
+    """Held-out sequences of the shape that most of them share, and its plan."""
+    cut, window = self._task.cut, self._cfg.model.window
+    held = next(iter(self._task.held_out.values())).examples
+    own = [batching.bucket_of(example, cut, window) for example in held]
+    bucket = max(sorted(set(own)), key=own.count)
+    chosen = [e for e, b in zip(held, own, strict=True) if b == bucket][:TRACED_SEQUENCES]
+    batch, _ = by_group.stack(chosen, bucket, cut, window)
+    return self._segments(bucket), lambda: batch
+
+  def _segments(self, bucket: batching.Bucket) -> windows.Plan:
+    window = self._cfg.model.window
+    return windows.plan(batching.layout(bucket, self._task.cut, window), window)
+
+  def _placed(self, start: int) -> Iterator[tuple[batching.Planned, windows.Batch]]:
+    task = self._task
+    for planned in batching.feed(self._blocks, task.cut, start, threads=task.threads, workers=task.workers):
+      rows = {name: x for name, x in planned.rows.items() if name != "group"}
+      yield planned, sharding.put(windows.Batch(**rows), self._mesh)

@@ -1,0 +1,182 @@
+"""The training loop: a device that is never waited for, a run that is never lost.
+
+The device runs `steps_per_dispatch` steps a call, data included, and the host reads what the call
+before measured. Rerunning the same command resumes: the state is restored, and the data are a
+function of the step.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from sleep_jax import model, optim
+from sleep_jax.config import Config
+from sleep_jax.runtime import checkpoint, metrics, processes, workdir
+from sleep_jax.runtime.signals import stop_signals
+from sleep_jax.train import host_steps
+from sleep_jax.train.check import check_fits
+from sleep_jax.train.device_steps import Steps
+from sleep_jax.train.recorder import Load, Recorder
+from sleep_jax.train.step import first_state, init_state, train_step
+from sleep_jax.train.task import Task
+
+
+class NotFiniteError(RuntimeError):
+  """The loss or the gradient is NaN or infinite."""
+
+
+class PreemptedError(RuntimeError):
+  """The run was asked to stop; its state is saved."""
+
+
+def train(
+  cfg: Config,
+  task: Task | host_steps.FedTask,
+  run: workdir.Workdir,
+  *,
+  report: Callable[[str], None] = print,
+) -> dict[str, float]:
+  """Trains, or goes on training, in a prepared workdir.
+
+  Of several processes, which all call this with the same arguments, the first one writes and reports.
+
+  Args:
+    cfg: of the run.
+    task: what is learnt, from data that the device makes or that the host feeds.
+    run: where everything is written.
+    report: takes lines for the user.
+
+  Returns:
+    The last evaluation's row.
+
+  Raises:
+    NotFiniteError: naming the step; checkpoints before it stay.
+    PreemptedError: after SIGTERM or Ctrl-C, when the state is saved.
+    ConfigError: where fields do not fit each other or the devices.
+    CheckpointError: if the workdir's checkpoints cannot be restored or saved.
+  """
+  mesh = check_fits(cfg)
+  if not processes.primary():
+    report = _say_nothing
+  declared = model.declare(cfg.model)
+  tx = optim.make(cfg.optim, declared, cfg.train.steps)
+  with contextlib.ExitStack() as stack:
+    if mesh.size > 1:
+      stack.enter_context(jax.set_mesh(mesh))
+    stopped_at = stack.enter_context(_asked_to_stop(report))
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(run.checkpoints, keep=cfg.train.keep_checkpoints, report=report)
+    )
+    start = functools.partial(init_state, cfg, tx)
+    restored = checkpoints.restore(jax.eval_shape(start))
+    state = first_state(cfg, tx) if restored is None else restored[1]
+    declared = optim.freeze(cfg.optim, declared)
+    optim.check_partition(state.opt_state, declared)
+    done = int(state.step)
+    if done:
+      report(f"resuming at step {done} of {cfg.train.steps}")
+    else:
+      report(f"weights and their optimizers:\n{optim.partition_table(declared)}")
+    writer = stack.enter_context(metrics.Writer(run.path) if processes.primary() else metrics.Silent())
+    writer.truncate_after(done)
+    fed = isinstance(task, host_steps.FedTask)
+    one_step = functools.partial(train_step, cfg=cfg, tx=tx)
+    steps = host_steps.Steps(cfg, task, one_step, mesh) if fed else Steps(cfg, task, tx)
+    steps = stack.enter_context(steps)
+    tokens = steps.tokens_before(done, writer.last())
+    recorder = Recorder(cfg, writer, mesh.size, tokens=tokens)
+    test = steps.test()
+
+    row = recorder.evaluated(0, lambda: test(state.params)) if done == 0 else {}
+    if done < cfg.train.steps:
+      steps.start(state, recorder.clock)
+    pending = None  # what the call before measured: read while the device runs the next one
+    while done < cfg.train.steps:
+      state, measured, loads = steps(state)
+      done += len(loads)
+      _read(pending, recorder, checkpoints)
+      pending = (done, measured, loads)
+      last = done == cfg.train.steps
+      stopped = stopped_at(done // len(loads))  # a signal from here on is answered after the next dispatch
+      saves, tests = (last or done % every == 0 for every in (cfg.train.save_every, cfg.train.eval_every))
+      if saves or tests or stopped:
+        _read(pending, recorder, checkpoints)
+        pending = None
+      if tests:
+        row = recorder.evaluated(done, lambda weights=state.params: test(weights))
+      if saves or stopped:
+        if fed:
+          recorder.saved(done)
+        with recorder.clock.paused():
+          checkpoints.save(done, state)
+      _say_saved(checkpoints, report)
+      if stopped and not last:
+        checkpoints.wait()
+        raise PreemptedError(f"stopped by {stopped}; saved step {done}, rerun the same command to go on")
+    checkpoints.wait()
+    _say_saved(checkpoints, report)
+    row = row or test(state.params)
+    recorder.finished(done, state.params, *steps.sample())
+    return row
+
+
+def _read(
+  pending: tuple[int, dict[str, jax.Array], list[Load]] | None,
+  recorder: Recorder,
+  checkpoints: checkpoint.Checkpoints,
+) -> None:
+  """Waits for what a dispatch measured, step by step, and records it.
+
+  Args:
+    pending: the step that the dispatch ended with, its measurements, stacked, and the
+      load of each step. None: nothing.
+
+  Raises:
+    NotFiniteError: at the first step whose loss or gradient is not finite.
+  """
+  if pending is None:
+    return
+  end, measured, loads = pending[0], jax.device_get(pending[1]), pending[2]
+  count = len(measured["loss"])
+  for i in range(count):
+    step, values = end - count + 1 + i, {name: float(x[i]) for name, x in measured.items()}
+    if not all(map(math.isfinite, values.values())):
+      with contextlib.suppress(checkpoint.CheckpointError):
+        checkpoints.wait()  # for the save in flight, which counts
+      saved = checkpoints.latest_step
+      left = (
+        "no checkpoint was saved before" if saved is None else f"the last good checkpoint is step {saved}"
+      )
+      raise NotFiniteError(
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; stopped; {left};"
+        " a smaller optim.muon_lr or more optim.warmup_steps usually helps"
+      )
+    recorder.trained(step, values, loads[i])
+
+
+def _say_saved(checkpoints: checkpoint.Checkpoints, report: Callable[[str], None]) -> None:
+  for step in checkpoints.poll():
+    report(f"saved step {step}")
+
+
+def _say_nothing(line: str) -> None:
+  del line
+
+
+@contextlib.contextmanager
+def _asked_to_stop(report: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
+  """Whether to save and stop after the dispatch of a number: the name of the signal that asks for it.
+
+  Of several processes SIGTERM to one is enough: JAX's coordination service finds a dispatch that none of
+  them has passed.
+  """
+  if jax.process_count() > 1:
+    reached = multihost_utils.reached_preemption_sync_point
+    yield lambda dispatch: "SIGTERM" if reached(dispatch) else None
+    return
+  with stop_signals(report) as received:
+    yield lambda dispatch: received[0] if received else None

@@ -1,0 +1,192 @@
+"""The benchmarks time what they say: the rival computes the same, tables hold what was measured."""
+
+import csv
+import getpass
+import pathlib
+import socket
+import tempfile
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from sleep_jax import config, model, windows
+from sleep_jax.benchmarks import measure, memory, scaling, tables, training
+from sleep_jax.cost import flops
+from sleep_jax.data import rule110
+
+
+def small(num_passes=2, **changes):
+  sleep = {"num_passes": num_passes, "loops": "scan"}
+  return measure.rule110_config("tiny", sleep=sleep, train={"batch_size": 8}, **changes)
+
+
+def found(folder, pattern):
+  (path,) = pathlib.Path(folder).glob(pattern)
+  return path
+
+
+def csv_rows(path):
+  with path.open(encoding="utf-8", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.mark.peers
+class TorchModelTest(parameterized.TestCase):
+  """PyTorch must compute our loss, gradients and updates, or its times would mean nothing."""
+
+  @pytest.mark.slow
+  def test_equals_ours_with_heads_and_more_blocks(self):
+    self.check_equals_ours(3, ("gdn", "attn", "gdn"))
+
+  def test_equals_ours(self):
+    self.check_equals_ours(2, ("attn", "gdn"))
+
+  def check_equals_ours(self, num_passes, blocks):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    torch.set_num_threads(2)
+    cfg, task = small(num_passes, model={"blocks": blocks, "fast": {"num_heads": 2}})
+    found = training.differences(cfg, task)
+    for name, value in found.items():
+      assert value <= training.TOLERANCE[name], found
+
+  def test_chunks_give_the_same_loss(self):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from sleep_jax.benchmarks import torch_model
+
+    cfg, task = small()
+    weights = torch_model.from_jax(model.init(cfg.model, jax.random.key(0)))
+    batch = torch_model.make_batch(cfg.data, 4, torch.Generator().manual_seed(0))
+    whole, padded, split = (
+      torch_model.Model(cfg, task.layout, chunk).loss(weights, batch).item() for chunk in (None, 64, 3)
+    )
+    np.testing.assert_allclose([padded, split], whole, rtol=1e-5)
+
+  def test_data_is_the_same_task(self):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from sleep_jax.benchmarks import torch_model
+
+    data = rule110.Rule110Config(num_strings=3, num_cells=24, rollout_steps=5)
+    strings = np.random.default_rng(0).integers(0, 1 << 24, (6, 3))
+    ours = rule110.sequences(data, strings.astype(np.uint32))
+    peer = torch_model.sequences(data, torch.from_numpy(strings))
+    for name, value in peer.items():
+      np.testing.assert_array_equal(value.numpy(), np.asarray(getattr(ours, name)))
+
+  def test_refuses_what_it_does_not_do(self):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from sleep_jax.benchmarks import torch_model
+
+    cfg = config.replace(small()[0], sleep={"backprop_passes": 1})
+    with pytest.raises(config.ConfigError, match="sleep"):
+      torch_model.check_config(cfg)
+
+
+class MeasureTest(parameterized.TestCase):
+  def test_turns(self):
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    times = measure.interleave(calls, 4, least_s=0.0)
+    assert all(len(t.wall) == len(t.cpu) == 4 for t in times.values())
+    assert "".join(seen) == "ab" + "aabb" + "bbaa" + "aabb" + "bbaa"
+
+  def test_cpu_time_leaves_waiting_out(self):
+    t = measure.interleave({"wait": lambda: time.sleep(0.02)}, 3, least_s=0.0)["wait"]
+    assert t.least("wall") >= 0.02 > 2 * t.median("cpu")
+
+  def test_too_many_cores_is_the_users_mistake(self):
+    with pytest.raises(config.ConfigError, match="--threads"):
+      measure.pin(1000)
+
+  def test_product_counts_its_work(self):
+    call, work = measure.matrix_product(8)
+    assert work == 1024
+    assert call().shape == (8, 8)
+
+
+class TablesTest(parameterized.TestCase):
+  def test_markdown_and_csv_hold_the_same_rows(self):
+    rows = [{"model": "ours", "ms": 1.23456789, "bytes": 12345, "none": None}]
+    assert tables.markdown(rows).splitlines()[-1] == "| ours | 1.23 | 12,345 | – |"
+    assert tables.comma_separated(rows) == "model,ms,bytes,none\nours,1.23457,12345,\n"
+
+  def test_machine_names_no_host_and_no_user(self):
+    facts = tables.machine()
+    assert {"machine", "versions", "command", "date", "commit"} <= set(facts)
+    text = " ".join(facts[name] for name in ("machine", "devices", "versions", "date", "commit"))
+    assert socket.gethostname() not in text
+    assert getpass.getuser() not in text.split()
+
+
+class TrainingTest(parameterized.TestCase):
+  def test_nothing_is_timed_unless_the_models_are_equal(self):
+    equal = {"loss": 1e-7, "grad_norm": 1e-7, "gradient": 1e-5, "update": 1e-4}
+    training.require_equal(equal)
+    for wrong in ({"gradient": 0.02}, {"loss": float("nan")}):
+      with pytest.raises(RuntimeError, match="differs from ours"):
+        training.require_equal(equal | wrong)
+
+  @parameterized.parameters(1, 4)
+  def test_dropped_work_does_not_grow_with_passes(self, num_passes):
+    cfg, task = small(num_passes)
+    segments = windows.plan(task.layout, cfg.model.window)
+    dropped = flops.per_sequence(segments, cfg.model, cfg.sleep).train - training.needed_flops(cfg, task)
+    # Of D = 16, V = 16, F = 32: gate, output and three matrices of the MLP, for 12 tokens, forward and back.
+    assert dropped == 3 * 2 * 12 * (16 * 16 * 2 + 3 * 16 * 32)
+
+  def test_table_of_known_times(self):
+    cfg, task = small()
+    times = {
+      training.OURS: measure.Times((0.1,), (0.2,)),
+      "rival": measure.Times((0.3,), (0.4,)),
+      training.PRODUCT: measure.Times((1.0,), (2.0,)),
+    }
+    ours, rival = training.table(cfg, task, times, product=4.0 * training.needed_flops(cfg, task))
+    assert ours["tokens/s"] == 8 * 14 * 10
+    assert (rival["× wall"], rival["× CPU"]) == (pytest.approx(3.0), pytest.approx(2.0))
+    assert ours["of product"] == "2000%"  # 8 sequences in 0.2 s, against 4 in 2 s
+
+  @pytest.mark.slow
+  def test_runs(self):
+    out = self.enterContext(tempfile.TemporaryDirectory())
+    flags = ["--preset=tiny", "--passes=1", "--batch=4", "--rounds=1", "--turn=0", "--product=32"]
+    assert training.main([*flags, "--no-peers", f"--out={out}"]) == 0
+    rows = csv_rows(found(out, "training_tiny_*.csv"))
+    assert [row["model"] for row in rows] == [training.OURS, training.SCANNED]
+
+
+class ScalingTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_runs(self):
+    out = self.enterContext(tempfile.TemporaryDirectory())
+    flags = ["--preset=tiny", "--passes=1,2", "--lengths=6,12", "--batch=1", "--rounds=1", "--turn=0"]
+    assert scaling.main([*flags, f"--out={out}"]) == 0
+    asleep = csv_rows(found(out, "scaling_tiny_sleep*.csv"))
+    awake = csv_rows(found(out, "scaling_tiny_wake*.csv"))
+    assert [row["N"] for row in asleep] == ["1", "2"]
+    assert len({row["state bytes"] for row in awake}) == 1
+    # Two blocks, keys and values of 16 numbers, 4 bytes: what a transformer keeps of each token.
+    assert [row["transformer bytes"] for row in awake[:2]] == [str(2 * 2 * 16 * 4 * t) for t in (6, 12)]
+
+  def test_fit_and_spread(self):
+    rows = [{"batch": 1, "N": n, "ms": 3.0 + 2.0 * n} for n in (1, 2, 4)]
+    assert scaling.fit(rows, "ms") == "batch 1: 3 + 2 N ms"
+    assert scaling.spread(rows, "ms").endswith("2.20")
+
+
+class MemoryTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_runs_and_passes_cost_less_when_they_are_recomputed(self):
+    out = self.enterContext(tempfile.TemporaryDirectory())
+    flags = ["--preset=tiny", "--passes=1,3", "--unrolled=", "--remat=none,window", "--timed=3", "--batch=2"]
+    assert memory.main([*flags, "--rounds=1", "--turn=0", f"--out={out}"]) == 0
+    rows = csv_rows(found(out, "memory_tiny_memory*.csv"))
+    kept, recomputed = (float(row["MB a pass"]) for row in rows)
+    assert recomputed < 0.5 * kept
+    assert [row["remat"] for row in csv_rows(found(out, "memory_tiny_time*.csv"))] == ["none", "window"]
