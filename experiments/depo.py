@@ -7,7 +7,6 @@ accuracy of whole names, and both by the place of the question. Rerunning the sa
 finished run is left alone.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +54,6 @@ def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
   data, size = cfg.data, cfg.train.eval_batch_size
   key = jax.random.key(data.held_out_seed)
   segments = windows.plan(depo.layout(data), cfg.model.window)
-  plain = dataclasses.replace(cfg.sleep, remat="none", backprop_passes=None)
   return by_group.make_evaluate(
     lambda g, i: training.shard(depo.batch(data, key, i, size, hops=data.test_hops[g])),
     [f"k{k}" for k in data.test_hops],
@@ -63,7 +61,7 @@ def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
     functools.partial(depo.answer_of, data),
     data.pairs,
     segments,
-    lambda weights, batch: model.forward(weights, batch, segments, cfg.model, plain)[0],
+    lambda weights, batch: model.forward(weights, batch, segments, cfg.model, cfg.sleep.forward_only)[0],
   )
 
 

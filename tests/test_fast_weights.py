@@ -12,7 +12,7 @@ import pytest
 from absl.testing import parameterized
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from sleep_jax import blocks, config, fast_weights, sharding
+from sleep_jax import blocks, carry, config, fast_weights, rules, sharding
 from sleep_jax.kernels.common import dispatch
 from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused
 from tests import hybrids, oracle, torch_peer
@@ -163,17 +163,19 @@ class LayerTest(parameterized.TestCase):
       written = jnp.einsum("bth,bthk,bthv->bthkv", b, k, v)
       return jnp.einsum("bthkv,bthk->bthv", written, q), written[:, -1]
 
-    with mock.patch.dict(fast_weights.RULES, {"last": last_write}):
+    with mock.patch.dict(fast_weights.RULES, {"last": rules.Rule(last_write)}):
+      config.register_block("last")
       cfg, weights, x, state = setting("hebbian")
       cfg = config.replace(cfg, blocks=("last",))
       self.assertEqual(set(blocks.declare(cfg)["0"]["mixer"]), set(weights))
       params = {
         "0": hybrids.random_params(hybrids.model_config(("gdn",)))["blocks"]["0"] | {"mixer": weights}
       }
-      run = hybrids.jit(lambda state: blocks.run(params, x, {"0": state}, cfg)[1])
+      groups = blocks.arrange(params, cfg)
+      run = hybrids.jit(lambda state: blocks.run(groups, x, carry.State({"0": state}, {}), cfg)[1])
       after, other = run(state), run(state.replace(S=state.S + 1))
-    np.testing.assert_array_equal(after["0"].S, other["0"].S)
-    self.assertEqual(np.linalg.matrix_rank(np.asarray(after["0"].S[0, 0]), tol=1e-5), 1)
+    np.testing.assert_array_equal(after.fast["0"].S, other.fast["0"].S)
+    self.assertEqual(np.linalg.matrix_rank(np.asarray(after.fast["0"].S[0, 0]), tol=1e-5), 1)
 
 
 class StateTest(parameterized.TestCase):

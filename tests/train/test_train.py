@@ -49,7 +49,7 @@ CHANGED = """
 import os, signal, sys
 import jax.numpy as jnp
 from experiments import cli, rule110
-from sleep_jax import evaluate
+from sleep_jax.scoring import by_position
 what, when = sys.argv.pop(1), int(sys.argv.pop(1))
 if what == "poison":  # the loss of all steps from `when` on is NaN
   clean = rule110.rule110.batch
@@ -58,7 +58,7 @@ if what == "poison":  # the loss of all steps from `when` on is NaN
     return made.replace(loss_mask=jnp.where(step >= when, jnp.nan, made.loss_mask))
   rule110.rule110.batch = batch
 if what == "stop_in_evaluation":  # SIGTERM comes in the middle of evaluation number `when`
-  make, seen = evaluate.make_evaluate, []
+  make, seen = by_position.make_evaluate, []
   def make_evaluate(*args):
     test = make(*args)
     def stopped(weights):
@@ -67,7 +67,7 @@ if what == "stop_in_evaluation":  # SIGTERM comes in the middle of evaluation nu
         os.kill(os.getpid(), signal.SIGTERM)
       return test(weights)
     return stopped
-  evaluate.make_evaluate = make_evaluate
+  by_position.make_evaluate = make_evaluate
 cli.run(rule110.main)
 """
 
