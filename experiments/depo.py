@@ -24,7 +24,7 @@ cli.define_workdir_flag()
 cli.define_process_flags()
 
 
-def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
+def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   """The checked config and the task of a nested mapping.
 
   Raises:
@@ -39,14 +39,20 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
     "model.vocab_size",
     f"must be {data.vocab_size} (names, hops and marks of this data), got {cfg.model.vocab_size}",
   )
-  model.declare(cfg.model)  # unknown blocks are refused before anything is written
-  task = training.Task(
+  task = training.DeviceTask(
     layout=depo.layout(data),
     batch=functools.partial(depo.batch, data),
     held_out_seed=data.held_out_seed,
     test=make_test,
+    describe=functools.partial(describe, data),
   )
   return cfg, task
+
+
+def describe(data: depo.DepoConfig, row: dict[str, Any]) -> str:
+  """The accuracy of whole names by k, on one line."""
+  by_hops = ", ".join(f"k={k} {100 * row[f'k{k}_exact']:.1f} %" for k in data.test_hops)
+  return f"right at {by_hops} (a guess {100 / data.max_nodes:.1f} %)"
 
 
 def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:

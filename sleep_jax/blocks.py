@@ -177,13 +177,14 @@ def repeats(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
   for start in reversed(range(size)):
     options = []
     for period in range(1, size - start + 1):
-      count = 1
-      while kinds[start + count * period : start + (count + 1) * period] == kinds[start : start + period]:
+      stretch, count = kinds[start : start + period], 1
+      while True:
+        if period == 1 or count > 1:
+          written, stretches, rest = best[start + period * count]
+          options.append((written + period, stretches + 1, ((start, period, count), *rest)))
+        if kinds[start + count * period : start + (count + 1) * period] != stretch:
+          break
         count += 1
-      if period > 1 and count == 1:
-        continue
-      written, stretches, rest = best[start + period * count]
-      options.append((written + period, stretches + 1, ((start, period, count), *rest)))
     best[start] = min(options, key=lambda option: option[:2])
   return best[0][2]
 

@@ -37,9 +37,7 @@ def setting(kind="gdn", dtype="float32", **changes):
 def compiled(cfg):
   """(weights, x, state, valid) -> out, state."""
   rule = fast_weights.RULES[cfg.blocks[0]]
-  run = functools.partial(
-    fast_weights.fast_weights, squash=fast_weights.SQUASH.get(cfg.blocks[0], jax.nn.silu)
-  )
+  run = fast_weights.fast_weights
   return hybrids.jit(lambda w, x, state, valid=None: run(w, x, state, cfg, rule, valid=valid))
 
 
@@ -223,7 +221,7 @@ class StateTest(parameterized.TestCase):
   def test_a_pass_begins_with_the_last_S_and_the_first_context(self):
     start = setting()[3]
     after = jax.tree.map(lambda x: x + 1, start)
-    reopened = fast_weights.reopen(after, start)
+    reopened = fast_weights.rewind(after, start)
     np.testing.assert_array_equal(reopened.S, after.S)
     np.testing.assert_array_equal(reopened.context, start.context)
 

@@ -95,10 +95,10 @@ class SleepTest(chex.TestCase):
     _, S = passes(forget, jnp.zeros(()), start, num_passes=2, backprop_passes=1)
     self.assertEqual(float(S["S"][0]), 1.0)
 
-  @parameterized.product(passes=((2, 1), (4, 3)), remat=(True, False), form=tuple(FORMS))
-  def test_truncated_gradients_equal_a_composition_by_hand(self, passes, remat, form):
+  @parameterized.product(truncated=((2, 1), (4, 3)), remat=(True, False), form=tuple(FORMS))
+  def test_truncated_gradients_equal_a_composition_by_hand(self, truncated, remat, form):
     """The first N - k passes ran somewhere else: what they wrote is an array, added to S on entry."""
-    num_passes, k = passes
+    num_passes, k = truncated
     early_h, early_S = plain_loop(self.w, self.h, self.S, num_passes - k)
     written = early_S["S"] - self.S["S"]
 

@@ -33,7 +33,7 @@ def weights(cfg: ModelConfig) -> model.Params:
 
 def optimizer(cfg: ModelConfig, optim_cfg: OptimConfig) -> int:
   """Bytes of the optimizer's state: a momentum for a Muon weight, two moments for AdamW's, none if frozen."""
-  tx = optim.make(optim_cfg, model.declare(cfg), 1)
+  tx = optim.make(optim_cfg, optim.freeze(optim_cfg, model.declare(cfg)), 1)
   return size(jax.eval_shape(tx.init, weights(cfg)))
 
 

@@ -206,7 +206,7 @@ def stack(
   return windows.Batch(**columns), group
 
 
-def make_fed_evaluate(
+def make_host_evaluate(
   sets: Mapping[str, batching.HeldOut],
   groups: Sequence[str],
   cut: batching.CutConfig,

@@ -105,7 +105,7 @@ def test_dense_models_equal_transformers(kind, options, tmp_path):
   tokens = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
   with torch.no_grad():
     want = peer(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  predict = hybrids.jit(lambda w: model.predict(w, tokens, {}, cfg)[0])
+  predict = hybrids.jit(lambda w: model.predict(w, tokens, model.init_state(cfg, len(tokens)), cfg)[0])
   with jax.default_matmul_precision("highest"):
     got = predict(weights)
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

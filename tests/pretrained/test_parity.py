@@ -6,6 +6,7 @@ loop and the block as first axes. `decode.*` is run 0 again, token by token afte
 `grad.{norm, sum, full}.*` belong to `grad.loss`.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from sleep_jax import blocks, config, fast_weights, layers, looped, model, params, pretrained
+from sleep_jax.kernels.gated_delta import gated_delta
 from sleep_jax.pretrained import weight_map
 from tests import hybrids
 
@@ -99,18 +101,20 @@ def test_jet_mixers_and_what_enters_the_rule(r):
   seen = {}
 
   def spy(q, k, v, g, b, S, *, mask, implementation):
-    o, S = fast_weights.gated_delta(q, k, v, g, b, S, mask=mask, implementation=implementation)
+    o, S = gated_delta(q, k, v, g, b, S, mask=mask, implementation=implementation)
     seen.update(q=q, k=k, v=v, g=g, beta=b, o=o)
     return o, S
+
+  watched = dataclasses.replace(fast_weights.RULES["jet"], update=spy)
 
   def mixer(weights, h, i):
     ours = weights["blocks"][str(i)]
     x = layers.rms_norm(h, ours["norm"], cfg.norm_eps)
     if cfg.blocks[i] != "jet":
       near_keys = cfg.attention.swa_window if cfg.blocks[i] == "swa" else None
-      return blocks.attention.attention(ours["mixer"], x, cfg, near=near_keys)[0], {}
+      return blocks.attention.read_window(ours["mixer"], x, cfg, reach=near_keys), {}
     empty = fast_weights.init_state(cfg, 1, "jet")
-    out = fast_weights.fast_weights(ours["mixer"], x, empty, cfg, spy)[0]
+    out = fast_weights.fast_weights(ours["mixer"], x, empty, cfg, watched)[0]
     return out, dict(seen)
 
   @hybrids.jit
@@ -242,7 +246,7 @@ def test_ouro_loops_gates_and_exits(r):
 
 @functools.cache
 def predictor(cfg: config.ModelConfig):
-  return hybrids.jit(lambda w, tokens: model.predict(w, tokens, {}, cfg)[0])
+  return hybrids.jit(lambda w, tokens: model.predict(w, tokens, model.init_state(cfg, 1), cfg)[0])
 
 
 def predicted(weights, tokens, cfg):
