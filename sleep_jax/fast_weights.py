@@ -20,8 +20,6 @@ from sleep_jax.config import FastConfig, ModelConfig
 from sleep_jax.kernels.common import dispatch
 from sleep_jax.rules import RULES, Rule
 
-OUT_NORM_EPS = 1e-5
-
 
 @flax.struct.dataclass
 class FastWeights:
@@ -180,7 +178,7 @@ def fast_weights(
     q, k, v, context = _convolved(weights, x, qkv, state, cfg, rule, valid)
     gates = _gates(weights, x, projected, rule)
     o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
-  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
+  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
   gate = _through(weights, "gate", x) if rule.narrow_gate else projected["gate"]
   if rule.gate_bias:
     gate = gate + weights["gate_bias"].astype(x.dtype)
