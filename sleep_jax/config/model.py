@@ -97,6 +97,7 @@ class FastConfig:
     decay_init: range (low, high) from which exp(A_log) is drawn evenly; the decay of a token is
       exp(-exp(A_log) * softplus(.)). The usual (1, 16) forgets a window of a few dozen tokens
       within N passes; (1/16, 1) keeps it.
+    out_norm_eps: epsilon of the RMSNorm on what is read from the fast weights.
     kernel: backend of `kernels`, by name. None: the fastest measured one for the platform. With
       `pallas_tpu_fused` the short convolution, SiLU, norms and gates of a `gdn` block run inside the kernel.
   """
@@ -108,6 +109,7 @@ class FastConfig:
   generator_reduction: int = 8
   conv_context: str = "carry"
   decay_init: tuple[float, float] = (1.0, 16.0)
+  out_norm_eps: float = 1e-5
   kernel: str | None = None
 
   def __post_init__(self):
@@ -116,6 +118,7 @@ class FastConfig:
     at_least(self.conv_size, 0, "model.fast.conv_size")
     at_least(self.generator_reduction, 1, "model.fast.generator_reduction")
     one_of(self.conv_context, ("carry", "reset"), "model.fast.conv_context")
+    above(self.out_norm_eps, 0, "model.fast.out_norm_eps")
     low, high = self.decay_init
     check(0 < low <= high, "model.fast.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
 
