@@ -101,7 +101,7 @@ def version() -> str:
 
 
 def test_the_method_needs_no_extra(tmp_path: pathlib.Path):
-  """Without the extras the modules at the top and `config` import, and the other rooms say why they do not."""
+  """Without the extras the modules at the top import, and the other rooms say why they do not."""
   program = f"""
 import importlib, sys
 extras = {EXTRAS}
