@@ -25,7 +25,7 @@ SIZE = flags.DEFINE_enum(
 SEEDS = flags.DEFINE_integer("seeds", 1, "seeds 0 .. SEEDS - 1 of each run", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1)
 
-CONFIG = "experiments/configs/rule110.py"
+CONFIG = cli.CONFIGS / "rule110.py"
 
 
 def main() -> int:

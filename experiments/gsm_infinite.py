@@ -50,7 +50,7 @@ def build(values: dict[str, Any]) -> config.Config:
     "train.eval_sequences",
     f"must be a multiple of the {levels} numbers of operations, got {cfg.train.eval_sequences}",
   )
-  gsm.check_lengths(data)
+  gsm.check_possible(data)
   needed = data.vocab_size
   if data.tokenizer:
     known = tokens.load(data.tokenizer)

@@ -69,12 +69,7 @@ def check_fits(cfg: Config, cut: batching.CutConfig) -> None:
     ConfigError: where the window is longer than any sequence, a tail or an answer does not fit into it, or
       the device is to run several steps a call.
   """
-  check(
-    cfg.model.window <= cut.max_tokens,
-    "model.window",
-    f"must be at most data.cut.max_tokens = {cut.max_tokens}, the longest sequence, got {cfg.model.window}",
-  )
-  batching.tails(cut, cfg.model.window)
+  batching.check_window(cut, cfg.model.window)
   check(
     cfg.train.steps_per_dispatch == 1,
     "train.steps_per_dispatch",
@@ -166,7 +161,7 @@ class HostSteps:
     self._cfg, self._task, self._one_step, self._mesh = cfg, task, one_step, mesh
     self._compiled: dict[batching.Bucket, Callable] = {}
     self._batches: Prefetch | None = None
-    self._blocks = batching.Blocks(
+    self._plan = batching.BatchPlan(
       task.source,
       task.cut,
       window=cfg.model.window,
@@ -246,7 +241,7 @@ class HostSteps:
 
   def _placed(self, start: int) -> Iterator[tuple[batching.Planned, windows.Batch]]:
     task = self._task
-    for planned in batching.feed(self._blocks, task.cut, start, threads=task.threads, workers=task.workers):
+    for planned in batching.feed(self._plan, task.cut, start, threads=task.threads, workers=task.workers):
       rows = {name: x for name, x in planned.rows.items() if name != "group"}
       check_tokens(self._cfg, rows["inputs"], rows["targets"])
       yield planned, sharding.put(windows.Batch(**rows), self._mesh)

@@ -80,8 +80,8 @@ def whole():
 def test_rows_count_tokens_pads_and_waiting(whole):
   row, rows = whole
   seen = 0
-  blocks = batching.Blocks(Made(), CUT, window=6, batch_size=4, steps=5, seed=0)
-  stream = batching.feed(blocks, CUT, 0)
+  plan = batching.BatchPlan(Made(), CUT, window=6, batch_size=4, steps=5, seed=0)
+  stream = batching.feed(plan, CUT, 0)
   for r in (r for r in rows if r["kind"] == "train"):
     planned = next(stream)
     seen += planned.rows["valid"].sum()
