@@ -164,6 +164,7 @@ class LayerTest(parameterized.TestCase):
       return jnp.einsum("bthkv,bthk->bthv", written, q), written[:, -1]
 
     with mock.patch.dict(fast_weights.RULES, {"last": last_write}):
+      config.register_block("last")
       cfg, weights, x, state = setting("hebbian")
       cfg = config.replace(cfg, blocks=("last",))
       self.assertEqual(set(blocks.declare(cfg)["0"]["mixer"]), set(weights))
