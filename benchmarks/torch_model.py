@@ -21,7 +21,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from sleep_jax import model, optim, params, windows
 from sleep_jax.config import Config, ModelConfig, check
 from sleep_jax.data import rule110
-from sleep_jax.fast_weights import OUT_NORM_EPS
 
 Weights = dict[str, torch.Tensor]  # "blocks/0/mixer/q" -> tensor
 State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # fast-weight block -> S and the convolution's inputs
@@ -178,7 +177,7 @@ class Model:
 
   def _read(self, w: Weights, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     """What a block adds to the residual stream of what S answered."""
-    o = F.rms_norm(o, o.shape[-1:], w["mixer/out_norm"], OUT_NORM_EPS).flatten(2)
+    o = F.rms_norm(o, o.shape[-1:], w["mixer/out_norm"], self.cfg.fast.out_norm_eps).flatten(2)
     return (o * F.silu(x @ w["gate"])) @ w["o"]
 
 

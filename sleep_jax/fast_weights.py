@@ -44,8 +44,6 @@ FUSED = ("pallas_tpu_fused",)  # kernels that take the short convolution, SiLU, 
 # SiLU is its authors' choice, a sigmoid flash-linear-attention's.)
 SQUASH: dict[str, Callable[[jax.Array], jax.Array]] = {"kda": jax.nn.sigmoid}
 
-OUT_NORM_EPS = 1e-5
-
 
 @flax.struct.dataclass
 class FastWeights:
@@ -195,7 +193,7 @@ def fast_weights(
     q, k, v, context = _convolved(weights, x, qkv, state, cfg, valid)
     gates = _gates(weights, x, projected)
     o, S = rule(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
-  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
+  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
   gate = projected.get("gate")
   if gate is None:
     gate = _through(weights, "gate", x)

@@ -155,9 +155,7 @@ def _number(kind: type, value: Any, bounds: Iterable[Bounds], path: str) -> int 
     check(value >= -MOST_WHOLE, path, f"must be at least {-MOST_WHOLE}, got {shown(value)}")
     return value
   fits = value == 0 or LEAST_FLOAT <= abs(value) <= MOST_FLOAT
-  check(
-    fits and not math.isnan(value), path, f"must be finite and of float32's range, got {shown(value)}"
-  )
+  check(fits and not math.isnan(value), path, f"must be finite and of float32's range, got {shown(value)}")
   return float(value)
 
 

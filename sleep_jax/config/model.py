@@ -31,8 +31,8 @@ class RopeScaling:
 
   Attributes:
     kind: `none`; `linear`: all angles are divided by `factor`; `llama3`: those of pairs that turn less than
-      `low` times in `original` tokens are divided by `factor`, those of pairs that turn more than `high` times
-      stay, and between the two the share of either goes linearly with the number of turns.
+      `low` times in `original` tokens are divided by `factor`, those of pairs that turn more than `high`
+      times stay, and between the two the share of either goes linearly with the number of turns.
     factor: by which angles are divided.
     low: turns in `original` tokens below which an angle is divided by all of `factor`.
     high: turns in `original` tokens above which an angle stays.
@@ -65,7 +65,7 @@ class AttentionConfig:
     qk_norm: RMSNorm on queries and keys, per head.
     bias: added to queries, keys and values.
     out_bias: added to what the output projection gives.
-    swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is such a block.
+    swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
   """
 
   PATH: ClassVar[str] = "model.attention"
@@ -88,9 +88,7 @@ class AttentionConfig:
       f"{self.PATH}.num_kv_heads",
       f"must divide num_heads = {self.num_heads}, got {kv_heads}",
     )
-    check(
-      width is None or width % 2 == 0, f"{self.PATH}.head_dim", f"must be even for RoPE, got {width}"
-    )
+    check(width is None or width % 2 == 0, f"{self.PATH}.head_dim", f"must be even for RoPE, got {width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +109,7 @@ class FastConfig:
     decay_init: range (low, high) from which exp(A_log) is drawn evenly; the decay of a token is
       exp(-exp(A_log) * softplus(.)). The usual (1, 16) forgets a window of a few dozen tokens
       within N passes; (1/16, 1) keeps it.
+    out_norm_eps: epsilon of the RMSNorm on what is read from the fast weights.
     kernel: backend of `kernels`, by name. None: the fastest measured one for the platform. With
       `pallas_tpu_fused` the short convolution, SiLU, norms and gates of a `gdn` block run inside the kernel.
   """
@@ -124,6 +123,7 @@ class FastConfig:
   generator_reduction: Count = 8
   conv_context: Literal["carry", "reset"] = "carry"
   decay_init: tuple[float, float] = (1.0, 16.0)
+  out_norm_eps: Positive = 1e-5
   kernel: str | None = None
 
   def __post_init__(self):

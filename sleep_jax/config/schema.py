@@ -23,7 +23,9 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     ConfigError: for an unknown or missing field, a value of the wrong type, or one that the
       dataclass refuses; one line.
   """
-  check(isinstance(values, Mapping), path.removesuffix("."), f"must be a group of fields, got {shown(values)}")
+  check(
+    isinstance(values, Mapping), path.removesuffix("."), f"must be a group of fields, got {shown(values)}"
+  )
   hints = fields.annotations(cls)
   built = {}
   for name, value in values.items():

@@ -65,7 +65,11 @@ def needed(structure: Structure, size: int, reverse: bool, draws: Draws) -> Grap
 
 
 def unneeded(structure: Structure, graph: Graph, draws: Draws) -> None:
-  """Adds all other instances, and totals that they use; the needed ones never depend on them."""
+  """Adds all other instances, and totals that they use; the needed ones never depend on them.
+
+  As in the benchmark, a total may define a count that it contains. Such a circle has no value, and nothing
+  that is needed depends on it.
+  """
   present, parents = graph.present, graph.parents
   seen = set(present)
   missing = [q for q in structure.instances if q not in seen]
@@ -83,14 +87,12 @@ def unneeded(structure: Structure, graph: Graph, draws: Draws) -> None:
       pool = list(independent)
       independent.append(a)
     else:
-      pool = present + [
-        q for q in untried if any(c in seen for c in structure.children[q]) and a not in _below(structure, q)
-      ]
+      pool = present + [q for q in untried if any(c in seen for c in structure.children[q])]
     k, most = 1, min(MOST_UNNEEDED_EDGES, len(pool) + 1)
     while k < most and draws.coin():
       k += 1
-    if k == len(pool) + 1:
-      chosen = [RNG, *pool]
+    if k == len(pool) + 1:  # all of it: implicit ones first, then instances, then totals that were absent
+      chosen = [RNG, *sorted(pool, key=lambda q: (q not in seen, not structure.implicit(q)))]
     elif draws.coin():
       chosen = [RNG, *draws.sample(pool, k - 1)]
     else:

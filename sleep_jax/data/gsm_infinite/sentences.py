@@ -27,9 +27,12 @@ class Expression:
 
 
 def expression(parents: Sequence[int], number_range: int, draws: Draws) -> Expression:
-  """The expression of an instance with these parents; numbers, order and signs are drawn."""
+  """Draws number and sign of an instance's expression; references keep the order of `parents`.
+
+  The order matters. Where z uses y and x, and y = k + x or y = k x, the difference y - x is never negative,
+  but most values of x - y are refused. A shuffle would therefore change which problems are made.
+  """
   refs = [p for p in parents if p != RNG]
-  draws.shuffle(refs)
   literal, times = None, False
   if len(refs) < len(parents):
     times = draws.coin()
