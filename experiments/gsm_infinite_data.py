@@ -35,19 +35,25 @@ SHOWN_ANSWERS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is written: `num` training problems of the stream `seed`, and `held_out` of each kind."""
+  """What is written.
+
+  Attributes:
+    data: the problems.
+    seed: of the training problems.
+    num: training problems.
+    held_out: held-out problems of each kind.
+  """
 
   data: GsmInfiniteConfig
-  seed: int = 0
-  num: int = 77_000
+  seed: config.Seed = 0
+  num: config.Count = 77_000
   held_out: int = 1600
 
   def __post_init__(self):
-    config.at_least(self.seed, 0, "seed")
+    config.check_fields(self)
     config.check(
       self.seed != self.data.held_out_seed, "seed", f"must differ from data.held_out_seed, got {self.seed}"
     )
-    config.at_least(self.num, 1, "num")
     low, high = self.data.operations
     levels = high - low + 1
     config.check(

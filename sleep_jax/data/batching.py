@@ -21,12 +21,12 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Count, at_least, check, check_fields
 
 PAD = 0
 
@@ -88,25 +88,25 @@ class CutConfig:
   """Shapes.
 
   Attributes:
-    max_tokens: of prompt and answer together, the longest that is accepted.
-    answer_tokens: of the longest answer.
+    max_tokens: the most that prompt and answer together may have.
+    answer_tokens: the most that an answer may have.
     tails: lengths that the last window may be padded to, besides L; each holds an answer. More of them
       waste less and compile longer.
-    align: `start` or `end`.
+    align: which end of a sequence the windows are cut from, `start` or `end`.
     bucket_batches: batches that are sorted by length together.
   """
 
+  PATH: ClassVar[str] = "data.cut"
+
   max_tokens: int
-  answer_tokens: int = 8
+  answer_tokens: Count = 8
   tails: tuple[int, ...] = ()
-  align: str = "start"
-  bucket_batches: int = 8
+  align: Literal["start", "end"] = "start"
+  bucket_batches: Count = 8
 
   def __post_init__(self):
-    at_least(self.answer_tokens, 1, "data.cut.answer_tokens")
+    check_fields(self)
     at_least(self.max_tokens, self.answer_tokens + 1, "data.cut.max_tokens")
-    at_least(self.bucket_batches, 1, "data.cut.bucket_batches")
-    one_of(self.align, ("start", "end"), "data.cut.align")
     for tail in self.tails:
       at_least(tail, self.answer_tokens, "data.cut.tails")
 

@@ -1,17 +1,16 @@
 """The settings of the task."""
 
 import dataclasses
+from typing import Annotated, ClassVar, Literal
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, Natural, Seed, check, check_fields
 from sleep_jax.data.gsm_infinite.words import TEMPLATES
-
-SUBSETS = ("medium", "hard", "both", "mixed", "symbolic")
-MODES = ("forward", "reverse", "both")
 
 # Operation budget of an attempt at `op` operations, the benchmark's own; it decides how large the core is.
 BUDGETS = {1: 3, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 10, 8: 10, 9: 10, 10: 15, 11: 15}
 BUDGETS |= dict.fromkeys(range(12, 16), 20) | dict.fromkeys(range(16, 19), 25) | {19: 30, 20: 30}
 MOST_SYMBOLIC = 30  # operations of a symbolic problem
+MOST_SHARE = 1000  # so many problems are made for a held-out one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +38,27 @@ class GsmInfiniteConfig:
     held_out_share: 1 in so many texts may be held out.
   """
 
-  subset: str = "mixed"
+  PATH: ClassVar[str] = "data"
+
+  subset: Literal["medium", "hard", "both", "mixed", "symbolic"] = "mixed"
   operations: tuple[int, int] = (1, 8)
-  mode: str = "forward"
+  mode: Literal["forward", "reverse", "both"] = "forward"
   templates: tuple[float, float, float] = (0.5, 0.25, 0.25)
-  number_range: int = 5
+  number_range: Annotated[int, Bounds(least=3)] = 5
   modulus: int = -1
   noise: bool = True
-  min_tokens: int = 2000
-  max_tokens: int = 3300
+  min_tokens: Natural = 2000
+  max_tokens: Natural = 3300
   tokenizer: str = ""
-  held_out_seed: int = 1_000_003
-  held_out_share: int = 8
+  held_out_seed: Seed = 1_000_003
+  held_out_share: Annotated[int, Bounds(least=2), Bounds(most=MOST_SHARE)] = 8
 
   def __post_init__(self):
-    one_of(self.subset, SUBSETS, "data.subset")
-    one_of(self.mode, MODES, "data.mode")
-    check(len(self.operations) == 2, "data.operations", f"needs (lowest, highest), got {self.operations}")
+    check_fields(self)
+    self._check_problems()
+    self._check_lengths()
+
+  def _check_problems(self) -> None:
     low, high = self.operations
     most = MOST_SYMBOLIC if self.subset == "symbolic" else max(BUDGETS)
     check(
@@ -73,7 +76,6 @@ class GsmInfiniteConfig:
       "data.templates",
       f"needs three weights that are not negative and not all 0, got {self.templates}",
     )
-    at_least(self.number_range, 3, "data.number_range")
     if self.modulus != -1:
       check(
         self.modulus >= self.number_range,
@@ -85,21 +87,20 @@ class GsmInfiniteConfig:
         "data.modulus",
         f"needs data.mode = forward and word problems, got {self.mode} and {self.subset}; -1 is none",
       )
-    at_least(self.min_tokens, 0, "data.min_tokens")
+
+  def _check_lengths(self) -> None:
+    high, shortest = self.operations[1], self.shortest
     check(
       self.max_tokens >= self.min_tokens + 40 or not self.noise,
       "data.max_tokens",
       f"must exceed data.min_tokens = {self.min_tokens} by at least 40, a sentence, got {self.max_tokens}",
     )
-    shortest = self.shortest
     check(
       self.max_tokens >= shortest or not self.noise,
       "data.max_tokens",
       f"must be at least {shortest}, the length of a short problem of up to {high} operations without noise,"
       f" got {self.max_tokens}",
     )
-    at_least(self.held_out_seed, 0, "data.held_out_seed")
-    at_least(self.held_out_share, 2, "data.held_out_share")
 
   @property
   def shortest(self) -> int:

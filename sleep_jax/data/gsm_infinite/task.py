@@ -4,8 +4,9 @@ import dataclasses
 import os
 import pathlib
 import socket
+from typing import Annotated, Literal
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, Natural, check
 from sleep_jax.data import batching
 from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import dataset, problems, shortcut
@@ -14,6 +15,8 @@ from sleep_jax.data.gsm_infinite.config import GsmInfiniteConfig
 from sleep_jax.data.gsm_infinite.values import LARGEST
 
 TOKENIZER_SEED = 2_000_003  # of the problems that a tokenizer is trained on: the same for every run
+MOST_TEXTS = 100_000  # that a tokenizer is trained on: they are made before the run begins
+MOST_WORKERS = 256  # threads, and processes, that make examples
 MARGIN = 4  # tokens that a problem has beside its text and its answer: the request for the answer
 
 
@@ -28,16 +31,17 @@ class TaskConfig(GsmInfiniteConfig):
     problems: that there are to train on; a longer run reads them again. 0: as many as it takes.
     held_out: the evaluation's sets: `balanced` (each number of operations as often) and `faithful` (drawn as
       in training). The first of them is the run's score, which figures show.
-    threads, workers: that make examples; workers are processes, 0 for none.
+    threads: threads that make examples.
+    workers: processes that make examples beside the run; 0 for none.
   """
 
   cut: CutConfig = CutConfig(max_tokens=3312, tails=(256, 512, 1024), bucket_batches=4)
-  vocab_size: int = 1024
-  tokenizer_texts: int = 256
-  problems: int = 0
-  held_out: tuple[str, ...] = dataset.KINDS
-  threads: int = 1
-  workers: int = 0
+  vocab_size: Annotated[int, Bounds(least=tokens.LEAST_VOCAB)] = 1024
+  tokenizer_texts: Annotated[int, Bounds(least=1), Bounds(most=MOST_TEXTS)] = 256
+  problems: Natural = 0
+  held_out: tuple[Literal["balanced", "faithful"], ...] = dataset.KINDS
+  threads: Annotated[int, Bounds(least=1), Bounds(most=MOST_WORKERS)] = 1
+  workers: Annotated[int, Bounds(least=0), Bounds(most=MOST_WORKERS)] = 0
 
   def __post_init__(self):
     super().__post_init__()
@@ -60,17 +64,10 @@ class TaskConfig(GsmInfiniteConfig):
       "data.held_out_seed",
       f"must differ from {TOKENIZER_SEED}, the seed of the tokenizer's texts",
     )
-    at_least(self.vocab_size, tokens.LEAST_VOCAB, "data.vocab_size")
-    at_least(self.tokenizer_texts, 1, "data.tokenizer_texts")
-    at_least(self.problems, 0, "data.problems")
     check(len(self.held_out) > 0, "data.held_out", f"needs at least one of {', '.join(dataset.KINDS)}")
-    for kind in self.held_out:
-      one_of(kind, dataset.KINDS, "data.held_out")
     check(
       len(set(self.held_out)) == len(self.held_out), "data.held_out", f"names a set twice: {self.held_out}"
     )
-    at_least(self.threads, 1, "data.threads")
-    at_least(self.workers, 0, "data.workers")
 
   @property
   def longest_answer(self) -> str:
