@@ -35,7 +35,7 @@ class ConvertConfig:
     memory_layers: fast-weight layers to insert; 0 for none.
     fast: sizes of the inserted layers.
     seed: of the inserted layers' weights.
-    dtype: of the tensors written: `published`, to which trained weights are rounded, or `float32`, which loses
+    dtype: of what is written. `published`, to which trained weights are rounded, or `float32`, which loses
       nothing. Inserted layers are float32 always.
     ignore: fields of `config.json` that are known to change nothing; a run says itself which.
   """
@@ -51,6 +51,9 @@ class ConvertConfig:
   def __post_init__(self):
     config.check_fields(self)
     config.check(bool(self.source), "source", "is required: the folder with config.json")
+
+
+FIELDS = {"": ConvertConfig}
 
 
 def convert(cfg: ConvertConfig) -> str:

@@ -81,6 +81,9 @@ class GenerateConfig:
     return given | {"eviction": self.eviction, "dtype": self.dtype}
 
 
+FIELDS = {"": GenerateConfig}
+
+
 class Report:
   """Says on a stream what the model does and what it took; the watcher of `generate.read`."""
 

@@ -12,13 +12,14 @@ and the number that a text gives most often. Rerunning the same command resumes;
 
 from typing import Any
 
-from sleep_jax import config, model
+from sleep_jax import config, model, pretrained
 from sleep_jax.data.gsm_infinite import task as gsm
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.experiments import cli, fine_tuning
 from sleep_jax.train import host_steps
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": gsm.TaskConfig, "pretrained": pretrained.StartConfig}
 cli.define_workdir_flag()
 cli.define_process_flags()
 

@@ -63,6 +63,9 @@ class Settings:
     )
 
 
+FIELDS = {"": Settings}
+
+
 @dataclasses.dataclass
 class Seen:
   """What is kept of the problems of a split: no text."""

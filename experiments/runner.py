@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sleep_jax import config
-from sleep_jax.experiments import cli
+from sleep_jax.experiments import cli, config_file
 from sleep_jax.runtime import metrics
 from sleep_jax.runtime.workdir import Workdir
 
@@ -34,7 +34,7 @@ def commands(
   Raises:
     ConfigError: if the file has no sweep or no such preset, or a field is changed that the sweep sets.
   """
-  module, preset = cli.load(file)
+  module, preset = config_file.load(file)
   config.check(hasattr(module, "sweep"), "--config", f"{file} says nothing of a sweep")
   known = ", ".join(module.PRESETS)
   config.check(preset in module.PRESETS, "--config", f"needs a preset, FILE.py:PRESET; known: {known}")

@@ -27,8 +27,7 @@ LIST = flags.DEFINE_bool("list", False, "only say what there is to do")
 
 def main() -> int:
   cli.required("config", CONFIG.value)
-  file, changes = cli.config_as_given()
-  todo = runner.commands(file, cli.required("workdir", WORKDIR.value), SEEDS.value, changes)
+  todo = runner.commands(CONFIG.path, cli.required("workdir", WORKDIR.value), SEEDS.value, CONFIG.changes)
   states = {name: runner.status(pathlib.Path(WORKDIR.value, name)) for name in todo}
   if LIST.value:
     for name, command in todo.items():
