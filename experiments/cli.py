@@ -123,8 +123,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
       words, changes = config_file.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
       if usage.asked(words):
-        print(usage.text(sys.modules[main.__module__], words))
-        sys.exit(DONE)
+        sys.exit(_help(usage.text(sys.modules[main.__module__], words)))
       _refuse_repeated(words)
       left = flags.FLAGS(words)
       if "config" in flags.FLAGS:
@@ -149,6 +148,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)
+    except BrokenPipeError:
+      return _unread()
     except KeyboardInterrupt:
       return _say("stopped at once; what was saved before stays", FAILED)
 
@@ -218,7 +219,23 @@ def _refuse_repeated(words: Sequence[str]) -> None:
       seen.add(name)
 
 
+def _help(text: str) -> int:
+  """Prints it; the exit code."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:  # whoever reads it has seen enough
+    _unread()
+  return DONE
+
+
+def _unread() -> int:
+  """Nobody reads stdout any more: what is still to come goes nowhere, without a traceback; the exit code."""
+  sys.stdout = open(os.devnull, "w")
+  return FAILED
+
+
 def _say(message: str, code: int) -> int:
-  """A message to stderr; gives the exit code back."""
-  print(message, file=sys.stderr)
+  """A message to stderr, on one line; gives the exit code back."""
+  line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+  print(line, file=sys.stderr)
   return code

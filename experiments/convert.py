@@ -1,8 +1,8 @@
 """Reads a published checkpoint, or what a run made of one, checks it, and writes it in published format.
 
-    python -m experiments.convert --config=experiments/configs/convert.py:memory \
+    python -m experiments.convert --config=experiments/configs/convert.py:memory \\
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
-    python -m experiments.convert --config=experiments/configs/convert.py:export \
+    python -m experiments.convert --config=experiments/configs/convert.py:export \\
       --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
 
 Every tensor is compared with what was read, to the bit. On a mistake nothing is written.

@@ -1,7 +1,7 @@
 """Trains and evaluates one model on GSM-Infinite: one run is one (N, seed).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
-    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \\
       --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
 
 Problems are made as they are needed, and every answer is one forward pass: no loop, no worked

@@ -1,6 +1,6 @@
 """Writes a GSM-Infinite data set and its statistics beside the original generator's.
 
-    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET
+    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET \\
       --workdir=D
 
 D gets train, held_out_balanced and held_out_faithful, each as JSON lines and as ArrayRecord (a record is

@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a --list
     python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a
-    python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:ouro_sliding \
+    python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:ouro_sliding \\
       --config.pretrained.folder='work/stage1/{run}' --workdir=work/stage2
 
 Rerun the same command until it says that all are done. --config.GROUP.FIELD=VALUE holds for every run; in it

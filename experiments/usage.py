@@ -24,9 +24,10 @@ from sleep_jax.experiments import config_file
 WORDS = ("-h", "-?", "-help", "--help", "--helpshort", "--helpfull")
 COLUMN = 30  # where the second column begins
 NARROW = 70  # a narrower terminal has room for one column only
+VERBOSITY = "how much is logged on stderr: -1 warnings, 0 and 1 more"
 HOW = (
-  "change one with --config.GROUP.FIELD=VALUE, a list with --config.model.blocks=attn,gdn or"
-  " --config.model.blocks=\"('attn','gdn')\"; None where nothing is to be set"
+  "Change one with --config.GROUP.FIELD=VALUE, a list with --config.model.blocks=attn,gdn or"
+  " --config.model.blocks=\"('attn','gdn')\"; None stands for nothing."
 )
 
 
@@ -48,21 +49,22 @@ def text(main: ModuleType, words: Sequence[str] = (), width: int | None = None) 
     ConfigError: if the config file that the command line names cannot be read.
   """
   width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-  parts = [inspect.cleandoc(main.__doc__ or ""), "\n".join(["Flags", *_flags(main, width)])]
+  parts = [_prose(main.__doc__ or "", width), "\n".join(["Flags", *_flags(main, width)])]
   kinds = getattr(main, "FIELDS", None)
   if kinds is None:
     return "\n\n".join(parts)
   named = _config_of(words)
   path = named or pathlib.Path(main.__file__).stem
-  values = config_file.read(path).to_dict() if named else None
-  told = f"Presets of {path.partition(':')[0]}"
-  parts.append("\n".join([told, *_presets(config_file.load(path)[0], width)]))
+  module, values = config_file.load(path)[0], config_file.read(path).to_dict() if named else None
+  file = named.rpartition(":")[0] or named if named else path
+  rows = [row for name, line in presets(module).items() for row in _row(name, line, width)]
+  parts.append("\n".join([f"Presets, --config={file}:PRESET", *rows]))
   which = (
-    f"the values of {named}"
+    f"as {named} has them"
     if named
-    else "their defaults (a preset has others: --config=FILE.py:PRESET --help)"
+    else "with their defaults; those of a preset: --config=FILE.py:PRESET --help"
   )
-  parts.append(textwrap.fill(f"Fields, with {which}; {HOW}", width))
+  parts.append(textwrap.fill(f"Fields, {which}. {HOW}", width))
   parts += ["\n".join(lines) for lines in _groups("", kinds[""], dataclasses.MISSING, values, kinds, width)]
   return "\n\n".join(parts)
 
@@ -98,12 +100,7 @@ def _flags(main: ModuleType, width: int) -> Iterator[str]:
       left = f"--{'no' if flag.default else ''}{flag.name}"
     else:
       left = f"--{flag.name}={'...' if flag.default is None else config_file.typed(flag.default)}"
-    yield from _row(left, flag.help, width)
-
-
-def _presets(module: ModuleType, width: int) -> Iterator[str]:
-  for name, line in presets(module).items():
-    yield from _row(name, line, width)
+    yield from _row(left, VERBOSITY if flag.name == "verbosity" else flag.help, width)
 
 
 def _groups(
@@ -119,7 +116,8 @@ def _groups(
     kinds: the dataclasses of groups by path, as far as the annotation of a field does not say them.
   """
   said = documentation(kind)
-  lines, inner = [f"{path or 'config'}: {inspect.cleandoc(kind.__doc__).splitlines()[0]}"], []
+  title = f"{path or 'config'}: {inspect.cleandoc(kind.__doc__).splitlines()[0]}"
+  lines, inner = textwrap.wrap(title, width), []
   for field in dataclasses.fields(kind):
     if values is not None and field.name not in values:
       continue
@@ -138,6 +136,12 @@ def _groups(
   yield lines
   for group in inner:
     yield from _groups(*group, kinds, width)
+
+
+def _prose(doc: str, width: int) -> str:
+  """A docstring with its paragraphs filled anew; what is indented stays as it is."""
+  parts = inspect.cleandoc(doc).split("\n\n")
+  return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width) for part in parts)
 
 
 def _row(left: str, right: str, width: int) -> list[str]:

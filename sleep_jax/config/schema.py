@@ -8,13 +8,14 @@ from sleep_jax.config import fields
 from sleep_jax.config.checks import ConfigError, check, nearest, shown
 
 
-def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+def from_dict(cls: type, values: Mapping[str, Any], path: str | None = None) -> Any:
   """Builds a config dataclass from nested mappings.
 
   Args:
     cls: a dataclass of this package, or a task's own.
     values: field name -> value; a mapping where the field is itself a config.
-    path: dotted name of `values` in the whole, for messages.
+    path: what the names of the fields begin with in messages, `pretrained.fast.` say. None: what the class
+      says itself, since it has one usual place.
 
   Returns:
     An instance of `cls`, checked.
@@ -23,6 +24,8 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     ConfigError: for an unknown or missing field, a value of the wrong type, or one that the
       dataclass refuses; one line.
   """
+  usual = fields.home(cls)
+  path = usual if path is None else path
   check(
     isinstance(values, Mapping), path.removesuffix("."), f"must be a group of fields, got {shown(values)}"
   )
@@ -37,11 +40,10 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
       check(field.name in built, f"{path}{field.name}", "is required")
   try:
     return cls(**built)
-  except ConfigError as e:  # which names fields by the place that the class usually has
-    text, usual = str(e), fields.home(cls)
-    if not text.startswith(usual) or usual == path:
+  except ConfigError as e:
+    if usual == path or not str(e).startswith(usual):
       raise
-    raise ConfigError(f"{path}{text.removeprefix(usual)}") from e
+    raise ConfigError(f"{path}{str(e).removeprefix(usual)}") from e
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import Bounds, Count, Seed, at_least, check, check_fields, check_seed
+from sleep_jax.config import Bounds, Count, Seed, at_least, check, check_fields, check_seed, shown
 from sleep_jax.windows import Batch
 
 PAD = 0
@@ -87,9 +87,9 @@ class DepoConfig:
     names = sum(self.mini_vocab**length for length in self.name_lengths)
     check(
       names <= MOST_NAMES,
-      "data.mini_vocab" if self.max_name <= 2 else "data.max_name",
-      f"allows more than {MOST_NAMES} names, too many to draw from: data.mini_vocab = {self.mini_vocab},"
-      f" names of {self.min_name}..{self.max_name} tokens",
+      "data.mini_vocab",
+      f"allows {shown(names)} names, at most {MOST_NAMES} can be drawn from; make it or data.max_name"
+      " smaller",
     )
     check(
       self.max_nodes <= names,

@@ -30,8 +30,8 @@ class GsmInfiniteConfig:
     modulus: every value is taken modulo this (forward mode; at least R, so that the numbers in sentences are
       values). -1, the authors' own setting: none. No text says it: a reader has to know.
     noise: fill up with sentences that nothing depends on. Without, lengths are what the core takes.
-    min_tokens, max_tokens: of question, line break and context, as `tokenizer` counts. Even between them,
-      whatever the number of operations.
+    min_tokens: the fewest tokens of question, line break and context, as `tokenizer` counts.
+    max_tokens: the most of them. Lengths are even between the two, whatever the number of operations.
     tokenizer: a tokenizer.json. Empty: lengths are those of Qwen2.5's tokenizer, which needs no file.
     held_out_seed: the seed whose problems are held out. A problem's text decides by its hash whether it
       may be held out or trained on, so that no text is ever on both sides.
