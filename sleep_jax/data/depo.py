@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax.config import Bounds, Count, Seed, at_least, check, check_fields, check_seed, shown
+from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
 PAD = 0
@@ -61,7 +62,7 @@ class DepoConfig:
   max_nodes: int = 75
   min_nodes: Annotated[int, Bounds(least=2)] = 3
   sizes: Literal["original", "uniform", "largest"] = "original"
-  max_hops: Count = 16
+  max_hops: Annotated[int, Bounds(least=1), Bounds(most=limits.HOPS)] = 16
   test_hops: tuple[int, ...] = (1, 2, 4, 8, 16)
   num_pairs: Count = 10
   mini_vocab: Count = 50
@@ -71,8 +72,8 @@ class DepoConfig:
   bos: bool = False
   label_ans: bool = True
   pads: Literal["ordinary", "masked"] = "ordinary"
-  context_length: int = 300
-  query_length: int = 60
+  context_length: Annotated[int, Bounds(most=limits.LENGTH)] = 300
+  query_length: Annotated[int, Bounds(most=limits.LENGTH)] = 60
   held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):

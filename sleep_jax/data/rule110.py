@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import Bounds, Count, Natural, Seed, check, check_fields, check_seed
+from sleep_jax.config import Bounds, Count, Seed, check, check_fields, check_seed
+from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
 ASK = 2
@@ -43,12 +44,15 @@ class Rule110Config:
 
   num_strings: Count = 4
   num_cells: Annotated[int, Bounds(least=3, most=32)] = 24
-  rollout_steps: Natural = 32
+  rollout_steps: Annotated[int, Bounds(least=0), Bounds(most=limits.STEPS)] = 32
   boundary: Literal["periodic", "zero"] = "periodic"
   held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):
     check_fields(self)
+    longest = limits.LENGTH // (self.num_cells + 1)
+    at_most = f"must be at most {longest} of {self.num_cells} cells, got {self.num_strings}"
+    check(self.num_strings <= longest, "data.num_strings", at_most)
 
   @property
   def length(self) -> int:
