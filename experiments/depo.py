@@ -20,6 +20,7 @@ from sleep_jax.experiments import cli
 from sleep_jax.scoring import by_group
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": depo.DepoConfig}
 cli.define_workdir_flag()
 cli.define_process_flags()
 

@@ -14,6 +14,7 @@ from sleep_jax.data import rule110
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": rule110.Rule110Config}
 cli.define_workdir_flag()
 cli.define_process_flags()
 

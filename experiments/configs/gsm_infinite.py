@@ -1,7 +1,7 @@
 """GSM-Infinite: word problems among noise, the question first and long evicted (arXiv 2605.26099, figure 4).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
-    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \\
       --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
     python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:scratch --workdir=work/gsm --list
     python -m experiments.figures --runs='work/gsm/*' --figure=4 --out=figures

@@ -84,7 +84,7 @@ class PresetTest(parameterized.TestCase):
     ({"model__vocab_size": 1023}, "model.vocab_size: must be at least 1024"),
     ({"data__held_out": ()}, "data.held_out: needs at least one of balanced, faithful"),
     ({"data__held_out": ("faithful", "faithful")}, "data.held_out: names a set twice"),
-    ({"data__held_out": ("faithfull",)}, "data.held_out: unknown value 'faithfull'"),
+    ({"data__held_out": ("faithfull",)}, r"data.held_out\[0\]: unknown value 'faithfull'"),
     ({"seed": 1_000_003}, "seed: must differ from data.held_out_seed"),
     (
       {"train__eval_sequences": 129, "train__eval_batch_size": 129},
