@@ -156,6 +156,18 @@ def test_imports_point_down_the_layers(package: str):
   assert not wrong
 
 
+def test_reports_are_made_of_rows_alone():
+  """`report` reads files that training wrote: of this repository it knows the reader of those, and no jax."""
+  wrong = {}
+  for path in modules("sleep_jax/report"):
+    ours = ("sleep_jax.report", "sleep_jax.runtime.metrics")
+    foreign = [name for name in imports_of(path) if within(name, ("jax", "flax", "optax", "orbax"))]
+    foreign += [name for name in imports_of(path) if within(name, PACKAGES) and not within(name, ours)]
+    if foreign:
+      wrong[module_name(path)] = foreign
+  assert modules("sleep_jax/report") and not wrong
+
+
 def test_what_is_imported_is_installed_with_the_package():
   """Every import names the standard library, this repository or a requirement of setup.cfg.
 
