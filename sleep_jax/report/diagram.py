@@ -6,7 +6,10 @@
 import html
 
 # Colours by name: of the standalone picture; a page defines the same names as CSS variables.
-LIGHT = {"ink": "#1b1d21", "page": "#ffffff", "quiet": "#5d636e", "line": "#d9dce1", "box": "#f4f5f7", "accent": "#0b4fa8"}  # fmt: skip
+LIGHT = {
+  "ink": "#1b1d21", "page": "#ffffff", "quiet": "#5d636e", "line": "#d9dce1", "box": "#f4f5f7",
+  "accent": "#0b4fa8",
+}  # fmt: skip
 STYLE = """
 svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: {ink}; }
 svg .small { font-size: 11.5px; fill: {quiet}; }
@@ -35,8 +38,8 @@ COLUMN = """
 <rect class="fast" x="{state}" y="201" width="34" height="34" rx="4"/>
 <text class="name" x="{x}" y="223" text-anchor="middle">S</text>"""
 ALT = (
-  "Windows are read one after the other; over each the blocks run N times and write into S, then the window is "
-  "evicted; S alone reaches the question, which is answered in one pass."
+  "Windows are read one after the other; over each the blocks run N times and write into S, then the window "
+  "is evicted; S alone reaches the question, which is answered in one pass."
 )
 
 
@@ -97,14 +100,15 @@ def _svg(windows: int, times: str, colours: dict[str, str], start: str) -> str:
     f'<text x="{x + 82}" y="146">answer</text>',
     f'<path class="faint" d="M{border} 8 V262" stroke-dasharray="4 4"/>',
     f'<text class="head" x="14" y="22">Asleep: {html.escape(times)} passes over a full window</text>',
-    '<text class="small" x="14" y="258">Then its hidden states and attention cache are dropped; S stays.</text>',
+    '<text class="small" x="14" y="258">Then hidden states and attention cache are dropped; S stays.</text>',
     f'<text class="head" x="{border + 14}" y="22">Awake: one pass</text>',
     f'<text class="small" x="{border + 14}" y="258">The same cost for every N.</text>',
   ]
   arrows = "".join(MARKER.format(name=name, colour=colours[name]) for name in ("quiet", "accent"))
   width = x + 142
+  space = 'xmlns="http://www.w3.org/2000/svg" ' if start else ""  # a page needs none
   return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 270" width="{width}" role="img" '
+    f'<svg {space}viewBox="0 0 {width} 270" width="{width}" role="img" '
     f'aria-label="{ALT}">{start}<defs>{arrows}</defs>{"".join(parts)}\n</svg>'
   )
 

@@ -89,9 +89,10 @@ def write_html(
     raise RunError("a report needs at least one run")
   sections = [
     _head(title, runs),
-    _sleep(runs, about_sleep),
+    _method(runs),
     _curves(curves),
     _tables(runs),
+    _sleep(about_sleep),
     _repeat(runs, command),
   ]
   page = (
@@ -163,7 +164,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
   )
 
 
-def _sleep(runs: Sequence[Run], drawn: Sequence[Drawing]) -> str:
+def _method(runs: Sequence[Run]) -> str:
   first = runs[0]
   counted = [r.last("sleep").get("windows") for r in runs]
   windows = next((w for w in counted if is_whole(w) and w > 0), None)
@@ -181,7 +182,11 @@ def _sleep(runs: Sequence[Run], drawn: Sequence[Drawing]) -> str:
     "write into the fast weights S. Hidden states and attention cache are then dropped: only S goes on. The "
     "answer is one ordinary pass, awake, which reads the windows from S alone. N = 1 is the plain hybrid.</p>"
   )
-  parts += map(_figure, drawn)
+  return "\n".join([*parts, "</section>"])
+
+
+def _sleep(drawn: Sequence[Drawing]) -> str:
+  parts = ["<section>\n<h2>What each pass changed, and what it cost</h2>", *map(_figure, drawn)]
   if not any(drawing.name == "sleep_changes" for drawing in drawn):
     parts.append('<p class="quiet">How much S changed in each pass: not measured.</p>')
   return "\n".join([*parts, "</section>"])
