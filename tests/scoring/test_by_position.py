@@ -102,7 +102,9 @@ class EvaluateTest(parameterized.TestCase):
     }
     for name, value in want.items():
       self.assertAlmostEqual(got[name], value, places=6, msg=name)
-    self.assertEqual(set(got), {"loss", *want})
+    self.assertLess(got["low"], got["exact"])
+    self.assertGreater(got["high"], got["exact"])
+    self.assertEqual(set(got), {"loss", "low", "high", *want})
     self.assertEqual(test(self.weights), got)  # the set is fixed
 
   def test_changes_of_each_pass_and_window(self):
