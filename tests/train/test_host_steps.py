@@ -61,7 +61,7 @@ def settings(**changes):
 
 def run(folder, cfg=None, source=None):
   cfg = cfg or settings()
-  task = host_steps.FedTask(source or Made(), CUT, {"first": batching.HeldOut(HELD_OUT)}, ["a", "b", "c"])
+  task = host_steps.HostTask(source or Made(), CUT, {"first": batching.HeldOut(HELD_OUT)}, ["a", "b", "c"])
   with workdir.prepare(folder, config.to_dict(cfg)) as made:
     row = train.train(cfg, task, made, report=lambda line: None)
   return row, metrics.read(pathlib.Path(folder, "metrics.jsonl"))
@@ -119,7 +119,7 @@ class EvaluateTest(parameterized.TestCase):
   def evaluate(self, size, examples=HELD_OUT, names=("a", "b", "c"), **others):
     cfg = self.cfg
     sets = {"first": batching.HeldOut(examples), **others}
-    test = by_group.make_fed_evaluate(sets, names, CUT, size, cfg.model, cfg.sleep, ONE)
+    test = by_group.make_host_evaluate(sets, names, CUT, size, cfg.model, cfg.sleep, ONE)
     return test(self.weights)
 
   def test_scores_do_not_depend_on_the_batch_size(self):
