@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from sleep_jax import config
-from sleep_jax.experiments import cli, figures, runner
+from sleep_jax.experiments import cli, config_file, figures, runner
 from sleep_jax.report import claims, page, tables
 
 WORKDIR = flags.DEFINE_string(
@@ -25,7 +25,7 @@ SIZE = flags.DEFINE_enum(
 SEEDS = flags.DEFINE_integer("seeds", 1, "seeds 0 .. SEEDS - 1 of each run", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1)
 
-CONFIG = cli.CONFIGS / "rule110.py"
+CONFIG = config_file.CONFIGS / "rule110.py"
 
 
 def main() -> int:

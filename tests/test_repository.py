@@ -65,6 +65,7 @@ EXTRAS = {
   "sleep_jax.report": ("figures",),
   "sleep_jax.runtime.metrics": ("train",),
   "sleep_jax.experiments": ("train",),
+  "sleep_jax.experiments.figures": ("figures",),
   "sleep_jax.benchmarks": ("peers",),
 }
 

@@ -80,7 +80,7 @@ class PresetTest(parameterized.TestCase):
     ({"data__cut__max_tokens": 105}, "data.cut.max_tokens: must be at least 109"),
     ({"data__noise": False}, "data.noise: must be on"),
     ({"data__subset": "symbolic"}, "data.cut.answer_tokens: must be at least 24, the tokens of the longest"),
-    ({"data__modulus": 100_000, "data__cut__answer_tokens": 5}, "data.cut.answer_tokens: must be at least 6"),
+    ({"data__modulus": 1001, "data__cut__answer_tokens": 4}, "data.cut.answer_tokens: must be at least 5"),
     ({"data__modulus": 3}, r"data.modulus: must be -1 \(none\) or at least data.number_range = 10, got 3"),
     ({"model__vocab_size": 1023}, "model.vocab_size: must be at least 1024"),
     ({"data__held_out": ()}, "data.held_out: needs at least one of balanced, faithful"),
