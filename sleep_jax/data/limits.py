@@ -5,8 +5,7 @@ from sleep_jax.config import at_least, check
 LENGTH = 1 << 20  # tokens of a sequence
 SEED = 2**31 - 1  # of a stream: seeds beyond 32 bits would repeat the streams of smaller ones
 GROUPED = 1024  # batches that are made at once
-HOPS = 1 << 16
-STEPS = 1 << 16  # of a rule that is rolled out
+STREAM = 2**31  # sequences of a stream that the device makes: their index is an int32
 
 
 def within(value: int, least: int, most: int, field: str) -> None:
