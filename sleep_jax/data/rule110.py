@@ -12,20 +12,18 @@ earlier label, which the next prediction sees, carries no information about it.
 """
 
 import dataclasses
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import check, one_of
+from sleep_jax.config import Bounds, Count, Seed, check, check_fields
 from sleep_jax.data import limits
-from sleep_jax.data.limits import within
 from sleep_jax.windows import Batch
 
 ASK = 2
 VOCAB_SIZE = 3  # '0', '1', ASK
-MOST_STRINGS = 1 << 14
-MOST_STEPS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +39,19 @@ class Rule110Config:
     held_out_seed: seed of the evaluation set, which is the same for every run.
   """
 
-  num_strings: int = 4
-  num_cells: int = 24
-  rollout_steps: int = 32
-  boundary: str = "periodic"
-  held_out_seed: int = 1_000_003
+  PATH: ClassVar[str] = "data"
+
+  num_strings: Count = 4
+  num_cells: Annotated[int, Bounds(least=3, most=32)] = 24
+  rollout_steps: Annotated[int, Bounds(least=0), Bounds(most=limits.STEPS)] = 32
+  boundary: Literal["periodic", "zero"] = "periodic"
+  held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):
-    within(self.num_strings, 1, MOST_STRINGS, "data.num_strings")
-    check(3 <= self.num_cells <= 32, "data.num_cells", f"must lie in 3..32, got {self.num_cells}")
-    within(self.rollout_steps, 0, MOST_STEPS, "data.rollout_steps")
-    one_of(self.boundary, ("periodic", "zero"), "data.boundary")
-    within(self.held_out_seed, 0, limits.SEED, "data.held_out_seed")
+    check_fields(self)
+    longest = limits.LENGTH // (self.num_cells + 1)
+    at_most = f"must be at most {longest} of {self.num_cells} cells, got {self.num_strings}"
+    check(self.num_strings <= longest, "data.num_strings", at_most)
 
   @property
   def length(self) -> int:
@@ -86,7 +85,6 @@ def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
 
   Args:
     cells: uint32, any shape; bit i is cell i, bits from `num_cells` on are 0.
-
     cfg: the task.
 
   Returns:

@@ -233,9 +233,9 @@ class MistakesTest(parameterized.TestCase):
     ({"max_name": 4}, "data.mini_vocab: allows 6377550 names, at most 65536 can be drawn from"),
     ({"max_name": 2**31}, "data.max_name: must be at most 64, got 2147483648"),
     ({"max_hops": 2**31}, "data.max_hops: must be at most 65536, got 2147483648"),
-    ({"mini_vocab": 10**400}, "data.mini_vocab: must be at most 65536, got far more"),
+    ({"mini_vocab": 10**400}, "data.mini_vocab: must be at most 2147483647, got a number of 401 digits"),
     ({"context_length": 2**31}, "data.context_length: must be at most 1048576, got 2147483648"),
-    ({"held_out_seed": 2**32}, "data.held_out_seed: must be at most 2147483647, got 4294967296"),
+    ({"held_out_seed": 2**32}, "data.held_out_seed: must be at most 4294967295, got 4294967296"),
     ({"sizes": "largst"}, "data.sizes: unknown value 'largst'; did you mean \"largest\"?"),
     ({"pads": "skip"}, "data.pads: unknown value 'skip'"),
   )

@@ -194,10 +194,10 @@ class StreamTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({"num_strings": 0}, "data.num_strings: must be at least 1, got 0"),
-    ({"num_strings": 2**31}, "data.num_strings: must be at most 16384, got 2147483648"),
+    ({"num_strings": 2**20}, "data.num_strings: must be at most 41943 of 24 cells, got 1048576"),
     ({"num_cells": 33}, "data.num_cells: must lie in 3..32, got 33"),
     ({"rollout_steps": 2**31}, "data.rollout_steps: must be at most 65536, got 2147483648"),
-    ({"held_out_seed": 2**32}, "data.held_out_seed: must be at most 2147483647, got 4294967296"),
+    ({"held_out_seed": 2**32}, "data.held_out_seed: must be at most 4294967295, got 4294967296"),
     ({"boundary": "zeros"}, "data.boundary: unknown value 'zeros'; did you mean \"zero\"?"),
   )
   def test_what_cannot_be_is_one_line(self, changes, message):
