@@ -4,14 +4,17 @@ import random
 
 import pytest
 
-from sleep_jax.experiments import demo, eta
+from sleep_jax.experiments import config_file, eta
+from sleep_jax.experiments.board import Board, planned
+
+CONFIG = config_file.CONFIGS / "rule110.py"
 
 
 def test_the_longest_runs_come_first_and_work_is_steps_times_passes():
-  ledgers = demo.planned("tiny", 2)
+  ledgers = planned(f"{CONFIG}:tiny", 2)
   assert list(ledgers) == ["n4_s0", "n4_s1", "n2_s0", "n2_s1", "n1_s0", "n1_s1"]
   assert [r.work for r in ledgers.values()] == [80, 80, 40, 40, 20, 20]
-  assert {r.work for r in demo.planned("demo", 1).values()} == {3200}  # all take about the same compute
+  assert {r.work for r in planned(f"{CONFIG}:demo", 1).values()} == {3200}  # all take about the same compute
 
 
 def simulate(works, jobs, seconds_per_work, start_s, at):
@@ -75,7 +78,7 @@ def board(tmp_path):
   """A board of two runs of equal work on one core, its clock and what it said."""
   time, said = Time(), []
   ledgers = {name: eta.Ledger(work=100, steps=100) for name in ("a", "b")}
-  return demo.Board(ledgers, tmp_path / "logs", 1, now=time, say=said.append), time, said
+  return Board(ledgers, tmp_path / "logs", 1, now=time, say=said.append), time, said
 
 
 def test_the_board_says_few_lines_with_one_estimate_for_all_runs(board, tmp_path):
