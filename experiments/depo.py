@@ -88,7 +88,7 @@ def table(row: dict[str, Any], hops: tuple[int, ...], nodes: int) -> str:
 
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: task)
+  row = cli.train_in_workdir(cfg, lambda run: task, task.check)
   if row is None:
     return cli.DONE
   print(table(row, cfg.data.test_hops, cfg.data.max_nodes))

@@ -45,7 +45,7 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
 
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: task)
+  row = cli.train_in_workdir(cfg, lambda run: task, task.check)
   if row is None:
     return cli.DONE
   print(

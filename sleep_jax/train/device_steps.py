@@ -8,14 +8,15 @@ import jax
 import numpy as np
 
 from sleep_jax import model, windows
-from sleep_jax.config import Config
-from sleep_jax.cost import flops
+from sleep_jax.config import Config, check
+from sleep_jax.cost import flops, need
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_position
 from sleep_jax.train.recorder import Load, Recorder
 from sleep_jax.train.step import TrainState, shard
 from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compiling
 
+MOST_SEQUENCES = 2**32  # of a stream: their numbers are 32 bits
 TRACED_SEQUENCES = 64  # held-out sequences on which the work of sleep is recorded at the end
 
 
@@ -39,8 +40,15 @@ class DeviceTask:
   describe: Callable[[Row], str] = against_constant
 
   def check(self, cfg: Config) -> None:
-    """See `task.Task`. Every config fits that `train.check_fits` lets pass."""
-    del cfg
+    """See `task.Task`."""
+    need.check(cfg, len(self.layout))
+    batch = cfg.train.batch_size
+    check(
+      cfg.train.steps * batch <= MOST_SEQUENCES,
+      "train.steps",
+      f"must be at most {MOST_SEQUENCES // batch} with batches of {batch}: then the data would repeat, got"
+      f" {cfg.train.steps}",
+    )
 
   def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> "DeviceSteps":
     """See `task.Task`."""
