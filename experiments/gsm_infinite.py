@@ -127,6 +127,12 @@ def tables(row: dict[str, Any], data: gsm.TaskConfig) -> str:
   return "\n".join(table(row, groups, kind, f"{kind}_" if i else "") for i, kind in enumerate(data.held_out))
 
 
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, host_steps.HostTask]:
+  """See `tasks.open_task`; the folder has, or gets, the tokenizer."""
+  cfg = build(values)
+  return cfg, make_task(cfg, folder)
+
+
 def main() -> int:
   cfg = build(cli.required("config", CONFIG.value).to_dict())
   check = functools.partial(host_steps.check_size, cut=cfg.data.cut)

@@ -49,7 +49,7 @@ from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import task
 from sleep_jax.experiments import cli
 
-EXPERIMENT = "experiments.gsm_infinite"
+EXPERIMENT = "sleep_jax.experiments.gsm_infinite"
 PRETRAINED = ("jet_2b", "ouro", "ouro_memory", "ouro_sliding")
 PRESETS = ("tiny", "small", "scratch", *PRETRAINED)
 
