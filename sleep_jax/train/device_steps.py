@@ -10,13 +10,13 @@ import numpy as np
 from sleep_jax import model, windows
 from sleep_jax.config import Config, check
 from sleep_jax.cost import flops, need
+from sleep_jax.data import limits
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_position
 from sleep_jax.train.recorder import Load, Recorder
 from sleep_jax.train.step import TrainState, shard
 from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compiling
 
-MOST_SEQUENCES = 2**32  # of a stream: their numbers are 32 bits
 TRACED_SEQUENCES = 64  # held-out sequences on which the work of sleep is recorded at the end
 
 
@@ -40,14 +40,13 @@ class DeviceTask:
   describe: Callable[[Row], str] = against_constant
 
   def check(self, cfg: Config) -> None:
-    """See `task.Task`."""
+    """See `task.Task`. The index of a sequence is an int32, so that a longer stream would repeat itself."""
     need.check(cfg, len(self.layout))
-    batch = cfg.train.batch_size
+    sequences = cfg.train.steps * cfg.train.batch_size
     check(
-      cfg.train.steps * batch <= MOST_SEQUENCES,
+      sequences <= limits.STREAM,
       "train.steps",
-      f"must be at most {MOST_SEQUENCES // batch} with batches of {batch}: then the data would repeat, got"
-      f" {cfg.train.steps}",
+      f"times train.batch_size must be at most {limits.STREAM} sequences, got {sequences}",
     )
 
   def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> "DeviceSteps":
