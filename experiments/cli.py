@@ -22,6 +22,7 @@ from ml_collections import config_dict, config_flags
 from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, nearest, to_dict
 from sleep_jax.data.batching import WorkerError
+from sleep_jax.experiments import fine_tuning
 from sleep_jax.runtime import processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.metrics import MetricsError
@@ -155,7 +156,8 @@ def train_in_workdir(
   """
   folder = required("workdir", define_workdir_flag().value)
   train.check_fits(cfg)
-  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
+  cfg, movable = fine_tuning.identified(cfg, folder)
+  with workdir.prepare(folder, to_dict(cfg), may_change=movable, defaults=defaults_of(cfg)) as run:
     if run.done_step is not None:
       print(f"{run.path} is complete: {run.done_step} steps")
       return None
