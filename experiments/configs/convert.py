@@ -11,9 +11,10 @@
 same logits until they are trained. `export` writes the newest weights of a run (`--config.step=K`: those of
 a saved step). If the run began with a published checkpoint, they get the names and files of that checkpoint,
 its tokenizer, licence and other files beside them; in float32, so that nothing is lost
-(`--config.dtype=published` rounds to the checkpoint's dtypes). Any other run is written in our own format, `model_type: sleep_jax`, which
-every command here reads as it reads a published one. If the checkpoint of a run was moved, say where it lies:
-`--config.origin=FOLDER`. Needs host memory for the weights in float32: 4 bytes a parameter.
+(`--config.dtype=published` rounds to the checkpoint's dtypes). Any other run is written in our own format,
+`model_type: sleep_jax`, which every command here reads as it reads a published one. If the checkpoint of a run
+was moved, say where it lies: `--config.origin=FOLDER`. Needs host memory for the weights in float32: 4 bytes a
+parameter.
 """
 
 from ml_collections import config_dict

@@ -80,6 +80,7 @@ def _decimal(fields: Fields, name: str) -> float:
   """A number above 0 that may stand there as text, as the published `norm_eps` does."""
   value = fields.values.get(name)
   if isinstance(value, str):
+    fields.skip(name)
     try:
       fields = Fields({name: float(value)}, fields.where, prefix=fields.prefix)
     except ValueError:
