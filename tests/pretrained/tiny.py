@@ -14,7 +14,7 @@ import tokenizers
 
 from sleep_jax.config import ModelConfig
 from sleep_jax.data import gsm_infinite as generator
-from sleep_jax.pretrained import dense, jet_nemotron, loading, ouro, weight_map
+from sleep_jax.pretrained import jet_nemotron, loading, ouro, published, weight_map
 from sleep_jax.pretrained.fields import Fields
 
 VOCAB = 512
@@ -41,12 +41,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "ouro": ouro.PUBLISHED_1_4B | SIZES | {"num_hidden_layers": 2, "head_dim": 8, "total_ut_steps": 2},
   "qwen2": SIZES
   | {
-    "architectures": [dense.QWEN2],
+    "architectures": [published.QWEN2],
     "num_hidden_layers": 2,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
     "tie_word_embeddings": True,
     "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+  },
+  "llama": SIZES
+  | {
+    "architectures": [published.LLAMA],
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
     "torch_dtype": "bfloat16",
   },
 }
