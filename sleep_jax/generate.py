@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, config, model, sharding
+from sleep_jax import config, looped, model, sharding
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax.fast_weights import FastWeights
 
 
 @flax.struct.dataclass
@@ -42,8 +43,8 @@ class Session:
   """
 
   start: model.State
-  fast: blocks.State
-  cache: blocks.Cache
+  fast: dict[str, FastWeights]
+  cache: looped.Cache
   logits: jax.Array
   tokens: np.ndarray
   valid: np.ndarray

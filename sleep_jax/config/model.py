@@ -5,9 +5,20 @@ A part of `config`, which names all of this again.
 
 import dataclasses
 
-from sleep_jax.config.schema import above, at_least, check, one_of
+from sleep_jax.config.schema import ConfigError, above, at_least, check, nearest, one_of
 
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
+_FAST = {"gdn": None, "hebbian": None, "jet": None, "delta": None, "kda": None, "gdn2": None}  # in order
+
+
+def block_names() -> tuple[str, ...]:
+  """Every block that `model.blocks` can name."""
+  return (*ATTENTION, *_FAST)
+
+
+def register_block(name: str) -> None:
+  """Makes `name` known as a fast-weight block; `rules.register` calls this for a rule of the user's."""
+  _FAST[name] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +145,7 @@ class ModelConfig:
     mlp_bias: added to what each of its three projections gives.
     blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`), or
       a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, `delta`, `kda`, `gdn2`, or one that
-      `fast_weights.RULES` was given).
+      was given to `rules.register`).
     without_mlp: numbers of blocks that are a mixer behind its norm and no more: a memory added to a
       pretrained model.
     window: L, tokens that attention holds before they are consolidated and evicted.
@@ -184,6 +195,9 @@ class ModelConfig:
     if self.mlp_dim is not None:
       at_least(self.mlp_dim, 1, "model.mlp_dim")
     at_least(len(self.blocks), 1, "model.blocks")
+    for i, kind in enumerate(self.blocks):
+      if kind not in (known := block_names()):
+        raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
     at_least(self.window, 1, "model.window")
     one_of(self.eviction, ("hard", "sliding"), "model.eviction")
     above(self.embed_std, 0, "model.embed_std")
