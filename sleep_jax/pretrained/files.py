@@ -79,7 +79,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   with open_regular(path) as file:
     try:
-      data = file.read(LARGEST_JSON + 1)
+      data = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1)
     except OSError as e:
       raise PretrainedError(f"{path}: {e.strerror}") from e
   if len(data) > LARGEST_JSON:

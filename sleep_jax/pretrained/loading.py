@@ -1,17 +1,18 @@
 """From a folder of safetensors and `config.json` to a config and a tree of weights."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import config, fast_weights, layers, model, params, sharding
+from sleep_jax import config, layers, model, params, rules, sharding
 from sleep_jax.config import ConfigError, ModelConfig
 from sleep_jax.pretrained import (
   dense,
@@ -104,22 +105,23 @@ def open_source(folder: str | os.PathLike, *, ignore: Collection[str] = (), **ch
     raise PretrainedError(f"{folder}: there is no such folder")
   values = files.read_json(folder / CONFIG)
   if own_format.is_own(values):
-    cfg = config.replace(own_format.read_config(values), **changes)
+    with _blamed(CONFIG):
+      cfg = own_format.read_config(values)
+    cfg = config.replace(cfg, **changes)
     source = Source(folder, values, cfg, safetensors_io.Tensors(folder), None, tuple(ignore))
     _check_tensors(source, {})
     return source
   fields = _fields(values, ignore)
-  said = ARCHITECTURES[_architecture(values)](fields)
-  fields.finish()
+  with _blamed(CONFIG, fields):
+    said = ARCHITECTURES[_architecture(values)](fields)
+    fields.finish()
+    cfg = ModelConfig(**{"window": max(2000, said["attention"].swa_window or 0), **said})
   memory = None
   if files.is_there(folder / MEMORY_CONFIG):
-    said |= _memory_fields(files.read_json(folder / MEMORY_CONFIG), said["blocks"])
+    with _blamed(MEMORY_CONFIG):
+      cfg = dataclasses.replace(cfg, **_memory_fields(files.read_json(folder / MEMORY_CONFIG), cfg.blocks))
     memory = safetensors_io.Tensors(folder, MEMORY_TENSORS)
-  window = max(2000, said["attention"].swa_window or 0)
-  try:
-    cfg = ModelConfig(**{"window": window, **said, **changes})
-  except ConfigError as e:
-    raise ConfigError(f"{e}{_assumptions(fields.assumed, values)}") from e
+  cfg = dataclasses.replace(cfg, **changes)
   source = Source(folder, values, cfg, safetensors_io.Tensors(folder), memory, tuple(ignore))
   _check_tensors(source, fields.assumed)
   return source
@@ -193,6 +195,18 @@ def _fields(values: dict[str, Any], ignore: Collection[str]) -> Fields:
   for name, (allowed, why) in published.SETTLED.items():
     fields.only(name, allowed, why)
   return fields
+
+
+@contextlib.contextmanager
+def _blamed(file: str, fields: Fields | None = None) -> Iterator[None]:
+  """Names the file in the error of a config that it gives, and the defaults that went into it."""
+  try:
+    yield
+  except PretrainedError:
+    raise
+  except (ConfigError, OverflowError) as e:
+    clause = "" if fields is None else _assumptions(fields.assumed, fields.values)
+    raise PretrainedError(f"{file}: {' '.join(str(e).split())}{clause}") from e
 
 
 def _assumptions(assumed: dict[str, Any], values: dict[str, Any]) -> str:
@@ -285,8 +299,8 @@ def _memory_fields(values: dict[str, Any], blocks: tuple[str, ...]) -> dict[str,
   if set(values) != {"blocks", "fast"} or not isinstance(added, dict) or not set(added) <= numbers:
     raise PretrainedError(f"{MEMORY_CONFIG}: must hold blocks (number below {size} -> kind) and fast")
   for number, kind in added.items():
-    known = isinstance(kind, str) and kind in fast_weights.RULES
-    names = ", ".join(fast_weights.RULES)
+    known = isinstance(kind, str) and kind in rules.RULES
+    names = ", ".join(rules.RULES)
     config.check(known, f"{MEMORY_CONFIG}: blocks.{number}", f"= {shown(kind)} is not one of {names}")
   rest = iter(blocks)
   return {
@@ -294,6 +308,7 @@ def _memory_fields(values: dict[str, Any], blocks: tuple[str, ...]) -> dict[str,
     "without_mlp": tuple(sorted(map(int, added))),
     "fast": _memory_sizes(values["fast"]),
     "predict_passes": 1,
+    "exit_threshold": None,
   }
 
 

@@ -7,7 +7,7 @@ layout that it has here.
 
 from typing import Any
 
-from sleep_jax import config, fast_weights
+from sleep_jax import config, rules
 from sleep_jax.config import ATTENTION, ModelConfig
 from sleep_jax.pretrained.fields import (
   LAYERS,
@@ -62,7 +62,7 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
   fields.finish()
   _check_sizes(group.values, "config.json: model")
   cfg = config.from_dict(ModelConfig, group.values, "config.json: model.")
-  unknown = sorted(set(cfg.blocks) - {*ATTENTION, *fast_weights.RULES})
+  unknown = sorted(set(cfg.blocks) - {*ATTENTION, *rules.RULES})
   config.check(not unknown, "config.json: model.blocks", f"unknown kind {listing(unknown)}")
   for name, value, most in (
     ("blocks", len(cfg.blocks), LAYERS),

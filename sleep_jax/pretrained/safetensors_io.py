@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from sleep_jax.pretrained import files, published
@@ -30,8 +29,8 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "U16": np.dtype(np.uint16),
   "I16": np.dtype(np.int16),
-  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+  "F8_E5M2": np.dtype(jnp.float8_e5m2),
   "I8": np.dtype(np.int8),
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),

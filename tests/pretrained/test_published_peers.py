@@ -73,7 +73,9 @@ def our_logits(folder: pathlib.Path) -> np.ndarray:
     return np.asarray(PREDICT(weights, cfg))
 
 
-PREDICT = hybrids.jit(lambda w, cfg: model.predict(w, TOKENS, {}, cfg)[0], static_argnums=1)
+PREDICT = hybrids.jit(
+  lambda w, cfg: model.predict(w, TOKENS, model.init_state(cfg, 2), cfg)[0], static_argnums=1
+)
 
 
 def with_config(folder: pathlib.Path, values: dict, target: pathlib.Path) -> pathlib.Path:
