@@ -6,7 +6,7 @@ import pathlib
 import stat
 from typing import Any, BinaryIO
 
-from sleep_jax.pretrained.fields import PretrainedError, shown
+from sleep_jax.pretrained.fields import PretrainedError, listing, shown
 
 LARGEST_JSON = 1 << 24  # bytes
 
@@ -40,12 +40,12 @@ def check_inside(path: pathlib.Path) -> None:
     folder = os.path.realpath(path.parent)
     real = os.path.realpath(path)
   except (OSError, ValueError) as e:
-    raise PretrainedError(f"{shown(path.name)}: cannot be read ({e})") from e
+    raise PretrainedError(f"{listing([path.name])}: cannot be read ({e})") from e
   allowed = [folder]
   if os.path.basename(os.path.dirname(folder)) == "snapshots":
     allowed.append(os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs"))
   if not any(real.startswith(parent + os.sep) for parent in allowed):
-    raise PretrainedError(f"{shown(path.name)}: is a link to {shown(real)}, outside of its folder")
+    raise PretrainedError(f"{listing([path.name])}: is a link to {shown(real)}, outside of its folder")
 
 
 def open_regular(path: pathlib.Path) -> BinaryIO:

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from sleep_jax import config, pretrained
 from sleep_jax.pretrained import safetensors_io
+from sleep_jax.pretrained.memory import memory_config
 from tests import hybrids
 from tests.pretrained import tiny
 
@@ -280,10 +281,11 @@ def test_a_snapshot_in_the_hubs_cache_is_read_through_its_links(tmp_path):
 @pytest.mark.parametrize("kind", ["gdn", "hebbian", "delta", "kda", "gdn2"])
 def test_a_memory_of_any_rule_is_written_and_read(kind, tmp_path):
   folder = tiny.checkpoint(tmp_path / "in", "qwen2", tokenizer=False)
-  cfg, weights, source = pretrained.load(folder)
+  source = pretrained.open_source(folder)
   fast = config.FastConfig(num_heads=1, key_dim=4, value_dim=6, out_norm_eps=1e-4)
-  cfg, weights = pretrained.add_memory(cfg, weights, jax.random.key(0), num_layers=1, kind=kind, fast=fast)
-  pretrained.export(tmp_path / "out", cfg, weights, source)
+  cfg = memory_config(source.model, num_layers=1, kind=kind, fast=fast)
+  weights = tiny.weights(cfg)
+  pretrained.export(tmp_path / "out", cfg, weights, source, dtype="float32")
   again, read, _ = pretrained.load(tmp_path / "out")
   assert again == cfg
   hybrids.assert_same(read, weights)

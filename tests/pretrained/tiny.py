@@ -7,11 +7,13 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from sleep_jax import model, params
 from sleep_jax.config import ModelConfig
 from sleep_jax.data import gsm_infinite as generator
 from sleep_jax.pretrained import jet_nemotron, loading, ouro, published, weight_map
@@ -76,6 +78,14 @@ def checkpoint(folder: pathlib.Path, name: str, *, seed: int = 0, tokenizer: boo
   if tokenizer:
     make_tokenizer(folder / "tokenizer.json")
   return folder
+
+
+def weights(cfg: ModelConfig, seed: int = 0) -> Any:
+  """Random weights of a model, drawn without compiling anything."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda w: rng.normal(size=w.shape).astype(np.float32), model.declare(cfg), is_leaf=params.is_weight
+  )
 
 
 def make_tokenizer(path: pathlib.Path, size: int = VOCAB) -> None:
