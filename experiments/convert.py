@@ -1,8 +1,8 @@
 """Reads a checkpoint, or what a run has trained, checks it, and writes it as safetensors and `config.json`.
 
-    python -m experiments.convert --config=experiments/configs/convert.py:memory \
+    python -m experiments.convert --config=experiments/configs/convert.py:memory \\
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
-    python -m experiments.convert --config=experiments/configs/convert.py:export \
+    python -m experiments.convert --config=experiments/configs/convert.py:export \\
       --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
 
 A run that began with a published checkpoint is written in the format of that checkpoint, any other run in our
@@ -13,12 +13,13 @@ import dataclasses
 import errno
 import pathlib
 import sys
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 
 from sleep_jax import config, model, params, pretrained
 from sleep_jax.config import ConfigError, FastConfig, ModelConfig
+from sleep_jax.config.model import MOST_BLOCKS
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
@@ -40,28 +41,29 @@ class ConvertConfig:
     step: of a run, which saved step. None: the newest good one.
     origin: of a run, where the checkpoint lies with which it began, if it was moved since.
     memory_layers: fast-weight layers to insert; 0 for none.
-    fast: their sizes.
-    seed: of their weights.
-    dtype: of what is written: `published`, to which trained weights are rounded, or `float32`, which loses
+    fast: sizes of the inserted layers.
+    seed: of the inserted layers' weights.
+    dtype: of what is written. `published`, to which trained weights are rounded, or `float32`, which loses
       nothing. Inserted layers and our own format are float32 always.
     ignore: dotted names of unknown fields of `config.json` that change nothing; a run says itself which.
   """
 
   source: str | None = None
   target: str | None = None
-  step: int | None = None
+  step: Annotated[int | None, config.Bounds(least=0)] = None
   origin: str | None = None
-  memory_layers: int = 0
+  memory_layers: Annotated[int, config.Bounds(least=0), config.Bounds(most=MOST_BLOCKS)] = 0
   fast: FastConfig = FastConfig(num_heads=16, key_dim=128, value_dim=128)
-  seed: int = 0
-  dtype: str = "published"
+  seed: config.Seed = 0
+  dtype: Literal["published", "float32"] = "published"
   ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
+    config.check_fields(self)
     config.check(bool(self.source), "source", "is required: the folder with config.json")
-    config.at_least(self.memory_layers, 0, "memory_layers")
-    config.at_least(self.seed, 0, "seed")
-    config.one_of(self.dtype, ("published", "float32"), "dtype")
+
+
+FIELDS = {"": ConvertConfig}
 
 
 @dataclasses.dataclass(frozen=True)

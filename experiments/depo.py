@@ -20,6 +20,7 @@ from sleep_jax.experiments import cli
 from sleep_jax.scoring import by_group
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": depo.DepoConfig}
 cli.define_workdir_flag()
 cli.define_process_flags()
 
@@ -83,6 +84,12 @@ def table(row: dict[str, Any], hops: tuple[int, ...], nodes: int) -> str:
       f" {f'{low:.1%} - {high:.1%}':>15}"
     )
   return "\n".join(lines)
+
+
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, training.DeviceTask]:
+  """See `tasks.open_task`; nothing is kept in the folder."""
+  del folder
+  return build(values)
 
 
 def main() -> int:

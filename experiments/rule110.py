@@ -14,6 +14,7 @@ from sleep_jax.data import rule110
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": rule110.Rule110Config}
 cli.define_workdir_flag()
 cli.define_process_flags()
 
@@ -40,6 +41,12 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
     held_out_seed=data.held_out_seed,
   )
   return cfg, task
+
+
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, training.DeviceTask]:
+  """See `tasks.open_task`; nothing is kept in the folder."""
+  del folder
+  return build(values)
 
 
 def main() -> int:

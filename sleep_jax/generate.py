@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Annotated, ClassVar
 
 import flax.struct
 import jax
@@ -71,16 +72,14 @@ class SamplingConfig:
     top_p: only the likeliest tokens that together reach this probability, of what `top_k` left. None: all.
   """
 
-  temperature: float = 0.0
-  top_k: int | None = None
-  top_p: float | None = None
+  PATH: ClassVar[str] = "sampling"
+
+  temperature: config.NotNegative = 0.0
+  top_k: config.Count | None = None
+  top_p: Annotated[float, config.Bounds(above=0, most=1)] | None = None
 
   def __post_init__(self):
-    config.at_least(self.temperature, 0, "sampling.temperature")
-    if self.top_k is not None:
-      config.at_least(self.top_k, 1, "sampling.top_k")
-    if self.top_p is not None:
-      config.check(0 < self.top_p <= 1, "sampling.top_p", f"must lie in (0, 1], got {self.top_p}")
+    config.check_fields(self)
 
 
 def start(cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int = 1) -> Session:

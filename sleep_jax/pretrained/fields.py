@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sleep_jax.config import ConfigError, RopeScaling
+from sleep_jax.config.model import MOST_BLOCKS, MOST_PASSES_AWAKE
 from sleep_jax.pretrained import published
 
 # What no model has more of. A file that claims more is refused before anything is made.
 LARGEST = 1 << 24  # of a size
-LAYERS = 4096
-PASSES = 256  # awake, each of which is compiled and has a cache of its own
+LAYERS, PASSES = MOST_BLOCKS, MOST_PASSES_AWAKE
 LONGEST_WINDOW = 1 << 20  # tokens
 
 
