@@ -24,6 +24,7 @@ from sleep_jax.config import Config, ConfigError, check, defaults_of, nearest, t
 from sleep_jax.data.batching import WorkerError
 from sleep_jax.runtime import processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
+from sleep_jax.runtime.files import RunFailedError, shown
 from sleep_jax.runtime.metrics import MetricsError
 from sleep_jax.runtime.workdir import WorkdirError
 from sleep_jax.train import NotFiniteError, PreemptedError, host_steps
@@ -125,10 +126,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise ConfigError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
       _join()
       return main() or DONE
+    except (NotFiniteError, WorkerError, RunFailedError) as e:
+      return _say(f"failed: {e}", FAILED)
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except (NotFiniteError, WorkerError) as e:
-      return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)
     except KeyboardInterrupt:
@@ -157,7 +158,7 @@ def train_in_workdir(
   train.check_fits(cfg)
   with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
     if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
+      print(f"{shown(run.path)} is complete: {run.done_step} steps")
       return None
     return train.train(cfg, make_task(run), run)
 
