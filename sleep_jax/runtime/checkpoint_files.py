@@ -25,6 +25,7 @@ from sleep_jax.runtime.manifest import (
   CheckpointError,
   damage,
   read_manifest,
+  some,
   write_manifest,
 )
 from sleep_jax.runtime.run_config import RunConfig
@@ -170,6 +171,22 @@ class CheckpointFiles:
       told = stored is not None and self._config.differences(stored, "checkpoint")
       if told:
         raise CheckpointError(f"step {step} in {shown(self.directory)} is of another run: {told}")
+
+  def chosen(self, step: int) -> int:
+    """The step itself, if it was saved and is what its manifest says; nothing is moved.
+
+    Raises:
+      CheckpointError: if it was not saved or is damaged, or if any step is another run's.
+    """
+    saved = self.saved()
+    if step not in saved:
+      known = some([str(s) for s in saved]) if saved else "none"
+      raise CheckpointError(f"step {step} was not saved in {shown(self.directory)}; saved steps: {known}")
+    self._refuse_strangers()
+    problem = damage(self.path(step))
+    if problem is not None:
+      raise CheckpointError(f"step {step} in {shown(self.directory)} is damaged ({problem})")
+    return step
 
   def purge(self) -> None:
     """Empties the trash. What cannot be deleted now is tried again next time."""
