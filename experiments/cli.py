@@ -21,8 +21,9 @@ from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
 from sleep_jax.experiments import config_file, usage
-from sleep_jax.runtime import processes, workdir
+from sleep_jax.runtime import files, processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
+from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.metrics import MetricsError
 from sleep_jax.runtime.workdir import WorkdirError
 from sleep_jax.train import NotFiniteError, PreemptedError
@@ -145,10 +146,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise ConfigError(f"unexpected argument {shown(argv[1])}: every option is a flag, --name=value")
       _join()
       return main() or DONE
+    except (NotFiniteError, WorkerError, RunFailedError) as e:
+      return _say(f"failed: {e}", FAILED)
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except (NotFiniteError, WorkerError) as e:
-      return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)
     except BrokenPipeError:
@@ -179,7 +180,7 @@ def train_in_workdir(
   train.check_fits(cfg)
   with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
     if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
+      print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None
     return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)
 
