@@ -166,6 +166,8 @@ def train_in_workdir(
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
 
+  A complete run is made longer by a larger `train.steps`: it goes on where it ended.
+
   Args:
     cfg: of the run.
     make_task: called once the folder is taken.
@@ -178,8 +180,8 @@ def train_in_workdir(
   """
   folder = required("workdir", define_workdir_flag().value)
   train.check_fits(cfg)
-  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
-    if run.done_step is not None:
+  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg), may_grow=("train.steps",)) as run:
+    if run.done_step is not None and run.done_step >= cfg.train.steps:
       print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None
     return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)

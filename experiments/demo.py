@@ -32,7 +32,7 @@ def main() -> int:
   folder = pathlib.Path(WORKDIR.value)
   config.check(not folder.is_file(), "--workdir", f"{folder} is a file, a workdir is a directory")
   todo = runner.commands(f"{CONFIG}:{SIZE.value}", str(folder), SEEDS.value)
-  states = {name: runner.status(folder / name) for name in todo}
+  states = {name: runner.status(folder / name, todo[name]) for name in todo}
   code = runner.execute(todo, states, JOBS.value)
   if code != cli.DONE:
     return code

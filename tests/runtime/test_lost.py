@@ -25,7 +25,8 @@ def tiny():
 
 
 def delete(path):
-  shutil.rmtree(path)
+  while path.exists():  # a save that is under way may write into it meanwhile
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def move(path):
