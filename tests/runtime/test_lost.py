@@ -60,7 +60,7 @@ def replace_by_a_file(path):
 def delete_inner(name):
   def do(path):
     inner = path / name
-    shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
+    delete(inner) if inner.is_dir() else inner.unlink()
 
   do.__name__ = f"delete_{name}"
   return do
