@@ -161,22 +161,26 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def train_in_workdir(
-  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task]
+  cfg: Config,
+  make_task: Callable[[workdir.Workdir], train.Task],
+  check_task: Callable[[Config], None],
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
 
   Args:
     cfg: of the run.
     make_task: called once the folder is taken.
+    check_task: raises `ConfigError` where the config does not fit the task, before anything is written.
 
   Returns:
     The last evaluation's row; None, and a line is printed, if there was nothing left to do.
 
   Raises:
-    What `train.check_fits`, `workdir.prepare`, `make_task` and `train.train` raise.
+    What `train.check_fits`, `check_task`, `workdir.prepare`, `make_task` and `train.train` raise.
   """
   folder = required("workdir", define_workdir_flag().value)
   train.check_fits(cfg)
+  check_task(cfg)
   with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
     if run.done_step is not None:
       print(f"{run.path} is complete: {run.done_step} steps")
