@@ -1,10 +1,12 @@
 """What the chunked forms share: the plan, blocks of batch rows, chunks of tokens, the triangular inverse."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
 
 # Longest chunk by platform. CPU: a compromise (kernels/README.md has what others cost). TPU: by the
@@ -93,6 +95,26 @@ def blocked(f):
   return run
 
 
+def define_gradient(chunked: jax.custom_vjp, forward: Callable, backward: Callable) -> None:
+  """Makes `backward` the gradient of `chunked`, which keeps its inputs only.
+
+  Args:
+    chunked: (*inputs, plan) -> (o, S), with the plan as its `nondiff_argnums`.
+    forward: (plan, *inputs) -> (o, S).
+    backward: (plan, *inputs, do, dS) -> gradients of the inputs.
+  """
+
+  def keep_inputs(*inputs_and_plan):
+    *inputs, plan = inputs_and_plan
+    o, S_out = forward(plan, *inputs)
+    return (checkpoint_name(o, "fast_weight_o"), checkpoint_name(S_out, "fast_weight_S")), inputs
+
+  def pull(plan, inputs, cotangents):
+    return backward(plan, *inputs, *cotangents)
+
+  chunked.defvjp(keep_inputs, pull)
+
+
 def unit_lower_inverse(A: jax.Array) -> jax.Array:
   """(I + A)^-1 for strictly lower triangular A [..., C, C].
 
@@ -153,6 +175,20 @@ def join(x: jax.Array, T: int) -> jax.Array:
   """[n, B, H, C, ...] -> [B, T, H, ...]."""
   x = jnp.moveaxis(x, (0, 2), (1, 3))
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
+def prepared(plan: Plan, prepare: Callable[..., Any], tokens: Sequence[jax.Array]) -> tuple[Any, Callable]:
+  """What a loop over chunks goes along, and the function that makes a prepared chunk of an element of it.
+
+  With `plan.hoist` all chunks are prepared at once before the loop, else each of them inside it.
+
+  Args:
+    prepare: (plan, *tokens, **known) -> chunk. `known` are parts of the chunk from an earlier loop.
+    tokens: arrays [n, B, H, C, ...].
+  """
+  if plan.hoist:
+    return prepare(plan, *tokens), lambda chunk, **known: chunk
+  return tokens, lambda chunk_of_tokens, **known: prepare(plan, *chunk_of_tokens, **known)
 
 
 def scan(f, init, xs, reverse: bool = False):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sleep_jax.kernels import static_tpu
+from sleep_jax.kernels.measure import static_tpu
 
 HLO = """
 HloModule jit_f
