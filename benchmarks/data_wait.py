@@ -63,7 +63,7 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
     task = gsm_infinite.make_task(
       config.replace(cfg, train={"eval_sequences": 8 * 3, "eval_batch_size": 1}), folder
     )
-    blocks = batching.Blocks(
+    plan = batching.BatchPlan(
       task.source,
       task.cut,
       window=cfg.model.window,
@@ -73,7 +73,7 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
     )
     begin, made = time.process_time(), []
     while len(made) < batches:
-      made += blocks[len(made) // task.cut.bucket_batches]
+      made += plan[len(made) // task.cut.bucket_batches]
     cpu = time.process_time() - begin
   examples = len(made) * cfg.train.batch_size
   return {
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--steps", type=int, default=40, help="of each run")
   parser.add_argument("--passes", type=measure.whole_numbers, default=(1, 2, 4), help="N, as 1,2,4")
   parser.add_argument("--batches", type=int, default=4, help="of each preset, without training")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))
   sections = {

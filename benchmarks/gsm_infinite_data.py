@@ -3,7 +3,7 @@
     python -m benchmarks.gsm_infinite_data --problems=400
 
 The original generator is not run here; its attempts per problem are measured facts of its own (400 problems a
-row, `sleep_jax/data/gsm_infinite/reference.json`), and its time is not known.
+row, `sleep_jax/data/gsm_infinite/study/reference.json`), and its time is not known.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sleep_jax.benchmarks import measure, tables
 from sleep_jax.data import gsm_infinite
-from sleep_jax.data.gsm_infinite import statistics
+from sleep_jax.data.gsm_infinite.study import statistics
 
 NOTES = (
   "CPU time of one process; texts of 2,000-3,300 tokens, solutions included, as text.",
@@ -26,7 +26,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.gsm_infinite_data", description=__doc__)
   parser.add_argument("--problems", type=int, default=400, help="for each number of operations")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   measure.pin(1)
   facts = tables.machine(("numpy", "tokenizers"))

@@ -13,8 +13,8 @@ import pathlib
 from absl import flags
 
 from sleep_jax import config
-from sleep_jax.experiments import cli, runner
-from sleep_jax.report import claims, page, runs
+from sleep_jax.experiments import cli, config_file, figures, runner
+from sleep_jax.report import claims, page, tables
 
 WORKDIR = flags.DEFINE_string(
   "workdir", "work/demo", "each run gets a folder in it; figures and report.html too"
@@ -25,7 +25,7 @@ SIZE = flags.DEFINE_enum(
 SEEDS = flags.DEFINE_integer("seeds", 1, "seeds 0 .. SEEDS - 1 of each run", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 2, "runs at a time", lower_bound=1)
 
-CONFIG = "experiments/configs/rule110.py"
+CONFIG = config_file.CONFIGS / "rule110.py"
 
 
 def main() -> int:
@@ -41,13 +41,14 @@ def main() -> int:
 
 def summarize(folder: pathlib.Path, names: list[str]) -> int:
   """Prints the tables and the claim; writes figures and the page."""
-  found = runs.load_runs([folder / name for name in names])
-  print(f"\nAt the end of each run\n\n{runs.to_markdown(runs.summary_table(found))}")
-  print(f"\nAt equal compute\n\n{runs.to_markdown(runs.equal_compute_table(found))}")
-  print(f"\n{claims.claim(found)}\n{claims.compute_claim(found)}")
-  for drawing in page.drawings(found):
+  runs = figures.load_runs([folder / name for name in names])
+  print(f"\nAt the end of each run\n\n{tables.to_markdown(tables.summary_table(runs))}")
+  print(f"\nAt equal compute\n\n{tables.to_markdown(tables.equal_compute_table(runs))}")
+  print(f"\n{claims.claim(runs)}\n{claims.compute_claim(runs)}")
+  curves, about_sleep = figures.drawings(runs), figures.about_sleep(runs)
+  for drawing in [*curves, *about_sleep]:
     drawing.save(folder / "figures")
-  written = page.write_html(folder / "report.html", found, command="make demo")
+  written = page.write_html(folder / "report.html", runs, curves, about_sleep, command="make demo")
   print(f"\nfigures in {folder / 'figures'}, all of it in {written}")
   return cli.DONE
 

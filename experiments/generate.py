@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import sys
 import unicodedata
-from typing import TextIO
+from typing import Literal, TextIO
 
 import jax
 import numpy as np
@@ -57,22 +57,21 @@ class GenerateConfig:
   """
 
   checkpoint: str | None = None
-  window: int | None = None
-  eviction: str = "hard"
-  predict_passes: int | None = None
-  dtype: str = "float32"
-  param_dtype: str = "float32"
+  window: config.Count | None = None
+  eviction: Literal["hard", "sliding"] = "hard"
+  predict_passes: config.Count | None = None
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
   sleep: SleepConfig = SleepConfig()
   sampling: SamplingConfig = SamplingConfig()
-  max_new_tokens: int = 200
+  max_new_tokens: config.Natural = 200
   stop: tuple[int, ...] = ()
-  seed: int = 0
+  seed: config.Seed = 0
   ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
+    config.check_fields(self)
     config.check(bool(self.checkpoint), "checkpoint", "is required: the folder with config.json")
-    config.at_least(self.max_new_tokens, 0, "max_new_tokens")
-    config.at_least(self.seed, 0, "seed")
 
   @property
   def changes(self) -> dict[str, object]:
@@ -80,6 +79,9 @@ class GenerateConfig:
     asked = {"window": self.window, "predict_passes": self.predict_passes}
     given = {name: value for name, value in asked.items() if value is not None}
     return given | {"eviction": self.eviction, "dtype": self.dtype}
+
+
+FIELDS = {"": GenerateConfig}
 
 
 class Report:

@@ -1,6 +1,6 @@
 """Writes a GSM-Infinite data set and its statistics beside the original generator's.
 
-    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET
+    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET \\
       --workdir=D
 
 D gets train, held_out_balanced and held_out_faithful, each as JSON lines and as ArrayRecord (a record is
@@ -21,9 +21,9 @@ from array_record.python import array_record_module
 
 from sleep_jax import config
 from sleep_jax.data import gsm_infinite as gsm
-from sleep_jax.data.gsm_infinite import GsmInfiniteConfig, Problem, comparison, dataset, problem, problems
-from sleep_jax.data.gsm_infinite import reading as read_text
-from sleep_jax.data.gsm_infinite.reading import Reading
+from sleep_jax.data.gsm_infinite import GsmInfiniteConfig, Problem, problem, problems
+from sleep_jax.data.gsm_infinite.study import comparison
+from sleep_jax.data.gsm_infinite.study.reading import Reading, read_problem
 from sleep_jax.experiments import cli
 from sleep_jax.runtime import workdir
 from sleep_jax.runtime.workdir import write_file
@@ -35,19 +35,25 @@ SHOWN_ANSWERS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is written: `num` training problems of the stream `seed`, and `held_out` of each kind."""
+  """What is written.
+
+  Attributes:
+    data: the problems.
+    seed: of the training problems.
+    num: training problems.
+    held_out: held-out problems of each kind.
+  """
 
   data: GsmInfiniteConfig
-  seed: int = 0
-  num: int = 77_000
+  seed: config.Seed = 0
+  num: config.Count = 77_000
   held_out: int = 1600
 
   def __post_init__(self):
-    config.at_least(self.seed, 0, "seed")
+    config.check_fields(self)
     config.check(
       self.seed != self.data.held_out_seed, "seed", f"must differ from data.held_out_seed, got {self.seed}"
     )
-    config.at_least(self.num, 1, "num")
     low, high = self.data.operations
     levels = high - low + 1
     config.check(
@@ -55,6 +61,9 @@ class Settings:
       "held_out",
       f"must be a multiple of the {levels} numbers of operations, got {self.held_out}",
     )
+
+
+FIELDS = {"": Settings}
 
 
 @dataclasses.dataclass
@@ -72,7 +81,7 @@ class Seen:
   def add(self, cfg: GsmInfiniteConfig, p: Problem) -> None:
     """Reads a problem back from its text and remembers what is counted."""
     if p.depth:
-      r = read_text.read(p.question, p.context, p.num_tokens, cfg.modulus)
+      r = read_problem(p.question, p.context, p.num_tokens, cfg.modulus)
       self.readings.append(r)
       solved, op = r.answer, r.op
     else:
@@ -81,7 +90,7 @@ class Seen:
     text = problems.fingerprint(p.question, p.context)
     self.repeated += text in self.texts
     self.texts.add(text)
-    self.answers.setdefault(p.op, collections.Counter())[dataset.answer_text(p.answer)] += 1
+    self.answers.setdefault(p.op, collections.Counter())[p.written_answer] += 1
     self.tokens.append(p.num_tokens)
     self.attempts += p.attempts
 
@@ -129,7 +138,9 @@ def main() -> int:
   cfg, wall, cpu = settings.data, time.perf_counter(), time.process_time()
   problem(cfg, settings.seed, 0)  # what cannot be made is refused before anything is written
   folder.mkdir(parents=True, exist_ok=True)
-  splits = {f"held_out_{kind}": dataset.held_out(cfg, kind, settings.held_out) for kind in dataset.KINDS}
+  splits = {
+    f"held_out_{kind}": problems.held_out(cfg, kind, settings.held_out) for kind in problems.HELD_OUT_KINDS
+  }
   splits["train"] = (problem(cfg, settings.seed, i) for i in range(settings.num))
   kept: dict[str, Seen] = {}
 

@@ -8,17 +8,18 @@ Rerunning the same command resumes; a finished run is left alone.
 import functools
 from typing import Any
 
-from sleep_jax import config, model
+from sleep_jax import config
 from sleep_jax import train as training
 from sleep_jax.data import rule110
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": rule110.Rule110Config}
 cli.define_workdir_flag()
 cli.define_process_flags()
 
 
-def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
+def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   """The checked config and the task of a nested mapping.
 
   Raises:
@@ -34,13 +35,18 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
     "model.vocab_size",
     f"must be {vocab} ('0', '1', ASK), got {cfg.model.vocab_size}",
   )
-  model.declare(cfg.model)  # unknown blocks are refused before anything is written
-  task = training.Task(
+  task = training.DeviceTask(
     layout=rule110.layout(data),
     batch=functools.partial(rule110.batch, data),
     held_out_seed=data.held_out_seed,
   )
   return cfg, task
+
+
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, training.DeviceTask]:
+  """See `tasks.open_task`; nothing is kept in the folder."""
+  del folder
+  return build(values)
 
 
 def main() -> int:

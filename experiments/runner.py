@@ -1,6 +1,8 @@
 """Runs many command lines: some at a time, each on its own cores, the finished skipped."""
 
 import contextlib
+import importlib.machinery
+import importlib.util
 import os
 import pathlib
 import queue
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sleep_jax import config
-from sleep_jax.experiments import cli
+from sleep_jax.experiments import cli, config_file
 from sleep_jax.runtime import metrics
 from sleep_jax.runtime.workdir import Workdir
 
@@ -34,8 +36,9 @@ def commands(
   Raises:
     ConfigError: if the file has no sweep or no such preset, or a field is changed that the sweep sets.
   """
-  module, preset = cli.load(file)
-  config.check(hasattr(module, "sweep"), "--config", f"{file} says nothing of a sweep")
+  module, preset = config_file.load(file)
+  for name in ("sweep", "PRESETS", "EXPERIMENT"):
+    config.check(hasattr(module, name), "--config", f"{file} says nothing of a sweep: it has no {name}")
   known = ", ".join(module.PRESETS)
   config.check(preset in module.PRESETS, "--config", f"needs a preset, FILE.py:PRESET; known: {known}")
   changes, runs = changes or {}, module.sweep(preset, seeds)
@@ -47,7 +50,7 @@ def commands(
       *(
         sys.executable,
         "-m",
-        module.EXPERIMENT,
+        _module_name(module.EXPERIMENT),
         f"--config={file}",
         f"--workdir={pathlib.Path(workdir, name)}",
       ),
@@ -55,6 +58,24 @@ def commands(
     ]
     for name, own in runs.items()
   }
+
+
+def _module_name(experiment: str) -> str:
+  """By which name `python -m` finds an experiment.
+
+  That of this package are `experiments.rule110` in a clone, `sleep_jax.experiments.rule110` where it is
+  installed; one of the user's own has the name that its config file says.
+  """
+  found, ours = _spec(experiment), _spec(f"sleep_jax.{experiment}")
+  same = found is not None and ours is not None and os.path.samefile(found.origin, ours.origin)
+  return experiment if ours is None or same else f"sleep_jax.{experiment}"
+
+
+def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
+  try:
+    return importlib.util.find_spec(name)
+  except ModuleNotFoundError:  # of the package that it would be in
+    return None
 
 
 def status(folder: pathlib.Path) -> str:
@@ -75,6 +96,7 @@ def run_all(todo: dict[str, list[str]], jobs: int) -> dict[str, int]:
   Returns:
     Name -> exit code, of those that were started.
   """
+  jobs = min(jobs, len(todo))
   waiting: queue.SimpleQueue = queue.SimpleQueue()
   for item in todo.items():
     waiting.put(item)

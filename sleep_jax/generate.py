@@ -16,14 +16,16 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Annotated, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, config, model, sharding
+from sleep_jax import config, looped, model, sharding
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax.fast_weights import FastWeights
 
 
 @flax.struct.dataclass
@@ -42,8 +44,8 @@ class Session:
   """
 
   start: model.State
-  fast: blocks.State
-  cache: blocks.Cache
+  fast: dict[str, FastWeights]
+  cache: looped.Cache
   logits: jax.Array
   tokens: np.ndarray
   valid: np.ndarray
@@ -70,16 +72,14 @@ class SamplingConfig:
     top_p: only the likeliest tokens that together reach this probability, of what `top_k` left. None: all.
   """
 
-  temperature: float = 0.0
-  top_k: int | None = None
-  top_p: float | None = None
+  PATH: ClassVar[str] = "sampling"
+
+  temperature: config.NotNegative = 0.0
+  top_k: config.Count | None = None
+  top_p: Annotated[float, config.Bounds(above=0, most=1)] | None = None
 
   def __post_init__(self):
-    config.at_least(self.temperature, 0, "sampling.temperature")
-    if self.top_k is not None:
-      config.at_least(self.top_k, 1, "sampling.top_k")
-    if self.top_p is not None:
-      config.check(0 < self.top_p <= 1, "sampling.top_p", f"must lie in (0, 1], got {self.top_p}")
+    config.check_fields(self)
 
 
 def start(cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int = 1) -> Session:

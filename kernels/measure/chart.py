@@ -10,7 +10,11 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import sleep_jax
+
+sleep_jax.require("figures", "matplotlib")
+
+from matplotlib.figure import Figure  # noqa: E402
 
 COLUMNS = {
   "cpu_min": "CPU time in ms, least of the rounds",

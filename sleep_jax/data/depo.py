@@ -17,17 +17,20 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Annotated, ClassVar, Literal
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, Count, Seed, at_least, check, check_fields, check_seed, shown
+from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
 PAD = 0
 MOST_NAMES = 1 << 16  # names are drawn from a table of all of them
+NameLength = Annotated[int, Bounds(least=1), Bounds(most=64)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,42 +57,49 @@ class DepoConfig:
     held_out_seed: of the evaluation sets, which are the same for every run.
   """
 
+  PATH: ClassVar[str] = "data"
+
   max_nodes: int = 75
-  min_nodes: int = 3
-  sizes: str = "original"
-  max_hops: int = 16
+  min_nodes: Annotated[int, Bounds(least=2)] = 3
+  sizes: Literal["original", "uniform", "largest"] = "original"
+  max_hops: Annotated[int, Bounds(least=1), Bounds(most=limits.HOPS)] = 16
   test_hops: tuple[int, ...] = (1, 2, 4, 8, 16)
-  num_pairs: int = 10
-  mini_vocab: int = 50
-  min_name: int = 1
-  max_name: int = 2
+  num_pairs: Count = 10
+  mini_vocab: Count = 50
+  min_name: NameLength = 1
+  max_name: NameLength = 2
   separator: bool = False
   bos: bool = False
   label_ans: bool = True
-  pads: str = "ordinary"
-  context_length: int = 300
-  query_length: int = 60
-  held_out_seed: int = 1_000_003
+  pads: Literal["ordinary", "masked"] = "ordinary"
+  context_length: Annotated[int, Bounds(most=limits.LENGTH)] = 300
+  query_length: Annotated[int, Bounds(most=limits.LENGTH)] = 60
+  held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):
-    at_least(self.min_nodes, 2, "data.min_nodes")
-    for name in ("max_hops", "num_pairs", "mini_vocab", "min_name"):
-      at_least(getattr(self, name), 1, f"data.{name}")
+    check_fields(self)
     at_least(self.max_name, self.min_name, "data.max_name")
-    at_least(self.held_out_seed, 0, "data.held_out_seed")
-    one_of(self.sizes, ("original", "uniform", "largest"), "data.sizes")
-    one_of(self.pads, ("ordinary", "masked"), "data.pads")
     at_least(self.max_nodes, self.min_nodes, "data.max_nodes")
+    self._check_names()
+    self._check_hops()
+    self._check_lengths()
+
+  def _check_names(self) -> None:
     names = sum(self.mini_vocab**length for length in self.name_lengths)
+    check(
+      names <= MOST_NAMES,
+      "data.mini_vocab",
+      f"allows {shown(names)} names, at most {MOST_NAMES} can be drawn from; make it or data.max_name"
+      " smaller",
+    )
     check(
       self.max_nodes <= names,
       "data.max_nodes",
       f"must be at most {names}, the names that data.mini_vocab, min_name and max_name allow,"
       f" got {self.max_nodes}",
     )
-    check(
-      names <= MOST_NAMES, "data.mini_vocab", f"allows {names} names, at most {MOST_NAMES} can be drawn from"
-    )
+
+  def _check_hops(self) -> None:
     check(len(self.test_hops) > 0, "data.test_hops", "must name at least one k")
     for k in self.test_hops:
       check(
@@ -102,6 +112,8 @@ class DepoConfig:
       "data.test_hops",
       f"names a k twice: {self.test_hops}",
     )
+
+  def _check_lengths(self) -> None:
     edges = self.max_nodes * (2 * self.max_name + self.separator)
     check(
       self.context_length >= edges,
@@ -214,7 +226,7 @@ def dataset(cfg: DepoConfig, seed: int, num_sequences: int, hops: int | None = N
   Raises:
     ConfigError: if `hops` is outside the trained range, or there is no sequence.
   """
-  at_least(seed, 0, "seed")
+  check_seed(seed, "seed")
   at_least(num_sequences, 1, "num_sequences")
   _check_hops(cfg, hops)
   return grain.MapDataset.source(_Source(cfg, seed, num_sequences, hops))

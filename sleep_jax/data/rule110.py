@@ -12,13 +12,15 @@ an earlier label, which the next prediction sees, says nothing about it.
 """
 
 import dataclasses
+from typing import Annotated, ClassVar, Literal
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, Count, Seed, check, check_fields, check_seed
+from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
 ASK = 2
@@ -38,18 +40,19 @@ class Rule110Config:
     held_out_seed: of the evaluation set, which is the same for every run.
   """
 
-  num_strings: int = 4
-  num_cells: int = 24
-  rollout_steps: int = 32
-  boundary: str = "periodic"
-  held_out_seed: int = 1_000_003
+  PATH: ClassVar[str] = "data"
+
+  num_strings: Count = 4
+  num_cells: Annotated[int, Bounds(least=3, most=32)] = 24
+  rollout_steps: Annotated[int, Bounds(least=0), Bounds(most=limits.STEPS)] = 32
+  boundary: Literal["periodic", "zero"] = "periodic"
+  held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):
-    at_least(self.num_strings, 1, "data.num_strings")
-    check(3 <= self.num_cells <= 32, "data.num_cells", f"must lie in 3..32, got {self.num_cells}")
-    at_least(self.rollout_steps, 0, "data.rollout_steps")
-    one_of(self.boundary, ("periodic", "zero"), "data.boundary")
-    at_least(self.held_out_seed, 0, "data.held_out_seed")
+    check_fields(self)
+    longest = limits.LENGTH // (self.num_cells + 1)
+    at_most = f"must be at most {longest} of {self.num_cells} cells, got {self.num_strings}"
+    check(self.num_strings <= longest, "data.num_strings", at_most)
 
   @property
   def length(self) -> int:
@@ -143,7 +146,11 @@ def dataset(cfg: Rule110Config, seed: int, num_sequences: int) -> grain.MapDatas
   """The same stream for a grain pipeline: item i is sequence i of the stream that `seed` names.
 
   Items are dicts of NumPy arrays with the fields of `Batch` (without `valid`), [T] each.
+
+  Raises:
+    ConfigError: if the seed is none (`config.check_seed`).
   """
+  check_seed(seed, "seed")
   return grain.MapDataset.source(_Source(cfg, seed, num_sequences))
 
 

@@ -3,7 +3,13 @@
 import os
 import pathlib
 
-import tokenizers
+import sleep_jax
+
+try:
+  import tokenizers
+except ImportError:
+  sleep_jax.require("tokenizers", "tokenizers")
+  raise
 
 from sleep_jax.config import ModelConfig
 from sleep_jax.pretrained.fields import PretrainedError

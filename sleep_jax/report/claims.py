@@ -1,10 +1,13 @@
-"""What the numbers allow one to say: sentences made from runs, so that no page claims more than was found."""
+"""What the numbers allow one to say: sentences made from runs, so that no page claims more than they show."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from sleep_jax.report.runs import Run, amount, budgets, constant, is_number, reached, seconds, settings
+from sleep_jax.report import intervals
+from sleep_jax.report.curves import constant, settings
+from sleep_jax.report.load import Run, is_number
+from sleep_jax.report.tables import amount, budgets, reached, seconds
 
 # Percentage points under which two accuracies count as the same: about two standard errors of the
 # difference of two rates on some thousand held-out sequences.
@@ -156,6 +159,7 @@ def caveats(runs: Sequence[Run]) -> list[str]:
     before = f"{name}: " if len(tasks) > 1 else ""
     if len(found) > 1:
       notes.append(before + _seed_note(found))
+      notes += [before + note for note in _differences(found)]
       labels = [label for label, _ in settings([s.runs[0] for s in found])]
       if any("," in label for label in labels):
         notes.append(f"{before}The runs compared differ in more than N: {'; '.join(labels)}.")
@@ -183,17 +187,34 @@ def _seed_note(found: Sequence[Standing]) -> str:
   return f"Accuracy rises with every step of N in {rising} of {len(seeds)} seeds."
 
 
+def _differences(found: Sequence[Standing]) -> list[str]:
+  """How far each N is from the smallest in the same seeds, with the mean's interval; [] for one seed."""
+  by_seed = [{r.seed: y for r, y in zip(s.runs, s.exact, strict=True)} for s in found]
+  parts = []
+  for standing, values in zip(found[1:], by_seed[1:], strict=True):
+    gains = [values[seed] - by_seed[0][seed] for seed in values if seed in by_seed[0]]
+    if len(gains) > 1:
+      low, high = intervals.of_mean(gains, -100.0, 100.0)
+      mean = sum(gains) / len(gains)
+      parts.append(f"N = {standing.num_passes}: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
+  if not parts:
+    return []
+  return [
+    f"Distance to N = {found[0].num_passes} in the same seeds, with its 95 % interval: {'; '.join(parts)}."
+  ]
+
+
 def _tasks(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-  """Runs that were evaluated, by task, with a name for each: "t = 4" where that tells the tasks apart."""
+  """Runs that were evaluated, by task, with a name for each: "t = 4" where their depths tell them apart."""
   groups: dict[tuple, list[Run]] = {}
   for run in runs:
     if run.evals:
       groups.setdefault(run.task, []).append(run)
-  depths = [members[0].rollout_steps for members in groups.values()]
+  depths = [members[0].depth for members in groups.values()]
   clear = None not in depths and len(set(depths)) == len(depths)
   return [
-    (f"t = {t}" if clear else f"Task {i}", members)
-    for i, (t, members) in enumerate(zip(depths, groups.values(), strict=True), 1)
+    (f"{members[0].experiment.letter} = {depth}" if clear else f"Task {i}", members)
+    for i, (depth, members) in enumerate(zip(depths, groups.values(), strict=True), 1)
   ]
 
 

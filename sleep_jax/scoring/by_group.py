@@ -4,7 +4,6 @@ An answer is one or more tokens; it is right if all of them are. A sequence may 
 over sequences, so that they do not depend on how these are cut into batches.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from sleep_jax import model, sharding, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.data import batching
 from sleep_jax.runtime import processes
+from sleep_jax.scoring.intervals import wilson
 
 Sums = dict[str, Any]
 
@@ -96,16 +96,6 @@ def rates(sums: Sums, groups: Sequence[str]) -> dict[str, Any]:
       "exact": [_ratio(*x) for x in zip(s["right"][g], s["asked"][g], strict=True)],
     }
   return row | {"by_answer": by_answer}
-
-
-def wilson(right: float, asked: float, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's interval for a rate (95 % by default); (0, 1) if nothing was asked."""
-  if asked == 0:
-    return 0.0, 1.0
-  p, n = right / asked, asked
-  centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-  reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return min(p, max(0.0, centre - reach)), max(p, min(1.0, centre + reach))
 
 
 def majority(
@@ -207,7 +197,7 @@ def stack(
   return windows.Batch(**columns), group
 
 
-def make_fed_evaluate(
+def make_host_evaluate(
   sets: Mapping[str, batching.HeldOut],
   groups: Sequence[str],
   cut: batching.CutConfig,
@@ -239,7 +229,6 @@ def make_fed_evaluate(
   examples = [
     e._replace(group=e.group + i * len(groups)) for i, s in enumerate(sets.values()) for e in s.examples
   ]
-  plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
   buckets: dict[batching.Bucket, list[batching.Example]] = {}
   for example in examples:
     buckets.setdefault(batching.bucket_of(example, cut, cfg.window), []).append(example)
@@ -257,7 +246,7 @@ def make_fed_evaluate(
 
     @jax.jit
     def sums(weights, batch, group):
-      logits, _ = model.forward(weights, batch, segments, cfg, plain)
+      logits, _ = model.forward(weights, batch, segments, cfg, sleep_cfg.forward_only)
       mask = batch.loss_mask[:, where]
       return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, count)
 

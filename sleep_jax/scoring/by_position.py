@@ -1,6 +1,5 @@
 """Exact match by position of the answer, on a fixed held-out set that the device makes."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from sleep_jax import model, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.runtime import processes
+from sleep_jax.scoring.intervals import wilson
 
 
 def score(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -37,11 +37,16 @@ def score(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, j
 
 
 def rates(sums: dict[str, Any]) -> dict[str, float]:
-  """Rates from summed scores: loss (nats an answer), exact, bit, string_0 .. string_{M-1}."""
+  """Rates from summed scores.
+
+  Returns:
+    loss (nats an answer), exact with its 95 % interval `low`, `high` (Wilson), bit, string_0 .. string_{M-1}.
+  """
   right, asked = np.asarray(sums["right"], float), np.asarray(sums["asked"], float)
   return {
     "loss": float(sums["nats"]) / asked.sum(),
     "exact": float(sums["exact"]) / float(sums["sequences"]),
+    **dict(zip(("low", "high"), wilson(float(sums["exact"]), float(sums["sequences"])), strict=True)),
     "bit": right.sum() / asked.sum(),
     **{f"string_{i}": r / a for i, (r, a) in enumerate(zip(right, asked, strict=True))},
   }
@@ -79,13 +84,12 @@ def make_evaluate(
     weights -> rates, with the best constant's beside them.
   """
   where = windows.answer_positions(segments)
-  plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
 
   @jax.jit
   def sums(weights):
     def one(index):
       batch = held_out(index)
-      logits, _ = model.forward(weights, batch, segments, cfg, plain)
+      logits, _ = model.forward(weights, batch, segments, cfg, sleep_cfg.forward_only)
       return score(logits, batch.targets[:, where], batch.loss_mask[:, where])
 
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(one, jnp.arange(num_batches)))

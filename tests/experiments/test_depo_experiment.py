@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import config, model, optim, train, windows
+from sleep_jax import config, train, windows
 from sleep_jax.config import ConfigError
-from sleep_jax.experiments import depo
+from sleep_jax.experiments import depo, figures
 from sleep_jax.experiments.configs import depo as presets
-from sleep_jax.report import figures_depo, runs
+from sleep_jax.experiments.figures import depo as depo_figures
+from sleep_jax.report.load import RunError
 from sleep_jax.runtime import metrics, workdir
 
 
@@ -43,12 +44,12 @@ class PresetTest(parameterized.TestCase):
     values = presets.get_config("paper")
     values.sleep.num_passes = 4
     cfg, task = depo.build(values.to_dict())
-    tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+    _, tx, one_step = train.optimization(cfg)
     state = jax.eval_shape(lambda: train.init_state(cfg, tx))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     self.assertIn(f"{count:,} parameters", " ".join(presets.__doc__.split()))
     segments = windows.plan(task.layout, cfg.model.window)
-    step = functools.partial(train.train_step, cfg=cfg, tx=tx, segments=segments)
+    step = functools.partial(one_step, segments=segments)
     batch = jax.eval_shape(lambda: task.batch(jax.random.key(0), 0, cfg.train.batch_size))
     after, measured = jax.eval_shape(step, state, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
@@ -84,11 +85,13 @@ def test_a_short_run_reports_every_k_and_is_drawn():
     assert len(depo.table(row, cfg.data.test_hops, 6).splitlines()) == 3
     evals = [r for r in metrics.read(path / "metrics.jsonl") if r["kind"] == "eval"]
     assert [r["step"] for r in evals] == [0, 5, 10]
-    drawing = figures_depo.figure_3(runs.load_runs(path))
+    drawing = depo_figures.figure_3(figures.load_runs(path))
     drawing.save(pathlib.Path(folder, "figures"))
     written = list(csv.DictReader(open(pathlib.Path(folder, "figures", "figure_3.csv"))))
-    assert len(written) == 2 * 3
-    assert float(written[-1]["answer_loss"]) == evals[-1]["k2_answer_loss"]
+    points = [row for row in written if row["kind"] == "curve"]
+    assert len(points) == 2 * 2 * 3  # loss and accuracy, two k, three evaluations
+    assert (points[-1]["measure"], points[-1]["k"]) == ("answer_loss", "2")
+    assert float(points[-1]["value"]) == evals[-1]["k2_answer_loss"]
 
 
 @pytest.mark.slow
@@ -103,10 +106,10 @@ def test_a_shrunk_copy_of_the_papers_model_trains():
   values.train.update(steps=8, batch_size=16)
   values.sleep.num_passes = 2
   cfg, task = depo.build(values.to_dict())
-  tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+  _, tx, one_step = train.optimization(cfg)
   segments = windows.plan(task.layout, cfg.model.window)
   batch = task.batch(jax.random.key(0), 0, cfg.train.batch_size)
-  one = functools.partial(train.train_step, cfg=cfg, tx=tx, segments=segments)
+  one = functools.partial(one_step, segments=segments)
   step = jax.jit(one, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
   state, losses = train.init_state(cfg, tx), []
   first = state.params
@@ -122,5 +125,5 @@ def test_a_shrunk_copy_of_the_papers_model_trains():
 
 
 def test_runs_of_another_task_are_refused():
-  with pytest.raises(runs.RunError, match="figure 3"):
-    figures_depo.figure_3([])
+  with pytest.raises(RunError, match="figure 3"):
+    depo_figures.figure_3([])

@@ -89,7 +89,7 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(set(todo), set(presets.sweep(preset, 2)))
     configs = set()
     for name, command in todo.items():
-      self.assertEqual(command[:3], [sys.executable, "-m", "experiments.rule110"])
+      self.assertEqual(command[:3], [sys.executable, "-m", "sleep_jax.experiments.rule110"])
       self.assertEqual(command[3:5], [f"--config={FILE}:{preset}", f"--workdir={self.dir / 'all' / name}"])
       values = presets.get_config(preset)
       for argument in command[5:]:
@@ -199,7 +199,7 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(set(lines), {"t32_n1_s0", "t32_n2_s0", "t32_n3_s0", "t32_n4_s0"})
     self.assertIn(" new ", lines["t32_n1_s0"])
     self.assertIn(" done at step 98000 ", lines["t32_n2_s0"])
-    self.assertIn("-m experiments.rule110 ", lines["t32_n3_s0"])
+    self.assertIn("-m sleep_jax.experiments.rule110 ", lines["t32_n3_s0"])
     self.assertIn("--config.sleep.num_passes=3", lines["t32_n3_s0"])
     self.assertEqual([p.name for p in folder.iterdir()], ["t32_n2_s0"])
 
@@ -214,8 +214,9 @@ class CommandLineTest(parameterized.TestCase):
     for name, words in lines.items():
       self.assertContainsSubset(
         {
-          "experiments.gsm_infinite", "--config.train.steps=7", f"--config.pretrained.folder=stage1/{name}",
-          "--config.data.operations=(2, 4)", f"--config.sleep.num_passes={name[1]}",
+          "sleep_jax.experiments.gsm_infinite", "--config.train.steps=7",
+          f"--config.pretrained.folder=stage1/{name}", "--config.data.operations=(2, 4)",
+          f"--config.sleep.num_passes={name[1]}",
         },
         set(words),
       )  # fmt: skip
