@@ -123,7 +123,7 @@ def _perturbed_loss(
         logits.append(out)
         continue
       start = _add(carry.open_window(state, cfg), added, window, 0)
-      h, opened, _ = blocks.run(prelude, model.embed(weights, tokens, cfg), start, cfg, valid=valid)
+      h, opened, _ = blocks.run(prelude, model.embed(weights, tokens, cfg, valid), start, cfg, valid=valid)
       looping = opened.within(first, last)
       for n in range(sleep_cfg.num_passes):
         looping = looping if n == 0 else _add(looping, added, window, n)
