@@ -134,10 +134,12 @@ def rewind(state: FastWeights, start: FastWeights) -> FastWeights:
 
 
 def check_kernel(fast: FastConfig) -> None:
-  """Raises `ConfigError` if `fast.kernel` names an implementation that this platform has not got."""
+  """Raises `ConfigError` if `fast.kernel` names an implementation that the platform does not have.
+
+  The platform is that of the mesh that is set, else of this machine.
+  """
   if fast.kernel is not None:
-    known = dispatch.ORDER.get(jax.default_backend(), dispatch.ORDER["cpu"])
-    config.one_of(fast.kernel, known, "model.fast.kernel")
+    config.one_of(fast.kernel, dispatch.known(), "model.fast.kernel")
 
 
 def fast_weights(

@@ -27,7 +27,7 @@ MAX_CHUNK = {"cpu": 32, "gpu": 64, "tpu": 64}  # kernels/README.md has what othe
 
 
 def make_plan(q: jax.Array, v: jax.Array, S: jax.Array) -> Plan:
-  """The default plan for shapes q [B, T, H, K] and v [B, T, H, V] on the default backend."""
+  """The default plan for shapes q [B, T, H, K] and v [B, T, H, V] on the platform the program is for."""
   return tiling.make_plan(q, v, S, solve=True, extra=(LEAF + 4) * q.shape[-1], max_chunk=MAX_CHUNK)
 
 

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from sleep_jax.kernels.common import target
 from sleep_jax.kernels.common.op import Function, Op
 
 # Implementations that can be named, by platform. kernels/README.md has what was measured.
@@ -54,7 +55,7 @@ def call(
   check(op, named)
   if implementation is not None:
     return _run(op, implementation, named)
-  for name in DEFAULT.get(jax.default_backend(), DEFAULT["cpu"]):
+  for name in DEFAULT.get(target.platform(*named.values()), DEFAULT["cpu"]):
     try:
       return _run(op, name, named)
     except (NotImplementedError, ImportError) as reason:
@@ -98,30 +99,41 @@ def update(op: Op, token: dict[str, jax.Array], S: jax.Array) -> tuple[jax.Array
   return on_mesh(op, op.step, named, one_token=True)
 
 
-def load(op: Op, implementation: str) -> Function:
+def known(*arrays: jax.Array) -> tuple[str, ...]:
+  """The implementations that can be named for the platform that the program is for (`target.platform`)."""
+  return ORDER.get(target.platform(*arrays), ORDER["cpu"])
+
+
+def load(op: Op, implementation: str, *arrays: jax.Array) -> Function:
   """The function of an implementation; imported by name, so that a CPU never loads what it cannot run.
+
+  Args:
+    op: the op's declaration.
+    implementation: its name.
+    *arrays: that the function will be called with; their types may say which devices that is for.
 
   Raises:
     ValueError: no platform has an implementation of this name.
     NotImplementedError: it belongs to another platform, or this op does not have it.
   """
-  here = jax.default_backend()
-  known = ORDER.get(here, ORDER["cpu"])
-  if implementation not in known:
+  here, names_here = target.platform(*arrays), known(*arrays)
+  if implementation not in names_here:
     if elsewhere := [platform for platform, names in ORDER.items() if implementation in names]:
       where = f"runs on {', '.join(elsewhere)}, not on {here}"
-      raise NotImplementedError(f"{op.name}: {implementation!r} {where}; known here: {', '.join(known)}")
-    near = difflib.get_close_matches(str(implementation), known, 1)
+      listed = ", ".join(names_here)
+      raise NotImplementedError(f"{op.name}: {implementation!r} {where}; known here: {listed}")
+    near = difflib.get_close_matches(str(implementation), names_here, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{op.name}: no implementation {implementation!r} here, known: {', '.join(known)}{hint}")
+    listed = ", ".join(names_here)
+    raise ValueError(f"{op.name}: no implementation {implementation!r} here, known: {listed}{hint}")
   if implementation not in op.implementations:
-    use = next(name for name in (*known, *op.implementations) if name in op.implementations)
+    use = next(name for name in (*names_here, *op.implementations) if name in op.implementations)
     raise NotImplementedError(f"{op.name}: has no implementation {implementation!r}, use {use!r}")
   return op.load(implementation)
 
 
 def _run(op: Op, implementation: str, named: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  run = load(op, implementation)
+  run = load(op, implementation, *named.values())
   if "mask" in named:
     run = _without_pads(op, run)
   try:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
 
+from sleep_jax.kernels.common import target
+
 # Longest chunk by platform. CPU: a compromise (kernels/README.md has what others cost). TPU: by the
 # compiler's own estimate, 128 takes a quarter fewer cycles than 64 forward and backward. GPU: not measured.
 MAX_CHUNK = {"cpu": 64, "gpu": 64, "tpu": 128}
@@ -54,10 +56,10 @@ def make_plan(
     solve: delta rule or not.
     extra: floats that a token needs beside q, k, v and its row of scores.
     max_chunk: longest chunk by platform.
-    platform: None for the default backend's.
+    platform: None: the one that the program is for (`target.platform`).
   """
   (B, T, H, K), V = q.shape, v.shape[-1]
-  platform = platform or jax.default_backend()
+  platform = platform or target.platform()
   plan = Plan(solve, hoist=platform != "cpu", block=B, max_chunk=max_chunk.get(platform, 64))
   if platform != "cpu":
     # Three bfloat16 passes (TPU) or tf32 (GPU) lose less than a bfloat16 input has lost already.
