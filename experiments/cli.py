@@ -200,6 +200,21 @@ def defaults(value: Any) -> config_dict.ConfigDict:
   return fields
 
 
+def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
+  """The values of a flag that takes several numbers from 1 on.
+
+  Raises:
+    ConfigError: if one is no such number.
+  """
+  for text in texts:
+    check(
+      text.strip().isdecimal() and int(text) >= 1,
+      f"--{name}",
+      f"must be numbers from 1 on, got {shown(text)}",
+    )
+  return [int(text) for text in texts]
+
+
 def required(name: str, value: Any) -> Any:
   """The flag's value.
 

@@ -6,6 +6,7 @@ LENGTH = 1 << 20  # tokens of a sequence
 GROUPED = 1024  # batches that are made at once
 HOPS = 1 << 16
 STEPS = 1 << 16  # of a rule that is rolled out
+STREAM = 2**31  # sequences of a stream that the device makes: their index is an int32
 
 
 def within(value: int, least: int, most: int, field: str) -> None:

@@ -1,25 +1,24 @@
-"""Rule 110: what becomes of a string of cells after t steps.
+"""Rule 110: the first cell of a string of cells after t steps of a cellular automaton.
 
-A sequence is `num_strings` independent random strings of cells, one token a cell, each of which fills
-a window and is evicted before the next; then one answer per string: its *first* cell after
-`rollout_steps` steps. The depth of reasoning is t; the memory load does not depend on it.
+A sequence is `num_strings` independent random strings of cells, one token a cell. Each fills a window and is
+evicted before the next. Then follows one answer for each string: its *first* cell after `rollout_steps`
+steps. The depth of reasoning is t, and the amount to remember does not depend on it.
 
     tokens   cells of string 0 | cells of string 1 | ...      | ASK  label 0  label 1 ...
     targets                                                   | label 0  label 1  label 2 ...
 
-The last window predicts from itself: `ASK` predicts the first label. Strings are independent, so that
-an earlier label, which the next prediction sees, says nothing about it.
+The last window predicts from itself: `ASK` predicts the first label. The strings are independent, so an
+earlier label, which the next prediction sees, carries no information about it.
 """
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import Bounds, Count, Seed, check, check_fields, check_seed
+from sleep_jax.config import Bounds, Count, Seed, check, check_fields
 from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
@@ -32,12 +31,12 @@ class Rule110Config:
   """The task.
 
   Attributes:
-    num_strings: strings, and labels.
+    num_strings: strings, and labels, of a sequence.
     num_cells: cells of a string, at most 32.
-    rollout_steps: t.
-    boundary: `periodic`: the last cell is the first one's left neighbour. `zero`: cells outside are 0;
-      then a constant answers t = 8 with 99 %, so that the paper cannot have meant it.
-    held_out_seed: of the evaluation set, which is the same for every run.
+    rollout_steps: t, steps of the rule.
+    boundary: `periodic`: the last cell is the first one's left neighbour. `zero`: cells outside are 0; then a
+      constant answers t = 8 with 99 %, so the paper cannot have meant it.
+    held_out_seed: seed of the evaluation set, which is the same for every run.
   """
 
   PATH: ClassVar[str] = "data"
@@ -61,7 +60,7 @@ class Rule110Config:
 
 
 def layout(cfg: Rule110Config) -> np.ndarray:
-  """Where the loss is: [T] bool, the last `num_strings` positions."""
+  """Returns where the loss is: [T] bool, the last `num_strings` positions."""
   return np.arange(cfg.length) >= cfg.num_strings * cfg.num_cells
 
 
@@ -82,13 +81,15 @@ def check_window(cfg: Rule110Config, window: int) -> None:
 
 
 def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
-  """Strings after t steps.
+  """Runs the rule for t steps.
 
   Args:
     cells: uint32, any shape; bit i is cell i, bits from `num_cells` on are 0.
+    cfg: the task.
 
   Returns:
-    The same shape and form. A cell becomes (c or r) and not (l and c and r).
+    The strings after t steps, in the same shape and form. A cell c with neighbours l and r becomes
+    (c or r) and not (l and c and r).
   """
   cells = jnp.asarray(cells, jnp.uint32)
   n = cfg.num_cells
@@ -105,11 +106,12 @@ def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
 
 
 def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
-  """The strings of sequences, evenly random: a pure function of (key, index).
+  """Draws the strings of sequences, each cell evenly: a pure function of (key, index).
 
   Args:
+    cfg: the task.
     key: typed PRNG key of the stream.
-    index: [B] whole numbers.
+    index: [B] whole numbers below 2^31.
 
   Returns:
     [B, num_strings] uint32, bit i is cell i.
@@ -119,10 +121,11 @@ def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
-  """Token sequences of given strings.
+  """Writes given strings and their labels as token sequences.
 
   Args:
-    packed: [B, num_strings] uint32.
+    cfg: the task.
+    packed: [B, num_strings] uint32, bit i is cell i.
 
   Returns:
     B sequences of T tokens; no pads.
@@ -138,44 +141,5 @@ def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
 
 
 def batch(cfg: Rule110Config, key: jax.Array, step: jax.Array, size: int) -> Batch:
-  """Batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1."""
+  """Makes batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1."""
   return sequences(cfg, strings(cfg, key, step * size + jnp.arange(size)))
-
-
-def dataset(cfg: Rule110Config, seed: int, num_sequences: int) -> grain.MapDataset:
-  """The same stream for a grain pipeline: item i is sequence i of the stream that `seed` names.
-
-  Items are dicts of NumPy arrays with the fields of `Batch` (without `valid`), [T] each.
-
-  Raises:
-    ConfigError: if the seed is none (`config.check_seed`).
-  """
-  check_seed(seed, "seed")
-  return grain.MapDataset.source(_Source(cfg, seed, num_sequences))
-
-
-class _Source:
-  """Random access to the stream; holds no state but its arguments."""
-
-  def __init__(self, cfg: Rule110Config, seed: int, num_sequences: int):
-    self.cfg, self.seed, self.num_sequences = cfg, seed, num_sequences
-
-  def __len__(self) -> int:
-    return self.num_sequences
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    if not 0 <= index < self.num_sequences:
-      raise IndexError(f"sequence {index} of {self.num_sequences}")
-    made = _one(self.cfg, self.seed, index)
-    return {name: np.asarray(getattr(made, name))[0] for name in ("inputs", "targets", "loss_mask")}
-
-
-def _one(cfg: Rule110Config, seed: int, index: int) -> Batch:
-  return _jitted(cfg, jax.random.key(seed), jnp.asarray([index]))
-
-
-def _made(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> Batch:
-  return sequences(cfg, strings(cfg, key, index))
-
-
-_jitted = jax.jit(_made, static_argnames="cfg")
