@@ -13,7 +13,6 @@ only if the result is. Pairs inside the last pieces, of at most LEAF tokens, are
 In shape comments `...` stands for [B, H], or [n, B, H] where all chunks are prepared at once.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,6 @@ def make_plan(q: jax.Array, v: jax.Array, S: jax.Array) -> Plan:
   return tiling.make_plan(q, v, S, solve=True, extra=(LEAF + 4) * q.shape[-1], max_chunk=MAX_CHUNK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def chunked(
   q: jax.Array, k: jax.Array, z: jax.Array, g: jax.Array, e: jax.Array, S: jax.Array, plan: Plan
 ) -> tuple[jax.Array, jax.Array]:
@@ -44,7 +42,7 @@ def chunked(
   Returns:
     o [B, T, H, V] and S after the last token, both in the dtype of S.
   """
-  return _forward(plan, q, k, z, g, e, S)
+  return _chunked(plan, q, k, z, g, e, S)
 
 
 @tiling.blocked
@@ -99,7 +97,7 @@ def _backward(plan: Plan, q, k, z, g, e, S, do, dS):
   return *(tiling.join(d, T).astype(x.dtype) for d, x in zip(grads, (q, k, z, g, e), strict=True)), dS
 
 
-tiling.define_gradient(chunked, _forward, _backward)
+_chunked = tiling.with_gradient(_forward, _backward)
 
 
 class _Ladder(NamedTuple):
@@ -123,7 +121,7 @@ class _Chunk(NamedTuple):
   inverse: jax.Array | None  # [..., C, C] from writes without to writes with each other's answers
 
 
-def _prepare(plan: Plan, q, k, z, g, e, products=None) -> _Chunk:
+def _prepare(plan: Plan, q, k, z, g, e, products: tuple[jax.Array, jax.Array | None] | None = None) -> _Chunk:
   """`products`: scores and inverse, if an earlier loop made them."""
   ladder, decay_in, decay_out = _climb(jnp.maximum(g, tiling.FORGET))
   reads = jnp.stack([q, e], -2)
@@ -139,7 +137,8 @@ def _climb(g: jax.Array) -> tuple[_Ladder, jax.Array, jax.Array]:
   C = g.shape[-2]
   size, m = _piece_sizes(C)
   decay = jnp.moveaxis(jnp.exp(_pieces(g, size, m)), -2, 0)
-  leaf, from_start = [()], [decay[0]]
+  leaf: list[tuple[jax.Array, ...]] = [()]
+  from_start = [decay[0]]
   for i in range(1, m):
     leaf.append((*(decay[i] * x for x in leaf[-1]), decay[i]))
     from_start.append(decay[i] * from_start[-1])

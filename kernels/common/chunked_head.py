@@ -8,7 +8,6 @@ have been subtracted. Everything is computed in the dtype of S: float32, or floa
 In shape comments `...` stands for [B, H], or [n, B, H] where all chunks are prepared at once.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ from sleep_jax.kernels.common.tiling import Plan, dot
 STEP = 16.0  # log decays are summed in whole sixteenths and a rest
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def chunked(
   q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array, plan: Plan
 ) -> tuple[jax.Array, jax.Array]:
@@ -36,7 +34,7 @@ def chunked(
   Returns:
     o [B, T, H, V] in v's dtype and S after the last token.
   """
-  return _forward(plan, q, k, v, g, b, S)
+  return _chunked(plan, q, k, v, g, b, S)
 
 
 @tiling.blocked
@@ -91,7 +89,7 @@ def _backward(plan: Plan, q, k, v, g, b, S, do, dS):
   return *(tiling.join(d, T).astype(x.dtype) for d, x in zip(grads, (q, k, v, g, b), strict=True)), dS
 
 
-tiling.define_gradient(chunked, _forward, _backward)
+_chunked = tiling.with_gradient(_forward, _backward)
 
 
 class _Chunk(NamedTuple):

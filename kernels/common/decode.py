@@ -30,12 +30,12 @@ def delta_rule(
   dtype = v.dtype
   q, k, v, erase, write = (x.astype(S.dtype) for x in (q, k, v, erase, write))
   reads = jnp.stack([q, erase * k], -2)
-  if log_decay is not None:
-    decay = jnp.exp(log_decay.astype(S.dtype))
+  decay = None if log_decay is None else jnp.exp(log_decay.astype(S.dtype))
+  if decay is not None:
     reads = reads * decay[..., None, :]
   answers = jnp.einsum("bhrk,bhkv->bhrv", reads, S, precision=Precision.HIGHEST)
   u = write * v - answers[..., 1, :]
   o = answers[..., 0, :] + jnp.sum(q * k, -1, keepdims=True) * u
-  if log_decay is not None:
+  if decay is not None:
     S = decay[..., None] * S
   return o.astype(dtype), S + k[..., :, None] * u[..., None, :]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -243,7 +244,7 @@ def _check_dtypes(op: Op, named: dict[str, jax.Array]) -> None:
 def _check_decay(op: str, name: str, g: jax.Array, mask: jax.Array | None) -> None:
   """Refuses a positive g at a token, if the values of g (and of the mask) are at hand."""
   needed = [g] if mask is None else [g, mask]
-  if any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in needed):
+  if any(isinstance(x, Tracer) or not x.is_fully_addressable for x in needed):
     return
   values = np.asarray(g)
   if mask is not None:

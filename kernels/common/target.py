@@ -15,5 +15,6 @@ def platform(*arrays: jax.Array) -> str:
   meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
   for mesh in meshes:
     if mesh.abstract_device is not None:
-      return _NAMES.get(mesh.abstract_device.platform, mesh.abstract_device.platform)
+      name = str(mesh.abstract_device.platform)
+      return _NAMES.get(name, name)
   return jax.default_backend()

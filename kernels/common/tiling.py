@@ -97,24 +97,27 @@ def blocked(f):
   return run
 
 
-def define_gradient(chunked: jax.custom_vjp, forward: Callable, backward: Callable) -> None:
-  """Makes `backward` the gradient of `chunked`, which keeps its inputs only.
+def with_gradient(forward: Callable, backward: Callable) -> Callable[..., Any]:
+  """The function (plan, *inputs) -> (o, S) with a gradient by hand, which keeps the inputs only.
 
   Args:
-    chunked: (*inputs, plan) -> (o, S), with the plan as its `nondiff_argnums`.
     forward: (plan, *inputs) -> (o, S).
     backward: (plan, *inputs, do, dS) -> gradients of the inputs.
   """
 
-  def keep_inputs(*inputs_and_plan):
-    *inputs, plan = inputs_and_plan
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def run(plan, *inputs):
+    return forward(plan, *inputs)
+
+  def keep_inputs(plan, *inputs):
     o, S_out = forward(plan, *inputs)
     return (checkpoint_name(o, "fast_weight_o"), checkpoint_name(S_out, "fast_weight_S")), inputs
 
   def pull(plan, inputs, cotangents):
     return backward(plan, *inputs, *cotangents)
 
-  chunked.defvjp(keep_inputs, pull)
+  run.defvjp(keep_inputs, pull)
+  return run
 
 
 def unit_lower_inverse(A: jax.Array) -> jax.Array:

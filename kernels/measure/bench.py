@@ -10,11 +10,9 @@ as OUT.md and OUT.csv and draws it in OUT.png.
 """
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import functools
-import io
 import itertools
 import os
 import platform
@@ -29,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax.kernels.common import dispatch
-from sleep_jax.kernels.measure import chart, peers
+from sleep_jax.kernels.measure import chart, peers, results
 from sleep_jax.kernels.measure.shapes import RULES, SHAPES, make_inputs
 
 IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")
@@ -91,7 +89,7 @@ def jax_contestants(
       print(f"{rule}: without {name}: {reason}", file=sys.stderr)
       continue
     seconds = time.perf_counter() - start
-    temp = program.memory_analysis().temp_size_in_bytes / 1e6
+    temp = results.temp_bytes(program) / 1e6
     if temp > 1e3 * max_gb:
       print(f"{rule}: without {name}: it needs {temp / 1e3:.0f} GB, --max-gb is {max_gb:g}", file=sys.stderr)
       continue
@@ -209,7 +207,7 @@ def machine(command: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=results.summary(__doc__))
   listed = lambda known: lambda text: [check(x, known) for x in text.split(",")]  # noqa: E731
 
   def check(name: str, known: Sequence[str]) -> str:
@@ -259,17 +257,7 @@ def write(out: Path, rows: Sequence[Row], text: str) -> None:
   """OUT.md and OUT.csv, again after every section, so that a race that is stopped leaves what it had."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".md").write_text(text, encoding="utf-8")
-  write_csv(out.with_suffix(".csv"), rows)
-
-
-def write_csv(path: Path, rows: Sequence) -> None:
-  """Dataclasses of one kind (at least one of them), a line each, under the names of their fields."""
-  table = io.StringIO()
-  names = [field.name for field in dataclasses.fields(rows[0])]
-  writer = csv.DictWriter(table, names, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(map(dataclasses.asdict, rows))
-  path.write_text(table.getvalue(), encoding="utf-8")
+  results.write_csv(out.with_suffix(".csv"), rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.kernels.measure import bench
+from sleep_jax.kernels.measure import bench, results
 from sleep_jax.kernels.measure import shapes as known
 
 SHAPES = {name: known.SHAPES[name] for name in "RDJL"}
@@ -145,8 +145,11 @@ def jax_contestant(name: str, mode: str, inputs, cotangents) -> Contestant:
 def fla_contestants(mode: str, inputs, cotangents) -> list[Contestant]:
   """The Triton forms of flash-linear-attention; the recurrent one has no gradient. [] without `fla`."""
   try:
-    import torch
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    import torch  # pyright: ignore[reportMissingImports]
+    from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
+      chunk_gated_delta_rule,
+      fused_recurrent_gated_delta_rule,
+    )
   except ImportError as reason:
     print(f"without flash-linear-attention: {reason}", file=sys.stderr)
     return []
@@ -181,7 +184,8 @@ def fla_contestants(mode: str, inputs, cotangents) -> list[Contestant]:
 def span(c: Contestant, calls: int) -> float:
   """Milliseconds a call, of `calls` calls in a row: the GPU's queue hides what the host does meanwhile."""
   start = time.perf_counter()
-  for _ in range(calls):
+  last = c.start()
+  for _ in range(calls - 1):
     last = c.start()
   c.finish(last)
   return 1e3 * (time.perf_counter() - start) / calls
@@ -266,7 +270,7 @@ def facts(command: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m kernels.gpu_check", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(prog="python -m kernels.gpu_check", description=results.summary(__doc__))
   parser.add_argument("--shapes", default=",".join(SHAPES), help=", ".join(SHAPES))
   parser.add_argument("--rounds", type=int, default=15)
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md, _errors.csv and _times.csv")
@@ -303,7 +307,7 @@ def write(out: Path, found: Sequence[Error], times: Sequence[Time], text: str) -
   out.with_suffix(".md").write_text(text, encoding="utf-8")
   for name, rows in (("errors", found), ("times", times)):
     if rows:
-      bench.write_csv(out.with_name(f"{out.name}_{name}.csv"), rows)
+      results.write_csv(out.with_name(f"{out.name}_{name}.csv"), rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from sleep_jax.kernels.gated_delta import pallas_gpu
-from sleep_jax.kernels.measure import bench, gpu_check, processes
+from sleep_jax.kernels.measure import bench, gpu_check, processes, results
 
 TABLE = Path(__file__).parents[1] / "results" / "gpu_static"
 MODULE = "sleep_jax.kernels.measure.static_gpu"
@@ -78,11 +78,12 @@ def read_ptxas(text: str) -> tuple[str, int, int]:
   Raises:
     ValueError: if a figure is not there.
   """
-  found = [re.search(p, text) for p in (r"for '(\w+)'", r"Used (\d+) registers")]
-  spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-  if spills is None or None in found:
-    raise ValueError(f"not a report of ptxas: {text!r}")
-  return found[0][1], int(found[1][1]), int(spills[1]) + int(spills[2])
+  try:
+    target, registers = results.find(r"for '(\w+)'", text), int(results.find(r"Used (\d+) registers", text))
+    spills = [int(results.find(rf"(\d+) bytes spill {what}", text)) for what in ("stores", "loads")]
+  except ValueError as error:
+    raise ValueError(f"not a report of ptxas: {text!r}") from error
+  return target, registers, sum(spills)
 
 
 def read_dumps(folder: Path, K: int) -> list[Kernel]:
@@ -95,7 +96,7 @@ def read_dumps(folder: Path, K: int) -> list[Kernel]:
   kernels = []
   for name, report in sorted(found["ptxas"].items()):
     target, registers, spills = read_ptxas(report)
-    shared = int(re.search(r"smem_scratch_bytes=(\d+)", found["resources.txt"][name])[1])
+    shared = int(results.find(r"smem_scratch_bytes=(\d+)", found["resources.txt"][name]))
     kernels.append(Kernel(name, K, target, registers, spills, shared))
   return kernels
 
@@ -138,7 +139,7 @@ def compile_here(folder: Path, memory: bool) -> None:
     gate, S = array(jnp.float32, B, T, H), array(jnp.float32, B, H, K, V)
     traced = jax.jit(gpu_check.program(name, mode)).trace((key, key, value, gate, gate, S), (value, S))
     lowered = traced.lower(lowering_platforms=("cuda",))
-    return lowered.compile({"xla_gpu_autotune_level": 0})  # autotuning would need the GPU
+    return lowered.compile({"xla_gpu_autotune_level": "0"})  # autotuning would need the GPU
 
   kernels = []
   for K in pallas_gpu.WIDTHS:
@@ -151,7 +152,7 @@ def compile_here(folder: Path, memory: bool) -> None:
   for shape, sizes in gpu_check.SHAPES.items() if memory else ():
     for mode in bench.MODES:
       for name in gpu_check.OURS:
-        temp = compiled(name, mode, sizes).memory_analysis().temp_size_in_bytes
+        temp = results.temp_bytes(compiled(name, mode, sizes))
         temporary.append(Memory(shape, mode, name, round(temp / 1e6, 3)))
   found = {
     "kernels": [dataclasses.asdict(x) for x in kernels],
@@ -164,8 +165,8 @@ def budget(table: Path = TABLE) -> list[Kernel]:
   """The committed figures."""
   with open(table.with_suffix(".csv"), newline="", encoding="utf-8") as file:
     rows = list(csv.DictReader(file))
-  types = {field.name: field.type for field in dataclasses.fields(Kernel)}
-  return [Kernel(**{name: types[name](x) for name, x in row.items()}) for row in rows]
+  figures = ("registers", "spills", "shared")
+  return [Kernel(r["name"], int(r["K"]), r["target"], *(int(r[name]) for name in figures)) for r in rows]
 
 
 def regressions(now: Sequence[Kernel], before: Sequence[Kernel]) -> list[str]:
@@ -197,7 +198,7 @@ def markdown(kernels: Sequence[Kernel], memory: Sequence[Memory], facts: dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m kernels.static_gpu", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(prog="python -m kernels.static_gpu", description=results.summary(__doc__))
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md, .csv and _memory.csv")
   parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
   parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -225,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if options.out:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    bench.write_csv(options.out.with_suffix(".csv"), kernels)
-    bench.write_csv(options.out.with_name(f"{options.out.name}_memory.csv"), memory)
+    results.write_csv(options.out.with_suffix(".csv"), kernels)
+    results.write_csv(options.out.with_name(f"{options.out.name}_memory.csv"), memory)
   return 0
 
 

@@ -10,13 +10,11 @@ ratios between the two are a hint. --write-budgets: what the tests hold later co
 """
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
-import io
 import itertools
 import json
 import os
@@ -28,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sleep_jax.kernels.measure import processes
+from sleep_jax.kernels.measure import processes, results
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPES = {"128/256": (128, 256), "128/128": (128, 128)}  # K/V
@@ -149,10 +147,9 @@ def child(device: str, widths: str, program: str) -> dict[str, float]:
 
   shape, mode = (1, TOKENS, HEADS, *SHAPES[widths]), program.split()[-1]
 
-  def xla(*x):
-    return chunked_head.chunked(
-      *x, chunked_head.Plan(solve=True, hoist=True, block=1)
-    )  # what an accelerator gets
+  def xla(q, k, v, g, b, S):
+    plan = chunked_head.Plan(solve=True, hoist=True, block=1)  # an accelerator's, but for shorter chunks
+    return chunked_head.chunked(q, k, v, g, b, S, plan)
 
   def xla_front(*x):
     q, k, v, *gates = front.front(*x)
@@ -166,11 +163,10 @@ def child(device: str, widths: str, program: str) -> dict[str, float]:
   }
   rule, op = rules[program.removesuffix(mode).strip()]
   done = compiled(device, shape, mode, rule, op=op)
+  found: dict[str, float] = {"temp_bytes": results.temp_bytes(done)}
   if program.startswith("xla"):
-    found = {"cycles": estimated_cycles(done.as_text())}
-  else:
-    found = {"token_heads": pallas_tpu_parts.CHUNK * pallas_tpu_parts.HEADS}  # of a grid step
-  return found | {"temp_bytes": done.memory_analysis().temp_size_in_bytes}
+    return found | {"cycles": estimated_cycles(done.as_text() or "")}
+  return found | {"token_heads": pallas_tpu_parts.CHUNK * pallas_tpu_parts.HEADS}  # of a grid step
 
 
 def read_dump(folder: Path, kernel: str) -> tuple[int, int, int]:
@@ -185,8 +181,8 @@ def read_dump(folder: Path, kernel: str) -> tuple[int, int, int]:
     if len(files) != 1:
       raise RuntimeError(f"the compiler's dump has {len(files)} files {name} of {kernel}, expected 1")
     texts.append(files[0].read_text(encoding="utf-8"))
-  bundles = int(re.search(r"total scheduled bundles:\s*(\d+)", texts[0])[1])
-  units = re.search(r"^(MXU,.*)$", texts[1], re.M)[1].split(", ")
+  bundles = int(results.find(r"total scheduled bundles:\s*(\d+)", texts[0]))
+  units = results.find(r"^(MXU,.*)$", texts[1], re.M).split(", ")
   used = re.findall(r"^[\d ]+$", texts[1].split("UTILIZATION:")[1], re.M)
   store, load = units.index("VSTORE:SPILL"), units.index("VLOAD:FILL")
   counts = [list(map(int, line.split())) for line in used]
@@ -278,11 +274,7 @@ def write(out: Path, rows: Sequence[Row], text: str) -> None:
   """OUT.md and OUT.csv."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".md").write_text(text, encoding="utf-8")
-  table = io.StringIO()
-  writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(map(dataclasses.asdict, rows))
-  out.with_suffix(".csv").write_text(table.getvalue(), encoding="utf-8")
+  results.write_csv(out.with_suffix(".csv"), rows)
 
 
 def write_budgets(rows: Sequence[Row]) -> None:
@@ -290,14 +282,14 @@ def write_budgets(rows: Sequence[Row]) -> None:
   known = json.loads(BUDGETS.read_text(encoding="utf-8")) if BUDGETS.exists() else {}
   version = known.setdefault(importlib.metadata.version("libtpu"), {})
   for row in rows:
-    if row.bundles is not None:
+    if row.spill_stores is not None:
       version[row.key] = {"cycles": round(row.cycles, 2), "spill_stores": round(row.spill_stores, 3)}
   BUDGETS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """0, or 2 if this machine cannot compile for a TPU."""
-  parser = argparse.ArgumentParser(prog="python -m kernels.static_tpu", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(prog="python -m kernels.static_tpu", description=results.summary(__doc__))
   listed = lambda known: lambda text: [check(x, known) for x in text.split(",")]  # noqa: E731
 
   def check(name: str, known: Sequence[str]) -> str:

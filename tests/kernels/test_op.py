@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import pathlib
 import re
 
 import jax
@@ -133,3 +134,18 @@ def test_a_folder_declares_its_op_and_its_examples_run(rule):
     assert importlib.util.find_spec(function.split(":")[0]), function
   done = doctest.testmod(api)
   assert done.attempted >= 4 and not done.failed
+
+
+def test_the_readmes_rule_of_ones_own_runs(tmp_path):
+  """Its block as it stands, against the sum of all writes."""
+  readme = pathlib.Path(dispatch.__file__).parents[1] / "README.md"
+  block = readme.read_text(encoding="utf-8").split("## A rule of your own")[1].split("```python\n")[1]
+  (tmp_path / "mine.py").write_text(block.split("```")[0], encoding="utf-8")
+  spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+  mine = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(mine)
+  *tokens, S = inputs()
+  q, k, v, b = tokens
+  o, S_out = mine.update(*tokens, S)
+  want = S + np.einsum("bth,bthk,bthv->bhkv", b, k, v)
+  cases.assert_near([S_out, o[:, -1]], [want, np.einsum("bhkv,bhk->bhv", want, q[:, -1])], 1e-6)
