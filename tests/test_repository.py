@@ -57,7 +57,6 @@ RUNTIME_READERS = ("pretrained.from_run",)
 
 # Which extras of setup.cfg a module may need, by the longest name that fits.
 EXTRAS = {
-  "sleep_jax.kernels.gpu_check": ("peers",),
   "sleep_jax.kernels.measure": ("figures", "peers"),
   "sleep_jax.data": ("train",),
   "sleep_jax.data.gsm_infinite": ("tokenizers",),
