@@ -63,7 +63,7 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
     task = gsm_infinite.make_task(
       config.replace(cfg, train={"eval_sequences": 8 * 3, "eval_batch_size": 1}), folder
     )
-    blocks = batching.Blocks(
+    plan = batching.BatchPlan(
       task.source,
       task.cut,
       window=cfg.model.window,
@@ -73,7 +73,7 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
     )
     begin, made = time.process_time(), []
     while len(made) < batches:
-      made += blocks[len(made) // task.cut.bucket_batches]
+      made += plan[len(made) // task.cut.bucket_batches]
     cpu = time.process_time() - begin
   examples = len(made) * cfg.train.batch_size
   return {

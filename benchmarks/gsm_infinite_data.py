@@ -3,7 +3,7 @@
     python -m benchmarks.gsm_infinite_data --problems=400
 
 The original generator is not run here; its attempts per problem are measured facts of its own (400 problems a
-row, `sleep_jax/data/gsm_infinite/reference.json`), and its time is not known.
+row, `sleep_jax/data/gsm_infinite/study/reference.json`), and its time is not known.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sleep_jax.benchmarks import measure, tables
 from sleep_jax.data import gsm_infinite
-from sleep_jax.data.gsm_infinite import statistics
+from sleep_jax.data.gsm_infinite.study import statistics
 
 NOTES = (
   "CPU time of one process; texts of 2,000-3,300 tokens, solutions included, as text.",

@@ -48,7 +48,7 @@ def pin(threads: int | None) -> int:
   return threads
 
 
-def rule110_config(preset: str, **changes: Any) -> tuple[config.Config, train.Task]:
+def rule110_config(preset: str, **changes: Any) -> tuple[config.Config, train.DeviceTask]:
   """A preset of Rule 110 and its task.
 
   Args:
@@ -60,7 +60,7 @@ def rule110_config(preset: str, **changes: Any) -> tuple[config.Config, train.Ta
   cfg = config.replace(config.from_dict(config.Config, values | {"data": data}), **changes)
   rule110.check_window(cfg.data, cfg.model.window)
   batch = functools.partial(rule110.batch, cfg.data)
-  return cfg, train.Task(rule110.layout(cfg.data), batch, cfg.data.held_out_seed)
+  return cfg, train.DeviceTask(rule110.layout(cfg.data), batch, cfg.data.held_out_seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,13 +67,13 @@ NOTES = (
 )
 
 
-def temporary_bytes(cfg: config.Config, task: train.Task) -> int:
+def temporary_bytes(cfg: config.Config, task: train.DeviceTask) -> int:
   """What the compiler sets aside for the gradient of the loss, beside arguments and results."""
   lowered = measure.quick(_grad(cfg, task)).lower(*jax.eval_shape(lambda: _arguments_of(cfg, task)))
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def gradient(cfg: config.Config, task: train.Task) -> Callable[[], Any]:
+def gradient(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
   """A call that computes the gradient of the loss, compiled and called once."""
   args = measure.quick(lambda: _arguments_of(cfg, task))()
   grad = jax.jit(_grad(cfg, task))
@@ -85,12 +85,12 @@ def gradient(cfg: config.Config, task: train.Task) -> Callable[[], Any]:
   return run
 
 
-def _grad(cfg: config.Config, task: train.Task) -> Callable[..., Any]:
+def _grad(cfg: config.Config, task: train.DeviceTask) -> Callable[..., Any]:
   segments = windows.plan(task.layout, cfg.model.window)
   return jax.grad(lambda weights, batch: model.loss(weights, batch, segments, cfg.model, cfg.sleep)[0])
 
 
-def _arguments_of(cfg: config.Config, task: train.Task) -> tuple[model.Params, windows.Batch]:
+def _arguments_of(cfg: config.Config, task: train.DeviceTask) -> tuple[model.Params, windows.Batch]:
   weights = model.init(cfg.model, jax.random.key(cfg.seed))
   return weights, task.batch(jax.random.key(cfg.seed + 1), 0, cfg.train.batch_size)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, model
+from sleep_jax import attention, looped, model
 from sleep_jax.benchmarks import measure, tables
 from sleep_jax.config import ModelConfig, SleepConfig
 
@@ -112,7 +112,7 @@ def wake_table(
 ) -> list[dict[str, Any]]:
   """Milliseconds a token and bytes kept after T tokens, for each N and T; a transformer beside it."""
   answer = jax.jit(lambda w, s, c: _answer(w, s, c, cfg))
-  cache = blocks.init_cache(cfg, 1)
+  cache = looped.init_cache(cfg, 1)
   states = {}
   for n in passes:
     asleep = dataclasses.replace(sleep_cfg, num_passes=n)
@@ -123,10 +123,13 @@ def wake_table(
   kept = {}
   for t in lengths:
     plain = dataclasses.replace(cfg, blocks=("attn",) * len(cfg.blocks), window=t + ANSWERS)
-    full = _filled(blocks.init_cache(plain, 1), t)
+    full = _filled(looped.init_cache(plain, 1), t)
     kept[t] = _bytes(full) * t // (t + ANSWERS)
     own = measure.quick(lambda plain=plain: model.init(plain, jax.random.key(0)))()
-    run = jax.jit(lambda w, c, plain=plain: _answer(w, {}, c, plain)).lower(own, full).compile()
+    empty = model.init_state(plain, 1)
+    run = (
+      jax.jit(lambda w, c, plain=plain, empty=empty: _answer(w, empty, c, plain)).lower(own, full).compile()
+    )
     calls[t] = lambda run=run, w=own, c=full: jax.block_until_ready(run(w, c))
   for call in calls.values():
     call()
@@ -163,22 +166,22 @@ def spread(rows: Sequence[dict[str, Any]], column: str) -> str:
   return f"largest / smallest {column} over all N and T: {max(values) / min(values):.2f}"
 
 
-def _answer(weights: model.Params, state: blocks.State, cache: blocks.Cache, cfg: ModelConfig) -> jax.Array:
+def _answer(weights: model.Params, state: model.State, cache: looped.Cache, cfg: ModelConfig) -> jax.Array:
   """Decodes `ANSWERS` tokens, each the likeliest after the one before; the last."""
-  state = blocks.open_window(state, cfg)
+  fast = model.open_window(state, cfg, 1)[0]
 
   def step(carry, _):
-    token, state, cache = carry
-    logits, state, cache = model.decode(weights, token, state, cache, cfg)
-    return (jnp.argmax(logits, axis=-1).astype(jnp.int32), state, cache), None
+    token, fast, cache = carry
+    logits, fast, cache = model.decode(weights, token, fast, cache, cfg)
+    return (jnp.argmax(logits, axis=-1).astype(jnp.int32), fast, cache), None
 
-  (token, _, _), _ = jax.lax.scan(step, (jnp.zeros((1, 1), jnp.int32), state, cache), length=ANSWERS)
+  (token, _, _), _ = jax.lax.scan(step, (jnp.zeros((1, 1), jnp.int32), fast, cache), length=ANSWERS)
   return token
 
 
 def _read(
   weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig, lengths: Sequence[int]
-) -> dict[int, blocks.State]:
+) -> dict[int, model.State]:
   """T -> the state after T random tokens, all of them slept on; batch 1."""
   window = measure.quick(lambda s, t: model.consolidate(weights, t, s, cfg, sleep_cfg))
   tokens = jax.random.randint(
@@ -194,13 +197,13 @@ def _read(
   return found
 
 
-def _filled(cache: blocks.Cache, length: int) -> blocks.Cache:
+def _filled(cache: looped.Cache, length: int) -> looped.Cache:
   """The cache as if `length` tokens were in it."""
-  first = {
-    i: c.replace(valid=c.valid.at[:, :length].set(True), length=jnp.asarray(length, jnp.int32))
-    for i, c in cache.items()
-  }
-  return jax.block_until_ready(first)
+
+  def fill(c: attention.KVCache) -> attention.KVCache:
+    return c.replace(valid=c.valid.at[:, :length].set(True), length=jnp.asarray(length, jnp.int32))
+
+  return jax.block_until_ready(tuple({i: fill(c) for i, c in one.items()} for one in cache))
 
 
 def _bytes(tree: Any) -> int:

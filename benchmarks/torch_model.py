@@ -21,7 +21,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from sleep_jax import model, optim, params, windows
 from sleep_jax.config import Config, ModelConfig, check
 from sleep_jax.data import rule110
-from sleep_jax.fast_weights import OUT_NORM_EPS
 
 Weights = dict[str, torch.Tensor]  # "blocks/0/mixer/q" -> tensor
 State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # fast-weight block -> S and the convolution's inputs
@@ -178,7 +177,7 @@ class Model:
 
   def _read(self, w: Weights, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     """What a block adds to the residual stream of what S answered."""
-    o = F.rms_norm(o, o.shape[-1:], w["mixer/out_norm"], OUT_NORM_EPS).flatten(2)
+    o = F.rms_norm(o, o.shape[-1:], w["mixer/out_norm"], self.cfg.fast.out_norm_eps).flatten(2)
     return (o * F.silu(x @ w["gate"])) @ w["o"]
 
 
@@ -187,7 +186,7 @@ def _prepare(weights: Weights, cfg: ModelConfig) -> list[Weights]:
   layers = []
   for i, kind in enumerate(cfg.blocks):
     prefix = f"blocks/{i}/"
-    w = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    w = {n.removeprefix(prefix): weights[n] for n in filter(lambda n: n.startswith(prefix), weights)}
     w["qkv"] = torch.cat([w[f"mixer/{name}"].flatten(1) for name in "qkv"], dim=1)
     w["o"] = w["mixer/o"].flatten(0, 1)
     w["mlp_in"] = torch.cat([w["mlp/gate"], w["mlp/up"]], dim=1)
@@ -217,14 +216,14 @@ class Optimizer:
     self.cfg, self.weights = cfg.optim, list(weights.values())
     paths, _ = jax.tree_util.tree_flatten_with_path(model.declare(cfg.model), is_leaf=params.is_weight)
     declared = {params.name_of(path): weight for path, weight in paths}
-    self.muon = {n: w for n, w in weights.items() if declared[n].group == "muon"}
+    self.muon = {n: weights[n] for n, w in declared.items() if w.group == "muon"}
     self.num_in = {n: declared[n].num_in for n in self.muon}
     self.momentum = [torch.zeros_like(w) for w in self.muon.values()]
     self.muon_decay = [cfg.optim.weight_decay if declared[n].decay else 0.0 for n in self.muon]
     groups = collections.defaultdict(list)
-    for name, w in weights.items():
+    for name, w in declared.items():
       if name not in self.muon:
-        groups[cfg.optim.weight_decay if declared[name].decay else 0.0].append(w)
+        groups[cfg.optim.weight_decay if w.decay else 0.0].append(weights[name])
     self.adam = torch.optim.AdamW(
       [{"params": members, "weight_decay": decay} for decay, members in groups.items()],
       lr=cfg.optim.adam_lr,
@@ -234,6 +233,11 @@ class Optimizer:
     )
 
   @torch.no_grad()
+  def forget_gradients(self) -> None:
+    """Before the next backward pass, which would add to them."""
+    for w in self.weights:
+      w.grad = None
+
   def step(self) -> None:
     """Clips the gradients of the weights, and moves the weights."""
     torch.nn.utils.clip_grad_norm_(self.weights, self.cfg.clip_norm, foreach=True)

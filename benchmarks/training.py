@@ -83,7 +83,7 @@ NOTES = (
 
 
 def contenders(
-  cfg: config.Config, task: train.Task, *, peers: bool, scan: bool = True, compiled: bool = False
+  cfg: config.Config, task: train.DeviceTask, *, peers: bool, scan: bool = True, compiled: bool = False
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
   """One training step each, compiled and called once; and how far PyTorch's numbers are from ours.
 
@@ -119,7 +119,7 @@ def require_equal(found: dict[str, float]) -> None:
     raise RuntimeError(f"the PyTorch model differs from ours: {wrong}, tolerated is {TOLERANCE}")
 
 
-def differences(cfg: config.Config, task: train.Task) -> dict[str, float]:
+def differences(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:
   """The largest differences between PyTorch and us, on the same weights and the same batch.
 
   Returns:
@@ -143,7 +143,7 @@ def differences(cfg: config.Config, task: train.Task) -> dict[str, float]:
   same = {name: torch.from_numpy(np.array(getattr(batch, name))).to(kind) for name, kind in fields.items()}
   peer_loss = torch_model.Model(cfg, task.layout, None).loss(weights, same)
   peer_loss.backward()
-  peer_grads = {name: w.grad for name, w in weights.items()}
+  peer_grads = {name: w.grad for name, w in zip(weights, weights.values(), strict=True)}
   return {
     "loss": abs(peer_loss.item() - float(loss)) / float(loss),
     "grad_norm": abs(_norm(peer_grads) / _norm(torch_model.from_jax(grads)) - 1),
@@ -183,7 +183,7 @@ def _updates(cfg: config.Config, values: model.Params, grads: model.Params) -> t
 
 
 def table(
-  cfg: config.Config, task: train.Task, times: dict[str, measure.Times], product: float
+  cfg: config.Config, task: train.DeviceTask, times: dict[str, measure.Times], product: float
 ) -> list[dict[str, Any]]:
   """One row a contender: times, speed, ratio to ours and share of the large product's speed."""
   tokens = cfg.train.batch_size * len(task.layout)
@@ -211,7 +211,7 @@ def table(
   return rows
 
 
-def needed_flops(cfg: config.Config, task: train.Task) -> float:
+def needed_flops(cfg: config.Config, task: train.DeviceTask) -> float:
   """FLOPs of a training step a sequence, without what nobody reads.
 
   Of the last pass over a window only S is kept, so that of a last fast-weight block the gate, the output and
@@ -230,14 +230,13 @@ def needed_flops(cfg: config.Config, task: train.Task) -> float:
   return counted - flops.TRAIN_FACTOR * 2 * dropped * tokens
 
 
-def _jax_step(cfg: config.Config, task: train.Task) -> Callable[[], Any]:
+def _jax_step(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
   """Ours as it trains, one step a call."""
   cfg = config.replace(cfg, train={"steps_per_dispatch": 1})
-  tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+  _, tx, one_step = train.optimization(cfg)
   held = [measure.quick(lambda: train.init_state(cfg, tx))()]
-  dispatch = (
-    train.make_dispatch(cfg, task, tx, windows.plan(task.layout, cfg.model.window)).lower(held[0]).compile()
-  )
+  segments = windows.plan(task.layout, cfg.model.window)
+  dispatch = train.make_dispatch(cfg, task, one_step, segments).lower(held[0]).compile()
 
   def step():
     held[0], measured = dispatch(held[0])
@@ -248,7 +247,7 @@ def _jax_step(cfg: config.Config, task: train.Task) -> Callable[[], Any]:
 
 
 def _torch_step(
-  cfg: config.Config, task: train.Task, chunk: int | None, compiled: bool = False
+  cfg: config.Config, task: train.DeviceTask, chunk: int | None, compiled: bool = False
 ) -> Callable[[], Any]:
   """The PyTorch model as one would train it."""
   import torch
@@ -266,8 +265,7 @@ def _torch_step(
     loss = loss_of(weights, batch)
     loss.backward()
     optimizer.step()
-    for w in weights.values():
-      w.grad = None
+    optimizer.forget_gradients()
     return loss.item()
 
   return step

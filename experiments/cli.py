@@ -26,7 +26,7 @@ from sleep_jax.runtime import processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.metrics import MetricsError
 from sleep_jax.runtime.workdir import WorkdirError
-from sleep_jax.train import NotFiniteError, PreemptedError, host_steps
+from sleep_jax.train import NotFiniteError, PreemptedError
 
 DONE, FAILED, USER_MISTAKE, STOPPED = 0, 1, 2, 3
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -49,6 +49,9 @@ def config_as_given() -> tuple[str, dict[str, Any]]:
 @functools.cache
 def define_workdir_flag() -> flags.FlagHolder:
   """The flag --workdir of a single run; one for all mains of a process."""
+  flags.DEFINE_integer(
+    "profile", 0, "steps that are traced into the workdir's folder `profile`", lower_bound=0
+  )
   return flags.DEFINE_string("workdir", None, "the only place written to")
 
 
@@ -139,7 +142,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def train_in_workdir(
-  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task | host_steps.FedTask]
+  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task]
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
 
@@ -159,7 +162,7 @@ def train_in_workdir(
     if run.done_step is not None:
       print(f"{run.path} is complete: {run.done_step} steps")
       return None
-    return train.train(cfg, make_task(run), run)
+    return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)
 
 
 def defaults(value: Any) -> config_dict.ConfigDict:

@@ -7,7 +7,6 @@ accuracy of whole names, and both by the place of the question. Rerunning the sa
 finished run is left alone.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ cli.define_workdir_flag()
 cli.define_process_flags()
 
 
-def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
+def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   """The checked config and the task of a nested mapping.
 
   Raises:
@@ -40,14 +39,20 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
     "model.vocab_size",
     f"must be {data.vocab_size} (names, hops and marks of this data), got {cfg.model.vocab_size}",
   )
-  model.declare(cfg.model)  # unknown blocks are refused before anything is written
-  task = training.Task(
+  task = training.DeviceTask(
     layout=depo.layout(data),
     batch=functools.partial(depo.batch, data),
     held_out_seed=data.held_out_seed,
     test=make_test,
+    describe=functools.partial(describe, data),
   )
   return cfg, task
+
+
+def describe(data: depo.DepoConfig, row: dict[str, Any]) -> str:
+  """The accuracy of whole names by k, on one line."""
+  by_hops = ", ".join(f"k={k} {100 * row[f'k{k}_exact']:.1f} %" for k in data.test_hops)
+  return f"right at {by_hops} (a guess {100 / data.max_nodes:.1f} %)"
 
 
 def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
@@ -55,7 +60,6 @@ def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
   data, size = cfg.data, cfg.train.eval_batch_size
   key = jax.random.key(data.held_out_seed)
   segments = windows.plan(depo.layout(data), cfg.model.window)
-  plain = dataclasses.replace(cfg.sleep, remat="none", backprop_passes=None)
   return by_group.make_evaluate(
     lambda g, i: training.shard(depo.batch(data, key, i, size, hops=data.test_hops[g])),
     [f"k{k}" for k in data.test_hops],
@@ -63,7 +67,7 @@ def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
     functools.partial(depo.answer_of, data),
     data.pairs,
     segments,
-    lambda weights, batch: model.forward(weights, batch, segments, cfg.model, plain)[0],
+    lambda weights, batch: model.forward(weights, batch, segments, cfg.model, cfg.sleep.forward_only)[0],
   )
 
 

@@ -10,9 +10,10 @@ one drawn as in training, beside what needs no reading: the commonest answer of 
 and the number that a text gives most often. Rerunning the same command resumes; a finished run is left alone.
 """
 
+import functools
 from typing import Any
 
-from sleep_jax import config, model
+from sleep_jax import config
 from sleep_jax.data.gsm_infinite import task as gsm
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.experiments import cli, fine_tuning
@@ -49,7 +50,7 @@ def build(values: dict[str, Any]) -> config.Config:
     "train.eval_sequences",
     f"must be a multiple of the {levels} numbers of operations, got {cfg.train.eval_sequences}",
   )
-  gsm.check_lengths(data)
+  gsm.check_possible(data)
   needed = data.vocab_size
   if data.tokenizer:
     known = tokens.load(data.tokenizer)
@@ -65,22 +66,32 @@ def build(values: dict[str, Any]) -> config.Config:
     "model.vocab_size",
     f"must be at least {needed}, the tokens of the tokenizer, got {cfg.model.vocab_size}",
   )
-  model.declare(cfg.model)  # unknown blocks are refused before anything is written
   return cfg
 
 
-def make_task(cfg: config.Config, folder: str) -> host_steps.FedTask:
+def make_task(cfg: config.Config, folder: str) -> host_steps.HostTask:
   """The task; its tokenizer, if the config names none, is written to `folder`."""
   data = gsm.with_tokenizer(cfg.data, folder)
   blocks = -(-cfg.train.steps // data.cut.bucket_batches)
-  return host_steps.FedTask(
+  return host_steps.HostTask(
     source=gsm.training(data, cfg.seed, blocks * data.cut.bucket_batches * cfg.train.batch_size),
     cut=data.cut,
     held_out=gsm.held_out(data, cfg.train.eval_sequences),
     groups=gsm.groups(data),
     threads=data.threads,
     workers=data.workers,
+    describe=functools.partial(describe, gsm.groups(data)),
   )
+
+
+def describe(groups: list[str], row: dict[str, Any]) -> str:
+  """The accuracy on the first held-out set by number of operations, on one line."""
+  by_operations = ", ".join(
+    f"{name.removeprefix('op')} operations {100 * row[f'{name}_exact']:.1f} %"
+    f" (commonest number {100 * row[f'{name}_shortcut']:.1f} %)"
+    for name in groups
+  )
+  return f"right at {by_operations}"
 
 
 SETS = {"balanced": "each number of operations as often", "faithful": "drawn as in training"}

@@ -21,9 +21,9 @@ from array_record.python import array_record_module
 
 from sleep_jax import config
 from sleep_jax.data import gsm_infinite as gsm
-from sleep_jax.data.gsm_infinite import GsmInfiniteConfig, Problem, comparison, dataset, problem, problems
-from sleep_jax.data.gsm_infinite import reading as read_text
-from sleep_jax.data.gsm_infinite.reading import Reading
+from sleep_jax.data.gsm_infinite import GsmInfiniteConfig, Problem, problem, problems
+from sleep_jax.data.gsm_infinite.study import comparison
+from sleep_jax.data.gsm_infinite.study.reading import Reading, read_problem
 from sleep_jax.experiments import cli
 from sleep_jax.runtime import workdir
 from sleep_jax.runtime.workdir import write_file
@@ -72,7 +72,7 @@ class Seen:
   def add(self, cfg: GsmInfiniteConfig, p: Problem) -> None:
     """Reads a problem back from its text and remembers what is counted."""
     if p.depth:
-      r = read_text.read(p.question, p.context, p.num_tokens, cfg.modulus)
+      r = read_problem(p.question, p.context, p.num_tokens, cfg.modulus)
       self.readings.append(r)
       solved, op = r.answer, r.op
     else:
@@ -81,7 +81,7 @@ class Seen:
     text = problems.fingerprint(p.question, p.context)
     self.repeated += text in self.texts
     self.texts.add(text)
-    self.answers.setdefault(p.op, collections.Counter())[dataset.answer_text(p.answer)] += 1
+    self.answers.setdefault(p.op, collections.Counter())[p.written_answer] += 1
     self.tokens.append(p.num_tokens)
     self.attempts += p.attempts
 
@@ -129,7 +129,9 @@ def main() -> int:
   cfg, wall, cpu = settings.data, time.perf_counter(), time.process_time()
   problem(cfg, settings.seed, 0)  # what cannot be made is refused before anything is written
   folder.mkdir(parents=True, exist_ok=True)
-  splits = {f"held_out_{kind}": dataset.held_out(cfg, kind, settings.held_out) for kind in dataset.KINDS}
+  splits = {
+    f"held_out_{kind}": problems.held_out(cfg, kind, settings.held_out) for kind in problems.HELD_OUT_KINDS
+  }
   splits["train"] = (problem(cfg, settings.seed, i) for i in range(settings.num))
   kept: dict[str, Seen] = {}
 

@@ -8,7 +8,7 @@ Rerunning the same command resumes; a finished run is left alone.
 import functools
 from typing import Any
 
-from sleep_jax import config, model
+from sleep_jax import config
 from sleep_jax import train as training
 from sleep_jax.data import rule110
 from sleep_jax.experiments import cli
@@ -18,7 +18,7 @@ cli.define_workdir_flag()
 cli.define_process_flags()
 
 
-def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
+def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   """The checked config and the task of a nested mapping.
 
   Raises:
@@ -34,8 +34,7 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.Task]:
     "model.vocab_size",
     f"must be {vocab} ('0', '1', ASK), got {cfg.model.vocab_size}",
   )
-  model.declare(cfg.model)  # unknown blocks are refused before anything is written
-  task = training.Task(
+  task = training.DeviceTask(
     layout=rule110.layout(data),
     batch=functools.partial(rule110.batch, data),
     held_out_seed=data.held_out_seed,

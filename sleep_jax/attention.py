@@ -73,7 +73,7 @@ def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None) -> KVCach
   cache = KVCache(k=k, v=k, valid=valid, length=jnp.asarray(before, jnp.int32))
   if kept is None:
     return cache
-  k = layers.rope(kept.k, jnp.arange(before), cfg.attention.rope_theta, cfg.attention.rope_scaling)
+  k = _rotate(kept.k, jnp.arange(before), cfg)
   return _append(cache.replace(length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
 
 
@@ -93,75 +93,152 @@ def _zeros(cfg: ModelConfig, batch: int, rows: int) -> tuple[jax.Array, jax.Arra
   )
 
 
-def attention(
+def read_window(
   weights: dict[str, jax.Array],
   x: jax.Array,
   cfg: ModelConfig,
   *,
   valid: jax.Array | None = None,
-  cache: KVCache | Kept | None = None,
-  near: int | None = None,
-) -> tuple[jax.Array, KVCache | Kept | None]:
-  """Causal softmax attention: o_t = V_t^T softmax(K_t q_t / sqrt(d)).
-
-  Under sliding eviction a token sees the newest L keys, its own included, whichever window they are of.
+  reach: int | None = None,
+) -> jax.Array:
+  """Causal softmax attention inside one window: o_t = V_t^T softmax(K_t q_t / sqrt(d)).
 
   Args:
     weights: as declared.
-    x: [B, T, D]; the whole window, or with a `KVCache` the tokens that follow it.
+    x: the whole window, [B, T, D].
     valid: [B, T] bool, False for pads, which nobody attends to. None: all valid.
-    cache: `KVCache`: tokens of the same window that came before; T more must fit. `Kept`: what the windows
-      before left, and x is the whole window. None: x is the whole window, and nothing was left.
-    near: keys that a query sees, its own included (`swa`). None: all that are there.
+    reach: keys that a query sees, its own included (`swa`). None: all that came before.
 
   Returns:
-    [B, T, D] in x's dtype, and: the cache with the T tokens appended; what is kept after them; None.
+    [B, T, D] in x's dtype.
+  """
+  q, k, v = _project(weights, x, cfg)
+  at = jnp.arange(x.shape[1])
+  q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
+  return _out(weights, attend(q, k, v, allowed(at, at, reach, valid)), cfg)
+
+
+def read_behind(
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  kept: Kept,
+  cfg: ModelConfig,
+  *,
+  valid: jax.Array | None = None,
+  reach: int | None = None,
+) -> tuple[jax.Array, Kept]:
+  """`read_window` under sliding eviction: a token sees the newest L keys, whichever window they are of.
+
+  Args:
+    kept: what the windows before left.
+    reach: as for `read_window`; at most L in any case.
+
+  Returns:
+    [B, T, D] in x's dtype, and what is kept after the window.
   """
   batch, length, _ = x.shape
-  heads_axes = ("batch", "seq", "heads", "head_dim")
-  q = layers.dense(x, weights["q"], heads_axes)
-  kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), heads_axes)
-  k, v = jnp.split(kv, 2, axis=-1)
-  if cfg.attention.bias:
-    q, k, v = (x + weights[f"{name}_bias"].astype(x.dtype) for name, x in (("q", q), ("k", k), ("v", v)))
-  if cfg.attention.qk_norm:
-    q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps)
-    k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps)
-  if cache is not None and valid is None:
-    valid = jnp.ones((batch, length), bool)
-  if isinstance(cache, Kept):
-    k, v, valid = (jnp.concatenate(x, axis=1) for x in ((cache.k, k), (cache.v, v), (cache.valid, valid)))
-    cache = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
-    start, keys_at = cfg.window - 1, jnp.arange(k.shape[1])
-  else:
-    start = cache.length if cache is not None else 0
-    keys_at = start + jnp.arange(length)
-  positions = start + jnp.arange(length)
-  q = layers.rope(q, positions, cfg.attention.rope_theta, cfg.attention.rope_scaling)
-  k = layers.rope(k, keys_at, cfg.attention.rope_theta, cfg.attention.rope_scaling)
+  q, k, v = _project(weights, x, cfg)
+  valid = jnp.ones((batch, length), bool) if valid is None else valid
+  k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
+  kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
+  at, keys_at = cfg.window - 1 + jnp.arange(length), jnp.arange(k.shape[1])
+  q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
+  seen = allowed(at, keys_at, min(reach or cfg.window, cfg.window), valid)
+  return _out(weights, attend(q, k, v, seen), cfg), kept
 
-  if isinstance(cache, KVCache):
-    cache = _append(cache, k, v, valid)
-    k, v, valid, keys_at = cache.k, cache.v, cache.valid, jnp.arange(cache.k.shape[1])
-  distance = positions[:, None] - keys_at[None, :]
-  allowed = distance >= 0
-  reach = min((n for n in (near, cfg.window if cfg.eviction == "sliding" else None) if n), default=None)
+
+def decode(
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  cache: KVCache,
+  cfg: ModelConfig,
+  *,
+  valid: jax.Array | None = None,
+  reach: int | None = None,
+) -> tuple[jax.Array, KVCache]:
+  """`read_window`, or under sliding eviction `read_behind`, for the next tokens of a window that is open.
+
+  Args:
+    x: [B, T, D]; the cache must have room for T more tokens.
+    cache: tokens that came before, of the same window or kept.
+
+  Returns:
+    [B, T, D] in x's dtype, and the cache with the T tokens appended.
+  """
+  batch, length, _ = x.shape
+  q, k, v = _project(weights, x, cfg)
+  at = cache.length + jnp.arange(length)
+  q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
+  cache = _append(cache, k, v, jnp.ones((batch, length), bool) if valid is None else valid)
+  if cfg.eviction == "sliding":
+    reach = min(reach or cfg.window, cfg.window)
+  seen = allowed(at, jnp.arange(cache.k.shape[1]), reach, cache.valid)
+  return _out(weights, attend(q, cache.k, cache.v, seen), cfg), cache
+
+
+def allowed(
+  queries_at: jax.Array, keys_at: jax.Array, reach: int | None, valid: jax.Array | None
+) -> jax.Array:
+  """Which keys a query sees: those up to its own place, the newest `reach` of them, no pads.
+
+  Args:
+    queries_at, keys_at: places [T] and [keys].
+    valid: [B, keys] bool.
+
+  Returns:
+    [B or 1, 1, T, keys] bool.
+  """
+  distance = queries_at[:, None] - keys_at[None, :]
+  seen = distance >= 0
   if reach is not None:
-    allowed &= distance < reach
-  allowed = allowed[None, None]  # [1, 1, T, keys]
-  if valid is not None:
-    allowed = allowed & valid[:, None, None, :]
+    seen &= distance < reach
+  seen = seen[None, None]
+  return seen if valid is None else seen & valid[:, None, None, :]
 
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+  """Softmax attention with grouped queries, scores and softmax in float32.
+
+  Args:
+    q: [B, T, num_heads, head_dim].
+    k, v: [B, keys, num_kv_heads, head_dim].
+    seen: [B or 1, 1, T, keys] bool. A query that sees nothing gets the mean of all values.
+
+  Returns:
+    [B, T, num_heads, head_dim] in q's dtype.
+  """
   groups = q.shape[2] // k.shape[2]
   if groups > 1:
     k, v = (_repeated(x, groups) for x in (k, v))
-  scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
-  shares = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1).astype(x.dtype)
-  out = jnp.einsum("bhts,bshd->bthd", shares, v)
+  scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
+  shares = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(q.dtype)
+  return jnp.einsum("bhts,bshd->bthd", shares, v)
+
+
+def _project(
+  weights: dict[str, jax.Array], x: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Queries [B, T, num_heads, head_dim], keys and values [B, T, num_kv_heads, head_dim], before RoPE."""
+  axes = ("batch", "seq", "heads", "head_dim")
+  q = layers.dense(x, weights["q"], axes)
+  kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), axes)
+  k, v = jnp.split(kv, 2, axis=-1)
+  if cfg.attention.bias:
+    q, k, v = (y + weights[f"{name}_bias"].astype(y.dtype) for name, y in (("q", q), ("k", k), ("v", v)))
+  if cfg.attention.qk_norm:
+    q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps)
+    k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps)
+  return q, k, v
+
+
+def _rotate(x: jax.Array, at: jax.Array, cfg: ModelConfig) -> jax.Array:
+  return layers.rope(x, at, cfg.attention.rope_theta, cfg.attention.rope_scaling)
+
+
+def _out(weights: dict[str, jax.Array], out: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """The output projection: [B, T, num_heads, head_dim] -> [B, T, D]."""
   out = layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2)
-  if cfg.attention.out_bias:
-    out = out + weights["o_bias"].astype(out.dtype)
-  return out, cache
+  return out + weights["o_bias"].astype(out.dtype) if cfg.attention.out_bias else out
 
 
 def _repeated(x: jax.Array, groups: int) -> jax.Array:

@@ -2,156 +2,253 @@
 
 A block is a mixer and an MLP, each behind an RMSNorm and added to the residual stream; with sandwich norms
 through a second RMSNorm. The mixer is attention (`attn`; `swa` to the last few tokens only) or a fast-weight
-layer, named by its rule. A block in `without_mlp` is a mixer behind its norm, whatever the others are.
+layer, named by its rule. Blocks listed in `without_mlp` have a norm and a mixer but no MLP.
+
+Equal blocks can run under one `lax.scan` over their weights, stacked: see `arrange`.
 """
 
 import functools
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 
-from sleep_jax import attention, fast_weights, layers, params
-from sleep_jax.config import ATTENTION, ConfigError, ModelConfig, nearest
+from sleep_jax import attention, carry, fast_weights, layers, params
+from sleep_jax.config import ATTENTION, ModelConfig
+from sleep_jax.rules import RULES
 
-# What a pass starts from and leaves, by block; attention has some under sliding eviction only.
-State = dict[str, fast_weights.FastWeights | attention.Kept]
-Cache = dict[str, attention.KVCache]
+Weights = dict[str, Any]
+# Of the attention blocks of one pass awake, by number.
+Caches = dict[str, attention.KVCache]
 
 
-def declare(cfg: ModelConfig) -> dict[str, Any]:
-  """The weights of all blocks, by number.
+def declare(cfg: ModelConfig) -> dict[str, Weights]:
+  """The weights of all blocks, by number."""
+  return {str(i): declare_block(cfg, kind, _has_mlp(cfg, i)) for i, kind in enumerate(cfg.blocks)}
 
-  Raises:
-    ConfigError: for a block that is neither `attn` nor a known rule.
-  """
-  known = (*ATTENTION, *fast_weights.RULES)
+
+def declare_block(cfg: ModelConfig, kind: str, mlp: bool) -> Weights:
+  """The weights of one block, as a nested dict of `params.Weight`."""
   d, hidden = cfg.embed_dim, cfg.mlp_dim or 2 * cfg.embed_dim
-  declared = {}
-  for i, kind in enumerate(cfg.blocks):
-    if kind not in known:
-      raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
-    mixer = attention.declare(cfg) if kind in ATTENTION else fast_weights.declare(cfg, kind)
-    declared[str(i)] = {"norm": params.scale(d), "mixer": mixer}
-    if i in cfg.without_mlp:
-      continue
-    declared[str(i)] |= {
-      "mlp_norm": params.scale(d),
-      "mlp": {
-        "gate": params.matrix(d, hidden, axes=("w_embed", "mlp")),
-        "up": params.matrix(d, hidden, axes=("w_embed", "mlp")),
-        "down": params.matrix(hidden, d, axes=("mlp", "w_embed")),
-      },
-    }
-    if cfg.mlp_bias:
-      for name, width, axis in (("gate", hidden, "mlp"), ("up", hidden, "mlp"), ("down", d, None)):
-        declared[str(i)]["mlp"][f"{name}_bias"] = params.bias(width, axes=(axis,))
-    if cfg.norm_placement == "sandwich":
-      declared[str(i)] |= {"post_norm": params.scale(d), "mlp_post_norm": params.scale(d)}
+  mixer = attention.declare(cfg) if kind in ATTENTION else fast_weights.declare(cfg, kind)
+  declared = {"norm": params.scale(d), "mixer": mixer}
+  if not mlp:
+    return declared
+  declared |= {
+    "mlp_norm": params.scale(d),
+    "mlp": {
+      "gate": params.matrix(d, hidden, axes=("w_embed", "mlp")),
+      "up": params.matrix(d, hidden, axes=("w_embed", "mlp")),
+      "down": params.matrix(hidden, d, axes=("mlp", "w_embed")),
+    },
+  }
+  if cfg.mlp_bias:
+    for name, width, axis in (("gate", hidden, "mlp"), ("up", hidden, "mlp"), ("down", d, None)):
+      declared["mlp"][f"{name}_bias"] = params.bias(width, axes=(axis,))
+  if cfg.norm_placement == "sandwich":
+    declared |= {"post_norm": params.scale(d), "mlp_post_norm": params.scale(d)}
   return declared
 
 
-def init_state(cfg: ModelConfig, batch: int) -> State:
-  """Fast weights of every fast-weight block at the start of a sequence."""
-  kinds = [(i, kind) for i, kind in enumerate(cfg.blocks) if kind not in ATTENTION]
-  return {str(i): fast_weights.init_state(cfg, batch, kind) for i, kind in kinds}
+def _has_mlp(cfg: ModelConfig, index: int) -> bool:
+  return index not in cfg.without_mlp
 
 
-def attention_blocks(cfg: ModelConfig) -> list[str]:
-  """Names of the blocks whose memory is a cache."""
-  return [str(i) for i, kind in enumerate(cfg.blocks) if kind in ATTENTION]
-
-
-def init_kept(cfg: ModelConfig, batch: int) -> State:
-  """What every attention block is left with before the first window, under sliding eviction; else nothing."""
-  if cfg.eviction != "sliding":
-    return {}
-  return {i: attention.init_kept(cfg, batch) for i in attention_blocks(cfg)}
-
-
-def init_cache(cfg: ModelConfig, batch: int, state: State | None = None) -> Cache:
-  """A window of which nothing is read yet, for every attention block; behind what `state` kept.
-
-  There is one for every pass awake that has a cache of its own.
-  """
-  kept = {i: s for i, s in (state or {}).items() if isinstance(s, attention.Kept)}
-  passes = cfg.predict_passes if cfg.pass_cache == "own" else 1
-  size = len(cfg.blocks)
-  return {
-    str(u * size + int(i)): attention.init_cache(cfg, batch, kept.get(i))
-    for u in range(passes)
-    for i in attention_blocks(cfg)
-  }
-
-
-def open_window(state: State, cfg: ModelConfig) -> State:
-  """The state with which a new window begins."""
-  return {
-    i: s if isinstance(s, attention.Kept) else fast_weights.open_window(s, cfg) for i, s in state.items()
-  }
-
-
-def reopen(state: State, start: State) -> State:
-  """S of `state` at the beginning of the window that `start` opened; what was kept is that of `start`."""
-  return {
-    i: start[i] if isinstance(s, attention.Kept) else fast_weights.reopen(s, start[i])
-    for i, s in state.items()
-  }
-
-
-def run(
-  weights: dict[str, Any],
+def block(
+  weights: Weights,
   h: jax.Array,
-  state: State,
-  cfg: ModelConfig,
+  memory: Any,
   *,
+  kind: str,
+  mlp: bool,
+  cfg: ModelConfig,
+  valid: jax.Array | None = None,
+  decoding: bool = False,
+) -> tuple[jax.Array, Any]:
+  """One block.
+
+  Args:
+    weights: as `declare_block` declares them.
+    h: hidden states [B, T, D].
+    memory: of this block. A fast-weight block's is `FastWeights`. Attention's is its `KVCache` when decoding,
+      else `Kept` under sliding eviction and None under hard eviction.
+    kind: name of the mixer.
+    mlp: whether there is one.
+    valid: [B, T] bool, False for pads. None: all valid.
+    decoding: h are the next tokens of a window that is open, not a whole window.
+
+  Returns:
+    h and the memory behind the block.
+  """
+  norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, cast=cfg.norm_cast)
+  sandwich = mlp and cfg.norm_placement == "sandwich"
+  with jax.named_scope(kind):
+    x = norm(h, weights["norm"])
+    mixed, memory = _mix(weights["mixer"], x, memory, kind=kind, cfg=cfg, valid=valid, decoding=decoding)
+    h = h + (norm(mixed, weights["post_norm"]) if sandwich else mixed)
+  if mlp:
+    with jax.named_scope("mlp"):
+      out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]))
+      h = h + (norm(out, weights["mlp_post_norm"]) if sandwich else out)
+  return h, memory
+
+
+def _mix(
+  weights: Weights,
+  x: jax.Array,
+  memory: Any,
+  *,
+  kind: str,
+  cfg: ModelConfig,
+  valid: jax.Array | None,
+  decoding: bool,
+) -> tuple[jax.Array, Any]:
+  """The mixer of `block`: [B, T, D] -> [B, T, D], and its memory."""
+  if kind not in ATTENTION:
+    return fast_weights.fast_weights(weights, x, memory, cfg, RULES[kind], valid=valid)
+  reach = cfg.attention.swa_window if kind == "swa" else None
+  if decoding:
+    return attention.decode(weights, x, memory, cfg, valid=valid, reach=reach)
+  if cfg.eviction == "sliding":
+    return attention.read_behind(weights, x, memory, cfg, valid=valid, reach=reach)
+  return attention.read_window(weights, x, cfg, valid=valid, reach=reach), None
+
+
+@flax.struct.dataclass
+class Group:
+  """`count` repetitions of a stretch of neighbouring blocks, which run under one loop.
+
+  Attributes:
+    weights: of each block of the stretch, arrays [count, ...]; with count = 1 as declared.
+    start: number of the first block.
+    count: repetitions.
+  """
+
+  weights: tuple[Weights, ...]
+  start: int = flax.struct.field(pytree_node=False)
+  count: int = flax.struct.field(pytree_node=False)
+
+  def names(self, place: int) -> list[str]:
+    """The blocks at one place of the stretch, one a repetition."""
+    return [str(self.start + r * len(self.weights) + place) for r in range(self.count)]
+
+
+def arrange(
+  weights: dict[str, Weights],
+  cfg: ModelConfig,
   first: int = 0,
   last: int | None = None,
-  valid: jax.Array | None = None,
-  cache: Cache | None = None,
-  remat: bool = False,
-) -> tuple[jax.Array, State, Cache | None]:
-  """One pass over blocks `first` .. `last` - 1.
+  *,
+  scan: bool = False,
+) -> tuple[Group, ...]:
+  """Blocks `first` .. `last` - 1, as `run` takes them.
 
   Args:
     weights: as declared.
+    scan: stack the weights of equal blocks and of repeating patterns, so that each pattern is compiled once.
+      The numbers are the same but for rounding. Stacking copies the weights: do it once a step, outside of
+      loops.
+  """
+  last = len(cfg.blocks) if last is None else last
+  kinds = tuple((cfg.blocks[i], _has_mlp(cfg, i)) for i in range(first, last))
+  stretches = repeats(kinds) if scan else tuple((i, 1, 1) for i in range(len(kinds)))
+  groups = []
+  for at, period, count in stretches:
+    group = Group((None,) * period, first + at, count)
+    members = [[weights[name] for name in group.names(place)] for place in range(period)]
+    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *m) if count > 1 else m[0] for m in members]
+    groups.append(group.replace(weights=tuple(stacked)))
+  return tuple(groups)
+
+
+@functools.cache
+def repeats(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
+  """Cuts a sequence into repeated stretches so that as few entries as possible are written out.
+
+  >>> repeats(("a", "b", "a", "b", "a", "b", "c"))
+  ((0, 2, 3), (6, 1, 1))
+
+  Returns:
+    (start, period, count) of each stretch; of equally short ways the one with the fewest stretches.
+  """
+  size = len(kinds)
+  best: list[tuple[int, int, tuple[tuple[int, int, int], ...]]] = [(0, 0, ())] * (size + 1)
+  for start in reversed(range(size)):
+    options = []
+    for period in range(1, size - start + 1):
+      stretch, count = kinds[start : start + period], 1
+      while True:
+        if period == 1 or count > 1:
+          written, stretches, rest = best[start + period * count]
+          options.append((written + period, stretches + 1, ((start, period, count), *rest)))
+        if kinds[start + count * period : start + (count + 1) * period] != stretch:
+          break
+        count += 1
+    best[start] = min(options, key=lambda option: option[:2])
+  return best[0][2]
+
+
+def run(
+  groups: tuple[Group, ...],
+  h: jax.Array,
+  state: carry.State,
+  cfg: ModelConfig,
+  *,
+  valid: jax.Array | None = None,
+  caches: Caches | None = None,
+  remat: bool = False,
+) -> tuple[jax.Array, carry.State, Caches]:
+  """One pass over the blocks of `groups`.
+
+  Args:
+    groups: from `arrange`.
     h: hidden states [B, T, D], in the activation dtype.
-    state: of all fast-weight blocks and, under sliding eviction, what attention kept; blocks that do not run
-      keep theirs.
-    first, last: which blocks run. None: up to the end.
+    state: inside a pass; blocks that do not run keep theirs.
     valid: [B, T] bool, False for pads. None: all valid.
-    cache: earlier tokens of the same window, for decoding; None if h is the whole window.
+    caches: earlier tokens of the same window, for decoding. None: h is the whole window.
     remat: keep only each block's input for the way back.
 
   Returns:
-    h, state and cache (None if none came in) after the pass.
+    h, state and caches ({} if none came in) after the pass.
   """
-  state, cache = dict(state), None if cache is None else dict(cache)
-  norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, cast=cfg.norm_cast)
-  for i, kind in list(enumerate(cfg.blocks))[first:last]:
-    name = str(i)
+  decoding = caches is not None
+  fast, kept, caches = dict(state.fast), dict(state.kept), dict(caches or {})
+  for group in groups:
+    kinds = cfg.blocks[group.start : group.start + len(group.weights)]
+    memories = [fast if kind not in ATTENTION else caches if decoding else kept for kind in kinds]
+    bodies = []
+    for place, kind in enumerate(kinds):
+      mlp = _has_mlp(cfg, group.start + place)
+      body = functools.partial(block, kind=kind, mlp=mlp, cfg=cfg, valid=valid, decoding=decoding)
+      bodies.append(jax.checkpoint(body, prevent_cse=group.count == 1) if remat else body)
 
-    def block(weights, h, memory, kind=kind):
-      x = norm(h, weights["norm"])
-      if kind in ATTENTION:
-        near = cfg.attention.swa_window if kind == "swa" else None
-        mixed, memory = attention.attention(weights["mixer"], x, cfg, valid=valid, cache=memory, near=near)
-      else:
-        rule, squash = fast_weights.RULES[kind], fast_weights.SQUASH.get(kind, jax.nn.silu)
-        mixed, memory = fast_weights.fast_weights(
-          weights["mixer"], x, memory, cfg, rule, valid=valid, squash=squash
-        )
-      h = h + (norm(mixed, weights["post_norm"]) if "post_norm" in weights else mixed)
-      if "mlp" in weights:
-        out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]))
-        h = h + (norm(out, weights["mlp_post_norm"]) if "mlp_post_norm" in weights else out)
-      return h, memory
+    if group.count == 1:
+      for place, (weights, body, memory) in enumerate(zip(group.weights, bodies, memories, strict=True)):
+        (name,) = group.names(place)
+        with jax.named_scope(f"block_{name}"):
+          h, after = body(weights, h, memory.get(name))
+        if after is not None:
+          memory[name] = after
+      continue
 
-    if remat:
-      block = jax.checkpoint(block)
-    if kind in ATTENTION and cache is not None:
-      h, cache[name] = block(weights[name], h, cache[name])
-    elif name in state:
-      h, state[name] = block(weights[name], h, state[name])
-    else:
-      h, _ = block(weights[name], h, None)
-  return h, state, cache
+    def stretch(h, xs, bodies=bodies):
+      after = []
+      for body, weights, memory in zip(bodies, *xs, strict=True):
+        h, memory = body(weights, h, memory)
+        after.append(memory)
+      return h, tuple(after)
+
+    names = [group.names(place) for place in range(len(kinds))]
+    before = tuple(_stacked([m.get(n) for n in ns]) for m, ns in zip(memories, names, strict=True))
+    with jax.named_scope(f"blocks_{names[0][0]}_to_{names[-1][-1]}"):
+      h, after = jax.lax.scan(stretch, h, (group.weights, before))
+    for memory, ns, stacked in zip(memories, names, after, strict=True):
+      if stacked is not None:
+        memory |= {n: jax.tree.map(lambda x, r=r: x[r], stacked) for r, n in enumerate(ns)}
+  return h, carry.State(fast, kept), caches
+
+
+def _stacked(memories: list[Any]) -> Any:
+  """Memories of equal blocks, each array [count, ...]; None if they have none."""
+  return None if memories[0] is None else jax.tree.map(lambda *x: jnp.stack(x), *memories)

@@ -1,50 +1,24 @@
 """The fast-weight layer: projections, gates and one call to the rule that writes S.
 
-A *rule* is how S is written, nothing more: `(q, k, v, g, b, S, *, mask, implementation) -> (o, S)`
-with q, k `[B, T, H, K]`, v `[B, T, H, V]`, log decay g and write strength b `[B, T, H]` in float32.
-The layer around it is that of Gated DeltaNet (arXiv 2412.06464), so that a comparison of rules compares
-rules; `jet` alone convolves otherwise, as Jet-Nemotron's blocks do. Rules with other gates have those of
-their papers: `delta` (arXiv 2406.06484) no g; `kda` (arXiv 2510.26692) a g per key channel `[B, T, H, K]`,
-made through a narrow layer, as is the gate on what is read; `gdn2` (arXiv 2605.22791) that and, in place of
-b, gates on erasing e `[B, T, H, K]` and on writing w `[B, T, H, V]`. A rule of your own is one entry in
-`RULES`; its name is then a block name.
+A *rule* is how S is written (`rules.Rule`). The layer around it is that of Gated DeltaNet (arXiv
+2412.06464), so that a comparison of rules compares rules; `jet` alone convolves otherwise, as Jet-Nemotron's
+blocks do. Rules with other gates have those of their papers: `delta` (arXiv 2406.06484) no g; `kda` (arXiv
+2510.26692) a g per key channel `[B, T, H, K]`, made through a narrow layer, as is the gate on what is read;
+`gdn2` (arXiv 2605.22791) that and, in place of b, gates on erasing e `[B, T, H, K]` and on writing w `[B, T,
+H, V]`.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import layers, params, sharding
-from sleep_jax.config import ModelConfig
-from sleep_jax.kernels.conv_gated_delta import conv_gated_delta
-from sleep_jax.kernels.delta import delta
-from sleep_jax.kernels.gated_delta import gated_delta
-from sleep_jax.kernels.gated_hebbian import gated_hebbian
-from sleep_jax.kernels.gdn2 import gdn2
-from sleep_jax.kernels.kda import kda
-
-Rule = Callable[..., tuple[jax.Array, jax.Array]]
-
-RULES: dict[str, Rule] = {
-  "gdn": gated_delta,  # S <- exp(g) S + b k (v - exp(g) S^T k)^T
-  "hebbian": gated_hebbian,  # S <- exp(g) S + b k v^T, equation 3 of arXiv 2605.26099
-  "jet": gated_delta,  # as gdn; the layer around it convolves v alone, dynamically
-  "delta": delta,  # as gdn, without decay
-  "kda": kda,  # as gdn, with a decay per key channel
-  "gdn2": gdn2,  # S <- Diag(exp(g)) S;  S <- S + k (w v - S^T (e k))^T
-}
-DYNAMIC = ("jet",)  # layers of JetBlock's form (arXiv 2508.15884): see `declare`
-CHANNELWISE = ("kda", "gdn2")
-FUSED = ("pallas_tpu_fused",)  # kernels that take the short convolution, SiLU, norms and gates of `gdn` along
-# What the gate on the read is squashed by, where that is not SiLU. (Of gdn2 there are two published layers:
-# SiLU is its authors' choice, a sigmoid flash-linear-attention's.)
-SQUASH: dict[str, Callable[[jax.Array], jax.Array]] = {"kda": jax.nn.sigmoid}
-
-OUT_NORM_EPS = 1e-5
+from sleep_jax import config, layers, params, sharding
+from sleep_jax.config import FastConfig, ModelConfig
+from sleep_jax.kernels.common import dispatch
+from sleep_jax.rules import RULES, Rule
 
 
 @flax.struct.dataclass
@@ -64,11 +38,11 @@ class FastWeights:
 def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
   """The weights of one fast-weight mixer.
 
-  A layer in `DYNAMIC` has no convolution on q and k. That on v has taps of each token's own,
+  A dynamic convolution (`Rule.conv`) leaves q and k alone and gives v taps of each token's own,
   silu(x W_1) W_2 + b_2. At the start W_2 is small and b_2 passes the current token on: with both
   matrices zero, as they are published, neither would ever get a gradient.
   """
-  d, fast = cfg.embed_dim, cfg.fast
+  d, fast, rule = cfg.embed_dim, cfg.fast, RULES[kind]
   heads, key, value, taps = fast.num_heads, fast.key_dim, fast.value_dim, fast.conv_size
   into = ("w_embed", "heads", "head_dim")
   weights = {
@@ -77,8 +51,8 @@ def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
     "v": params.matrix(d, heads, value, axes=into),
     "o": params.matrix(heads, value, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
     "out_norm": params.scale(value),
-  } | _declare_gates(cfg, kind)
-  if kind in DYNAMIC:
+  } | _declare_gates(cfg, rule)
+  if rule.conv == "dynamic":
     hidden = heads * value // fast.generator_reduction
     to_taps = (None, "heads", "head_dim", None)
     weights |= {
@@ -93,38 +67,42 @@ def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
   return weights
 
 
-def _declare_gates(cfg: ModelConfig, kind: str) -> dict[str, params.Weight]:
-  """The weights of decay, erasing, writing and of the gate on the read.
-
-  The layers that a channelwise decay and the gate on the read go through are as narrow as a value.
-  """
+def _declare_gates(cfg: ModelConfig, rule: Rule) -> dict[str, params.Weight]:
+  """The weights of decay, writing and of the gate on the read; narrow layers are as wide as a value."""
   d, fast = cfg.embed_dim, cfg.fast
   heads, key, value = fast.num_heads, fast.key_dim, fast.value_dim
   into, per_head = ("w_embed", "heads", "head_dim"), ("w_embed", "heads")
   narrow, widen = ("w_embed", None), (None, "heads", "head_dim")
   scalar = params.Weight((d, heads), per_head, params.normal(d**-0.5))
   A_log = params.Weight((heads,), ("heads",), _log_uniform(fast.decay_init), decay=False)
-  if kind in CHANNELWISE:
-    weights = {
+  weights: dict[str, params.Weight] = {}
+  if rule.decay == "channel":
+    weights |= {
       "f_a": params.matrix(d, value, axes=narrow),
       "f_b": params.matrix(value, heads, key, axes=widen),
       "A_log": A_log,
       "dt_bias": params.Weight((heads, key), widen[1:], _softplus_inverse_of_step, decay=False),
+    }
+  elif rule.decay == "head":
+    dt_bias = params.Weight((heads,), ("heads",), _softplus_inverse_of_step, decay=False)
+    weights |= {"a": scalar, "A_log": A_log, "dt_bias": dt_bias}
+  if rule.write == "channel":
+    weights |= {
+      "e": params.matrix(d, heads, key, axes=into),
+      "w": params.matrix(d, heads, value, axes=into),
+    }
+  else:
+    weights["b"] = scalar
+  if rule.narrow_gate:
+    weights |= {
       "gate_a": params.matrix(d, value, axes=narrow),
       "gate_b": params.matrix(value, heads, value, axes=widen),
     }
-    if kind == "kda":
-      return weights | {"b": scalar}
-    return weights | {
-      "e": params.matrix(d, heads, key, axes=into),
-      "w": params.matrix(d, heads, value, axes=into),
-      "gate_bias": params.bias(heads, value, axes=widen[1:]),
-    }
-  weights = {"gate": params.matrix(d, heads, value, axes=into), "b": scalar}
-  if kind == "delta":
-    return weights
-  dt_bias = params.Weight((heads,), ("heads",), _softplus_inverse_of_step, decay=False)
-  return weights | {"a": scalar, "A_log": A_log, "dt_bias": dt_bias}
+  else:
+    weights["gate"] = params.matrix(d, heads, value, axes=into)
+  if rule.gate_bias:
+    weights["gate_bias"] = params.bias(heads, value, axes=widen[1:])
+  return weights
 
 
 def init_state(cfg: ModelConfig, batch: int, kind: str = "gdn") -> FastWeights:
@@ -134,25 +112,32 @@ def init_state(cfg: ModelConfig, batch: int, kind: str = "gdn") -> FastWeights:
   S = sharding.constrain(S, ("batch", *per_head, "head_dim"))
   if not fast.conv_size:
     return FastWeights(S)
-  width = fast.value_dim if kind in DYNAMIC else 2 * fast.key_dim + fast.value_dim
+  width = fast.value_dim if RULES[kind].conv == "dynamic" else 2 * fast.key_dim + fast.value_dim
   context = jnp.zeros((batch, fast.conv_size - 1, fast.num_heads, width), cfg.dtype)
   return FastWeights(S, sharding.constrain(context, ("batch", "seq", *per_head)))
 
 
 def open_window(state: FastWeights, cfg: ModelConfig) -> FastWeights:
-  """The state with which a new window begins: what eviction left of it (`fast.conv_context`)."""
+  """The state with which a new window begins; `fast.conv_context` says what is left of the convolution."""
   if cfg.fast.conv_context == "carry" or not cfg.fast.conv_size:
     return state
-  return reopen(state, jax.tree.map(jnp.zeros_like, state))
+  return rewind(state, jax.tree.map(jnp.zeros_like, state))
 
 
-def reopen(state: FastWeights, start: FastWeights) -> FastWeights:
-  """S of `state`, with the convolution's context of `start`.
+def rewind(state: FastWeights, start: FastWeights) -> FastWeights:
+  """Back to the start of the window, with the S written so far.
 
   Every pass over a window reads the same tokens after the same tokens: a pass does not see
   the end of the window as what came before its beginning.
   """
   return start.replace(S=state.S)
+
+
+def check_kernel(fast: FastConfig) -> None:
+  """Raises `ConfigError` if `fast.kernel` names an implementation that this platform has not got."""
+  if fast.kernel is not None:
+    known = dispatch.ORDER.get(jax.default_backend(), dispatch.ORDER["cpu"])
+    config.one_of(fast.kernel, known, "model.fast.kernel")
 
 
 def fast_weights(
@@ -163,45 +148,41 @@ def fast_weights(
   rule: Rule,
   *,
   valid: jax.Array | None = None,
-  squash: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> tuple[jax.Array, FastWeights]:
-  """Reads and writes the fast weights, token by token in effect, in chunks in fact.
+  """Reads and writes the fast weights. Equivalent to one token at a time; computed in chunks.
 
   Args:
-    weights: as declared; what is among them says which gates the rule has.
+    weights: as declared for `rule`.
     x: [B, T, D].
     state: on entry.
-    rule: how S is written, a value of `RULES`.
+    rule: how S is written, a value of `rules.RULES`.
     valid: [B, T] bool, False for pads, which write nothing. None: all valid.
-    squash: of the gate on what is read; see `SQUASH`.
 
   Returns:
     [B, T, D] in x's dtype, and the state after the last token.
   """
   fast, heads = cfg.fast, ("batch", "seq", "heads", "head_dim")
-  widths = (fast.key_dim, fast.key_dim, fast.value_dim)
-  others = [name for name in ("gate", "e", "w") if name in weights]
+  others = {} if rule.narrow_gate else {"gate": fast.value_dim}
+  if rule.write == "channel":
+    others |= {"e": fast.key_dim, "w": fast.value_dim}
   joined = layers.dense(x, _joined(weights, "q", "k", "v", *others), heads)  # one large product, not many
-  ends = [*itertools.accumulate((*widths, *(weights[name].shape[-1] for name in others)))]
-  qkv, *parts = jnp.split(joined, ends[2:-1], axis=-1)
+  ends = [*itertools.accumulate((2 * fast.key_dim + fast.value_dim, *others.values()))]
+  qkv, *parts = jnp.split(joined, ends[:-1], axis=-1)
   projected = dict(zip(others, parts, strict=True))
-  if fast.kernel in FUSED and rule is gated_delta and "q_conv" in weights and fast.conv_size > 1:
-    taps, steps = _joined(weights, "q_conv", "k_conv", "v_conv"), _scalars(weights, x)
+  fused = rule.fused.get(fast.kernel) if fast.conv_size > 1 else None
+  if fused is not None:
+    taps, steps = _joined(weights, "q_conv", "k_conv", "v_conv"), _scalars(weights, x, rule)
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
-    o, S, context = conv_gated_delta(
-      qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel
-    )
+    o, S, context = fused(qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel)
   else:
-    q, k, v, context = _convolved(weights, x, qkv, state, cfg, valid)
-    gates = _gates(weights, x, projected)
-    o, S = rule(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
-  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], OUT_NORM_EPS)
-  gate = projected.get("gate")
-  if gate is None:
-    gate = _through(weights, "gate", x)
-    if "gate_bias" in weights:
-      gate = gate + weights["gate_bias"].astype(x.dtype)
-  o = (o * squash(gate.astype(jnp.float32))).astype(x.dtype)
+    q, k, v, context = _convolved(weights, x, qkv, state, cfg, rule, valid)
+    gates = _gates(weights, x, projected, rule)
+    o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
+  o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
+  gate = _through(weights, "gate", x) if rule.narrow_gate else projected["gate"]
+  if rule.gate_bias:
+    gate = gate + weights["gate_bias"].astype(x.dtype)
+  o = (o * rule.read_gate(gate.astype(jnp.float32))).astype(x.dtype)
   return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
 
 
@@ -211,45 +192,50 @@ def _convolved(
   qkv: jax.Array,
   state: FastWeights,
   cfg: ModelConfig,
+  rule: Rule,
   valid: jax.Array | None,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
   fast, context = cfg.fast, None
-  widths = (fast.key_dim, fast.key_dim, fast.value_dim)
+  key, both = fast.key_dim, 2 * fast.key_dim
   if fast.conv_size and valid is not None:
     qkv = jnp.where(valid[:, :, None, None], qkv, 0)
-  if "conv_w1" in weights:
-    qk, v = jnp.split(qkv, [sum(widths[:2])], axis=-1)
+  if rule.conv == "dynamic":
+    qk, v = jnp.split(qkv, [both], axis=-1)
     v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
     qkv = jnp.concatenate([qk, v], axis=-1)
   elif fast.conv_size:
     qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
-  q, k, v = jnp.split(jax.nn.silu(qkv), [widths[0], sum(widths[:2])], axis=-1)
-  return layers.l2_normalize(q) * fast.key_dim**-0.5, layers.l2_normalize(k), v, context
+  q, k, v = jnp.split(jax.nn.silu(qkv), [key, both], axis=-1)
+  return layers.l2_normalize(q) * key**-0.5, layers.l2_normalize(k), v, context
 
 
 def _gates(
-  weights: dict[str, jax.Array], x: jax.Array, projected: dict[str, jax.Array]
+  weights: dict[str, jax.Array], x: jax.Array, projected: dict[str, jax.Array], rule: Rule
 ) -> tuple[jax.Array, ...]:
   """The rule's gates, in its order, float32: the log decay g, if it decays; then b, or e and w.
 
   Args:
     projected: e and w [B, T, H, K or V] before their sigmoid, if the rule has these.
   """
-  steps = _scalars(weights, x)
-  steps |= {name: projected[name].astype(jnp.float32) for name in ("e", "w") if name in projected}
-  rates = tuple(jax.nn.sigmoid(steps[name]) for name in ("b", "e", "w") if name in steps)
-  if "A_log" not in weights:
-    return rates
-  A, step = jnp.exp(weights["A_log"]), steps.get("a")
-  if step is None:
+  steps = _scalars(weights, x, rule)
+  if rule.write == "channel":
+    writes = tuple(jax.nn.sigmoid(projected[name].astype(jnp.float32)) for name in ("e", "w"))
+  else:
+    writes = (jax.nn.sigmoid(steps["b"]),)
+  if rule.decay == "none":
+    return writes
+  A = jnp.exp(weights["A_log"])
+  if rule.decay == "channel":
     A, step = A[:, None], _through(weights, "f", x.astype(jnp.float32))
-  return -A * jax.nn.softplus(step + weights["dt_bias"]), *rates
+  else:
+    step = steps["a"]
+  return -A * jax.nn.softplus(step + weights["dt_bias"]), *writes
 
 
-def _scalars(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
-  """The projections of the gates with one number a head, a and b, those that there are: [B, T, H] float32."""
-  names = [name for name in ("a", "b") if name in weights]
+def _scalars(weights: dict[str, jax.Array], x: jax.Array, rule: Rule) -> dict[str, jax.Array]:
+  """Per-head gate projections `a` and `b`, if the rule has them: [B, T, H] float32."""
+  names = [name for name, needed in (("a", rule.decay == "head"), ("b", rule.write == "scalar")) if needed]
   if not names:
     return {}
   stacked = jnp.stack([weights[name] for name in names], axis=1)  # [D, 1 or 2, H]

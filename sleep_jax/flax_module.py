@@ -5,13 +5,21 @@
     loss, grads = nnx.value_and_grad(lambda m: m.loss(batch, segments))(module)
     optimizer.update(module, grads)
 
+    session = module.read(prompt, module.start(batch=1))
+    for token, session in module.generate(session, count=100, key=jax.random.key(0)):
+      ...
+
 The trainer of this package does not use it.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
+import numpy as np
 from flax import nnx
 
-from sleep_jax import blocks, model, windows
+from sleep_jax import generate, model, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 
 
@@ -19,6 +27,7 @@ class SleepingHybrid(nnx.Module):
   """A model of this package as a Flax module. Its state between windows is passed and returned, never held.
 
   Attributes:
+    cfg, sleep_cfg: the model, and how it sleeps; what is recomputed on the way back is `sleep_cfg.remat`.
     weights: nested `nnx.Dict` of `nnx.Param`, named as in `model.declare`.
   """
 
@@ -44,25 +53,46 @@ class SleepingHybrid(nnx.Module):
     """The weights as the nested dict of arrays that the rest of this package takes."""
     return nnx.to_pure_dict(nnx.state(self, nnx.Param))["weights"]
 
-  def init_state(self, batch: int) -> blocks.State:
+  def init_state(self, batch: int) -> model.State:
     """See `model.init_state`."""
-    return model.init_state(self.cfg, batch)
+    return model.init_state(self.cfg, batch, self.sleep_cfg)
 
-  def consolidate(self, tokens: jax.Array, state: blocks.State, *, valid: jax.Array | None = None):
+  def consolidate(
+    self, tokens: jax.Array, state: model.State, *, valid: jax.Array | None = None
+  ) -> model.State:
     """See `model.consolidate`."""
     return model.consolidate(self.tree(), tokens, state, self.cfg, self.sleep_cfg, valid=valid)
 
-  def predict(self, tokens: jax.Array, state: blocks.State, *, valid: jax.Array | None = None):
+  def predict(
+    self, tokens: jax.Array, state: model.State, *, valid: jax.Array | None = None
+  ) -> tuple[jax.Array, model.State]:
     """See `model.predict`."""
-    return model.predict(self.tree(), tokens, state, self.cfg, valid=valid)
+    remat = self.sleep_cfg.remat != "none"
+    return model.predict(self.tree(), tokens, state, self.cfg, valid=valid, remat=remat)
 
-  def __call__(self, batch: windows.Batch, segments: windows.Plan) -> tuple[jax.Array, blocks.State]:
+  def __call__(self, batch: windows.Batch, segments: windows.Plan) -> tuple[jax.Array, model.State]:
     """See `model.forward`."""
     return model.forward(self.tree(), batch, segments, self.cfg, self.sleep_cfg)
 
   def loss(self, batch: windows.Batch, segments: windows.Plan) -> jax.Array:
     """See `model.loss`; the scalar alone."""
     return model.loss(self.tree(), batch, segments, self.cfg, self.sleep_cfg)[0]
+
+  def start(self, batch: int = 1) -> generate.Session:
+    """See `generate.start`."""
+    return generate.start(self.cfg, self.sleep_cfg, batch)
+
+  def read(
+    self, tokens: np.ndarray, session: generate.Session, *, valid: np.ndarray | None = None
+  ) -> generate.Session:
+    """See `generate.read`."""
+    return generate.read(self.tree(), tokens, session, self.cfg, self.sleep_cfg, valid=valid)
+
+  def generate(
+    self, session: generate.Session, *, count: int, key: jax.Array, **how: Any
+  ) -> Iterator[tuple[np.ndarray, generate.Session]]:
+    """See `generate.generate`."""
+    return generate.generate(self.tree(), session, self.cfg, self.sleep_cfg, count=count, key=key, **how)
 
 
 def _held(tree: model.Params) -> nnx.Dict:

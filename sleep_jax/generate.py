@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, model, sharding
+from sleep_jax import looped, model, sharding
 from sleep_jax import sampling as ways
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax.fast_weights import FastWeights
 from sleep_jax.sampling import SamplingConfig, sample
 
 __all__ = [
@@ -64,8 +65,8 @@ class Session:
   """
 
   start: model.State
-  fast: blocks.State
-  cache: blocks.Cache
+  fast: dict[str, FastWeights]
+  cache: looped.Cache
   logits: jax.Array
   tokens: np.ndarray
   valid: np.ndarray

@@ -5,14 +5,17 @@ it left lies in the fast weights. A window with a loss is read awake, in one pas
 planned from the static layout of the loss before anything is traced.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, carry, layers, looped, params, sharding
+from sleep_jax import blocks, carry, fast_weights, layers, looped, params, sharding
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.sleep import loop, sleep
 from sleep_jax.windows import Batch, Plan, Segment, answer_positions
@@ -61,8 +64,29 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
   head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
-  h = looped.normed(weights, h, cfg)
+  h = looped.final_norm(weights, h, cfg)
   return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
+
+
+@flax.struct.dataclass
+class _Arranged:
+  """The blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
+  after.
+  """
+
+  prelude: tuple[blocks.Group, ...]
+  repeated: tuple[blocks.Group, ...]
+  coda: tuple[blocks.Group, ...]
+
+  @property
+  def all(self) -> tuple[blocks.Group, ...]:
+    return self.prelude + self.repeated + self.coda
+
+
+def _arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> _Arranged:
+  first, last = sleep_cfg.looped(len(cfg.blocks))
+  part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops == "scan")
+  return _Arranged(part(0, first), part(first, last), part(last))
 
 
 def consolidate(
@@ -74,45 +98,70 @@ def consolidate(
   *,
   valid: jax.Array | None = None,
 ) -> State:
-  """Sleeps on one window; its hidden states are dropped, and of its attention cache all that is not kept.
+  """Sleeps on one window. Its hidden states are dropped, and so is the attention cache, but for what is kept.
 
   Args:
-    tokens: [B, L] or shorter.
+    tokens: [B, T] int32, 1 <= T <= L.
     state: fast weights on entry, and what was kept.
-    valid: [B, L] bool, False for pads. None: all valid.
+    valid: [B, T] bool, False for pads. None: all valid.
 
   Returns:
     The state after N passes.
+
+  Raises:
+    ValueError: if the tokens are no window.
+    AssertionError: if `valid` has another shape.
   """
-  first, last = sleep_cfg.first_block, sleep_cfg.last_block or len(cfg.blocks)
-  unroll, remat = sleep_cfg.loops == "unroll", sleep_cfg.remat
-  start = blocks.open_window(carry.of_first_pass(state), cfg)
-  own = carry.of_each_pass(state, sleep_cfg.num_passes)
+  _check_window(tokens, valid, cfg)
+  return _consolidate(weights, _arrange(weights, cfg, sleep_cfg), tokens, state, cfg, sleep_cfg, valid)
 
-  def run(h, state, **which):
-    h, state, _ = blocks.run(weights["blocks"], h, state, cfg, valid=valid, remat=remat != "none", **which)
-    return h, state
 
-  def one_pass(h, looped, own):
-    before = {} if sleep_cfg.state == "reset" else blocks.reopen(looped, start)
-    h, after = run(h, start | before | own, first=first, last=last)
+def _consolidate(
+  weights: Params,
+  arranged: _Arranged,
+  tokens: jax.Array,
+  state: State,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  valid: jax.Array | None,
+) -> State:
+  first, last = sleep_cfg.looped(len(cfg.blocks))
+  start = carry.open_window(carry.first_pass(state), cfg)
+  remat = sleep_cfg.remat != "none"
+  run = functools.partial(blocks.run, cfg=cfg, valid=valid, remat=remat)
+
+  def one_pass(h, repeated, kept):
+    """`repeated`: the state of the repeated blocks; `kept`: the caches that this pass has to itself."""
+    before = start
+    if sleep_cfg.state == "carry":
+      before = before | carry.rewind(repeated, start)
+    before = before | carry.State({}, kept)
+    h, after, _ = run(arranged.repeated, h, before)
     if cfg.loop_norm:
-      h = looped.normed(weights, h, cfg)
-    return h, {i: after[i] for i in looped}, {i: after[i] for i in own}
+      h = looped.final_norm(weights, h, cfg)
+    shared = after.within(first, last)
+    return h, State(shared.fast, _without(shared.kept, kept)), {i: after.kept[i] for i in kept}
 
-  h, after = run(embed(weights, tokens, cfg), start, last=first)
-  h, looped, own = sleep(
-    one_pass,
-    h,
-    {i: s for i, s in after.items() if first <= int(i) < last and i not in own},
-    num_passes=sleep_cfg.num_passes,
-    backprop_passes=sleep_cfg.backprop_passes,
-    remat=remat in ("pass", "window"),
-    unroll=unroll,
-    own=own,
-  )
-  _, after = run(h, after | looped, first=last)
-  return carry.left(state, after, own)
+  with jax.named_scope("asleep"):
+    h, before, _ = run(arranged.prelude, embed(weights, tokens, cfg), start)
+    kept = carry.per_pass(state, sleep_cfg.num_passes)
+    repeated = before.within(first, last)
+    h, repeated, kept = sleep(
+      one_pass,
+      h,
+      State(repeated.fast, _without(repeated.kept, kept)),
+      kept,
+      num_passes=sleep_cfg.num_passes,
+      backprop_passes=sleep_cfg.backprop_passes,
+      remat=sleep_cfg.remat in ("pass", "window"),
+      unroll=sleep_cfg.loops == "unroll",
+    )
+    _, after, _ = run(arranged.coda, h, before | repeated)
+  return carry.after_window(state, after, kept)
+
+
+def _without(these: dict[str, Any], those: dict[str, Any]) -> dict[str, Any]:
+  return {i: x for i, x in these.items() if i not in those}
 
 
 def predict(
@@ -128,61 +177,97 @@ def predict(
   """Reads one window awake, in a single pass (`predict_passes` for a model that was trained looped).
 
   Args:
-    tokens: [B, L] or shorter.
+    tokens: [B, T] int32, 1 <= T <= L.
     state: fast weights on entry, and what was kept.
     reads: positions whose logits are wanted. None: all.
-    valid: [B, L] bool, False for pads. None: all valid.
+    valid: [B, T] bool, False for pads. None: all valid.
     remat: keep only each block's input for the way back.
 
   Returns:
     Logits [B, M, vocab] float32 at `reads`, and the state after the window.
+
+  Raises:
+    ValueError: if the tokens are no window.
+    AssertionError: if `valid` has another shape.
   """
-  start = blocks.open_window(carry.of_first_pass(state), cfg)
-  h = embed(weights, tokens, cfg)
-  outs, after, _ = looped.read(weights, h, start, cfg, valid=valid, remat=remat)
-  outs = _at(outs, reads)
-  return logits_of(weights, looped.leave(weights, outs, cfg), cfg), carry.left(state, after)
+  _check_window(tokens, valid, cfg)
+  return _predict(weights, blocks.arrange(weights["blocks"], cfg), tokens, state, cfg, reads, valid, remat)
+
+
+def _predict(
+  weights: Params,
+  groups: tuple[blocks.Group, ...],
+  tokens: jax.Array,
+  state: State,
+  cfg: ModelConfig,
+  reads: Sequence[int] | None,
+  valid: jax.Array | None,
+  remat: bool,
+) -> tuple[jax.Array, State]:
+  with jax.named_scope("awake"):
+    start = carry.open_window(carry.first_pass(state), cfg)
+    h = embed(weights, tokens, cfg)
+    outs, after, _ = looped.read(weights, groups, h, start, cfg, valid=valid, remat=remat)
+    h = looped.exit_hidden(weights, _at(outs, reads), cfg)
+    return logits_of(weights, h, cfg), carry.after_window(state, after)
+
+
+def _check_window(tokens: jax.Array, valid: jax.Array | None, cfg: ModelConfig) -> None:
+  """Raises if tokens [B, T] are no window of at most L, or `valid` is of another shape."""
+  if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= cfg.window:
+    raise ValueError(
+      f"tokens: a window is [B, T] with T in 1..{cfg.window} (model.window), got {tokens.shape}"
+    )
+  if valid is not None:
+    chex.assert_shape(valid, tokens.shape)
 
 
 def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
-  """Each [B, T, D] at the positions `reads`; as it is where those are all."""
+  """Selects the positions `reads` of each [B, T, D]; unchanged if that is every position."""
   if reads is None or tuple(reads) == tuple(range(outs[0].shape[1])):
     return outs
   return [h[:, np.asarray(reads)] for h in outs]
 
 
-def open_window(state: State, cfg: ModelConfig, batch: int) -> tuple[blocks.State, blocks.Cache]:
+def open_window(
+  state: State, cfg: ModelConfig, batch: int
+) -> tuple[dict[str, fast_weights.FastWeights], looped.Cache]:
   """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept."""
-  start = blocks.open_window(carry.of_first_pass(state), cfg)
-  cache = blocks.init_cache(cfg, batch, start)
-  return {i: s for i, s in start.items() if i not in cache}, cache
+  start = carry.open_window(carry.first_pass(state), cfg)
+  return start.fast, looped.init_cache(cfg, batch, start)
 
 
 def decode(
   weights: Params,
   tokens: jax.Array,
-  state: blocks.State,
-  cache: blocks.Cache,
+  fast: dict[str, fast_weights.FastWeights],
+  cache: looped.Cache,
   cfg: ModelConfig,
   *,
   reads: Sequence[int] | None = None,
   valid: jax.Array | None = None,
-) -> tuple[jax.Array, blocks.State, blocks.Cache]:
+) -> tuple[jax.Array, dict[str, fast_weights.FastWeights], looped.Cache]:
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
 
   Args:
-    tokens: [B, T], T >= 1; together with the cache at most L.
-    state, cache: as the tokens before left them; from `open_window` at first.
+    tokens: [B, T] int32, T >= 1; together with the cache at most L.
+    fast, cache: as the tokens before left them; from `open_window` at first.
     reads: positions among the T whose logits are wanted. None: all.
     valid: [B, T] bool, False for pads. None: all valid.
 
   Returns:
-    Logits [B, M, vocab] float32 at `reads`, state and cache.
+    Logits [B, M, vocab] float32 at `reads`, fast weights and cache.
+
+  Raises:
+    ValueError: if the tokens do not fit a window.
+    AssertionError: if `valid` has another shape.
   """
-  h = embed(weights, tokens, cfg)
-  outs, state, cache = looped.read(weights, h, state, cfg, valid=valid, cache=cache)
-  outs = _at(outs, reads)
-  return logits_of(weights, looped.leave(weights, outs, cfg), cfg), state, cache
+  _check_window(tokens, valid, cfg)
+  with jax.named_scope("awake"):
+    groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg)
+    outs, after, cache = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
+    h = looped.exit_hidden(weights, _at(outs, reads), cfg)
+    return logits_of(weights, h, cfg), after.fast, cache
 
 
 def forward(
@@ -192,39 +277,66 @@ def forward(
 
   Args:
     batch: B sequences of T tokens.
-    segments: from `plan`, for the same T.
+    segments: from `windows.plan`, for the same T.
 
   Returns:
     Logits [B, M, vocab] float32 at `answer_positions(segments)`, and the state at the end.
+
+  Raises:
+    ValueError: if the plan is for another length, or for longer windows than the model's.
+    AssertionError: if arrays of the batch differ in shape.
   """
+  chex.assert_rank(batch.inputs, 2)
+  given = [x for x in (batch.targets, batch.loss_mask, batch.valid) if x is not None]
+  chex.assert_shape(given, batch.inputs.shape)
   if batch.inputs.shape[1] != (planned := segments[-1].start + segments[-1].length * segments[-1].count):
     raise ValueError(f"the plan is for {planned} tokens, the batch has {batch.inputs.shape[1]}")
+  if (longest := max(s.length for s in segments)) > cfg.window:
+    raise ValueError(f"the plan has windows of {longest} tokens, model.window is {cfg.window}")
+  arranged = _arrange(weights, cfg, sleep_cfg)
   state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
   for segment in segments:
+    state, out = _read_segment(weights, arranged, batch, state, segment, cfg, sleep_cfg)
+    if segment.reads:
+      logits.append(out)
+  return jnp.concatenate(logits, axis=1), state
 
-    def windows(x: jax.Array | None, s: Segment = segment) -> jax.Array | None:
-      if x is None:
-        return None
-      part = x[:, s.start : s.start + s.length * s.count]
-      return jnp.moveaxis(part.reshape(x.shape[0], s.count, s.length), 1, 0)
 
-    def one_window(state, xs, s: Segment = segment):
-      tokens, valid = xs
-      if not s.reads:
-        return consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid), ()
-      out, state = predict(
-        weights, tokens, state, cfg, reads=s.reads, valid=valid, remat=sleep_cfg.remat != "none"
-      )
+def _read_segment(
+  weights: Params,
+  arranged: _Arranged,
+  batch: Batch,
+  state: State,
+  segment: Segment,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+) -> tuple[State, jax.Array | tuple[()]]:
+  """The state after the windows of a segment, and their logits [B, M, vocab]; () if they are slept on."""
+
+  def cut(x: jax.Array | None) -> jax.Array | None:
+    """[B, T] -> [count, B, length]."""
+    if x is None:
+      return None
+    part = x[:, segment.start : segment.start + segment.length * segment.count]
+    return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
+
+  def one_window(state, xs):
+    tokens, valid = xs
+    with jax.named_scope("window"):
+      if not segment.reads:
+        return _consolidate(weights, arranged, tokens, state, cfg, sleep_cfg, valid), ()
+      remat = sleep_cfg.remat != "none"
+      out, state = _predict(weights, arranged.all, tokens, state, cfg, segment.reads, valid, remat)
       return state, out
 
-    unroll = sleep_cfg.loops == "unroll" or segment.count == 1
-    if sleep_cfg.remat == "window":
-      one_window = jax.checkpoint(one_window, prevent_cse=unroll)
-    xs = (windows(batch.inputs), windows(batch.valid))
-    state, out = loop(one_window, state, xs, length=segment.count, unroll=unroll)
-    if segment.reads:  # [W, B, M/W, vocab] -> [B, M, vocab]
-      logits.append(jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[-1]))
-  return jnp.concatenate(logits, axis=1), state
+  unroll = sleep_cfg.loops == "unroll" or segment.count == 1
+  if sleep_cfg.remat == "window":
+    one_window = jax.checkpoint(one_window, prevent_cse=unroll)
+  xs = (cut(batch.inputs), cut(batch.valid))
+  state, out = loop(one_window, state, xs, length=segment.count, unroll=unroll)
+  if segment.reads:  # [W, B, M/W, vocab] -> [B, M, vocab]
+    out = jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[-1])
+  return state, out
 
 
 def loss(

@@ -11,7 +11,6 @@ import dataclasses
 import fnmatch
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,20 +25,16 @@ FROBENIUS_EPS = 1e-7
 
 
 def make(cfg: OptimConfig, declared: Any, steps: int) -> optax.GradientTransformation:
-  """The optimizer of one run. Weights that `cfg.trained` leaves out have no state and stay what they are.
+  """The optimizer of one run. Weights of the group `frozen` have no state and stay what they are.
 
   Args:
     cfg: settings.
-    declared: nested dict of `params.Weight`; the parameters must have the same structure.
+    declared: nested dict of `params.Weight`, from `freeze`; the parameters must have the same structure.
     steps: of the whole run, where the schedule ends.
 
   Returns:
     A transformation whose updates are added to the parameters.
-
-  Raises:
-    ConfigError: as `freeze`.
   """
-  declared = freeze(cfg, declared)
   weights = _by_name(declared)
   multiplier = schedule(cfg, steps)
   decay = functools.partial(
@@ -161,8 +156,8 @@ def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
   return x
 
 
-def partition_table(declared: Any) -> str:
-  """Which weight goes to which group, as text: one line a kind of weight, then the totals."""
+def partition_table(declared: Any, *, every: bool = True) -> str:
+  """Which weight goes to which group, as text: one line a kind of weight if `every`, then the totals."""
   kinds: dict[tuple, list[str]] = collections.defaultdict(list)
   totals = collections.Counter()
   for name, w in _by_name(declared).items():
@@ -172,9 +167,8 @@ def partition_table(declared: Any) -> str:
     f"  {group:6} {'x'.join(map(str, shape)):>12} {'' if decay else 'no decay':9} {', '.join(names)}"
     for (group, shape, decay), names in sorted(kinds.items(), key=lambda item: item[0][0], reverse=True)
   ]
-  return "\n".join(
-    [*lines, "  " + ", ".join(f"{group}: {totals[group]:,} parameters" for group in _groups_of(totals))]
-  )
+  total = ", ".join(f"{group}: {totals[group]:,} parameters" for group in _groups_of(totals))
+  return "\n".join([*(lines if every else ()), f"  {total}"])
 
 
 def check_partition(opt_state: Any, declared: Any) -> None:
@@ -221,35 +215,6 @@ def _orthogonalize_all(num_in: list[int], cfg: OptimConfig, arrays: list[jax.Arr
 def _groups_of(totals: collections.Counter) -> list[str]:
   """Groups to be told of; frozen weights only where there are any."""
   return [group for group in params.GROUPS if group != "frozen" or totals[group]]
-
-
-def gradients(
-  loss_of: Callable[[Any, Any], jax.Array], weights: Any, batch: Any, microbatches: int
-) -> tuple[jax.Array, Any]:
-  """Loss and gradients of a batch, of one part of it after the other.
-
-  Args:
-    loss_of: mean over the targets of a batch.
-    weights: of the model.
-    batch: a `windows.Batch` of B sequences. Part i is rows i, i + microbatches, ..., some of every device.
-    microbatches: divides B.
-
-  Returns:
-    The mean over all targets of the batch, and its gradients; both as of the whole batch, but for rounding.
-  """
-  value_and_grad = jax.value_and_grad(loss_of)
-  if microbatches == 1:
-    return value_and_grad(weights, batch)
-  parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-  targets = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
-
-  def add(total, part):
-    share = jnp.sum(part.loss_mask) / targets
-    found = value_and_grad(weights, part)
-    return jax.tree.map(lambda x, y: x + share * y, total, found), None
-
-  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
-  return jax.lax.scan(add, zero, parts)[0]
 
 
 def _by_name(declared: Any) -> dict[str, params.Weight]:

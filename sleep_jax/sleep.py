@@ -5,32 +5,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-State = Any
-Blocks = Callable[..., tuple[Any, ...]]
+# One pass over the blocks: (h, S, state private to the pass) -> the same three, updated.
+Blocks = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
 
 
 def sleep(
   blocks: Blocks,
   h: jax.Array,
-  S: State,
+  S: Any,
+  per_pass: Any = None,
   *,
   num_passes: int,
   backprop_passes: int | None = None,
   remat: bool = False,
   unroll: bool = False,
-  own: Any = None,
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any, Any]:
   """Consolidates one window into the fast weights.
 
   Repeats `h, S <- Blocks(h, S)`: the branch without a loss in Algorithm 1 of arXiv:2605.26099. The
   caller drops h and the attention cache, so that gradients reach the passes through S alone.
 
+  >>> add = lambda h, S, per_pass: (h, S + h, per_pass)  # a toy: each pass writes h into S
+  >>> h, S, _ = sleep(add, jnp.ones(2), jnp.zeros(2), num_passes=3)
+  >>> S.tolist()
+  [3.0, 3.0]
+
   Args:
-    blocks: one pass over all blocks, (h, S) -> (h, S); closes over the slow weights.
+    blocks: one pass over all blocks, (h, S, per_pass[n]) -> (h, S, per_pass[n]); closes over the slow
+      weights.
     h: embedded window, [B, L, D], in the activation dtype.
     S: fast weights on entry, a pytree of float arrays.
+    per_pass: state private to each pass, a pytree of [N, ...], such as its attention cache under sliding
+      eviction. None: passes share everything.
     num_passes: N, in passes over the window; static. N = 1 is the plain hybrid.
     backprop_passes: k; what the first N - k passes write counts as a constant. The gradient with
       respect to S on entry goes past them unchanged, so that earlier windows still learn; none
@@ -38,12 +45,10 @@ def sleep(
     remat: recompute each pass on the way back. Residuals shrink from N sets of activations to N
       carries, for about one more forward pass of time.
     unroll: write the passes out instead of `lax.scan`: the same numbers.
-    own: what each pass has for itself, a pytree of [N, ...]: pass n is then (h, S, own[n]) -> (h, S, what it
-      leaves of its own), e.g. its attention cache under sliding eviction.
 
   Returns:
-    h and S after the last pass: same structure, shapes, dtypes and shardings. With `own` also what the
-    passes left of it, [N, ...].
+    h and S after the last pass, and `per_pass` after each pass: same structures, shapes, dtypes and
+      shardings.
 
   Raises:
     ValueError: if num_passes < 1 or backprop_passes is not in 1..num_passes.
@@ -54,14 +59,15 @@ def sleep(
   k = num_passes if backprop_passes is None else backprop_passes
   if not 1 <= k <= num_passes:
     raise ValueError(f"backprop_passes must lie in 1..{num_passes}, got {k}")
+  per_pass = {} if per_pass is None else per_pass
 
-  def one_pass(carry, x):
-    if own is None:
-      return blocks(*carry), None
-    h, S, x = blocks(*carry, x)
-    return (h, S), x
+  def one_pass(carry, private):
+    with jax.named_scope("pass"):
+      h, S, private = blocks(*carry, private)
+    return (h, S), private
 
-  early, late = (jax.tree.map(lambda x, part=part: x[part], own) for part in (np.s_[:-k], np.s_[-k:]))
+  early = jax.tree.map(lambda x: x[:-k], per_pass)
+  late = jax.tree.map(lambda x: x[-k:], per_pass)
   if k < num_passes:
     (h, after), early = loop(one_pass, (h, S), early, length=num_passes - k, unroll=unroll)
     h, early = jax.lax.stop_gradient((h, early))
@@ -69,9 +75,9 @@ def sleep(
   if remat:
     one_pass = jax.checkpoint(one_pass, prevent_cse=unroll or k == 1)  # inside a scan no barrier is needed
   (h, S), late = loop(one_pass, (h, S), late, length=k, unroll=unroll)
-  if own is None:
-    return h, S
-  return h, S, jax.tree.map(lambda *x: jnp.concatenate(x), early, late) if k < num_passes else late
+  if k < num_passes:
+    late = jax.tree.map(lambda *x: jnp.concatenate(x), early, late)
+  return h, S, late
 
 
 def loop(body, carry, xs=None, *, length: int, unroll: bool):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, config, model, windows
+from sleep_jax import config, model, windows
+from sleep_jax.fast_weights import FastWeights
 from tests import oracle
 
 VOCAB, WIDTH = 11, 12
@@ -122,11 +123,11 @@ def from_oracle(state: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
   }
 
 
-def as_dicts(state: blocks.State) -> dict[str, dict[str, np.ndarray]]:
-  """The package's state in the form of `from_oracle`."""
+def as_dicts(fast: dict[str, FastWeights]) -> dict[str, dict[str, np.ndarray]]:
+  """The package's fast weights in the form of `from_oracle`."""
   return {
     i: {name: np.asarray(x) for name, x in (("S", s.S), ("context", s.context)) if x is not None}
-    for i, s in state.items()
+    for i, s in fast.items()
   }
 
 

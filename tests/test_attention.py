@@ -24,12 +24,17 @@ def setting(**changes):
 
 @functools.cache
 def compiled(cfg):
-  """(weights, x, valid, cache) -> out, cache."""
-  return hybrids.jit(lambda w, x, valid, cache: attention.attention(w, x, cfg, valid=valid, cache=cache))
+  """Reading a window, (weights, x, valid) -> out, and decoding, (weights, x, cache, valid) -> out, cache."""
+  window = hybrids.jit(lambda w, x, valid: attention.read_window(w, x, cfg, valid=valid))
+  return window, hybrids.jit(lambda w, x, cache, valid: attention.decode(w, x, cache, cfg, valid=valid))
 
 
-def run(cfg, weights, x, valid=None, cache=None):
-  return compiled(cfg)(weights, x, valid, cache)
+def run(cfg, weights, x, valid=None):
+  return compiled(cfg)[0](weights, x, valid)
+
+
+def decode(cfg, weights, x, cache, valid=None):
+  return compiled(cfg)[1](weights, x, cache, valid)
 
 
 class AttentionTest(parameterized.TestCase):
@@ -43,8 +48,7 @@ class AttentionTest(parameterized.TestCase):
     cfg, weights, x = setting(**changes)
     keep = np.arange(6) >= np.array([[0], [2]])
     for valid in (None, keep):
-      out, cache = run(cfg, weights, x, valid)
-      self.assertIsNone(cache)
+      out = run(cfg, weights, x, valid)
       everywhere = np.ones((2, 6), bool) if valid is None else valid
       exact = oracle.attention(
         oracle.as_float64(weights), x.astype(float), everywhere, cfg.attention.rope_theta
@@ -53,7 +57,7 @@ class AttentionTest(parameterized.TestCase):
 
   def test_no_token_sees_its_future(self):
     cfg, weights, x = setting()
-    slope = hybrids.jit(jax.jacobian(lambda x: jnp.sum(attention.attention(weights, x, cfg)[0][0], -1)))(x)
+    slope = hybrids.jit(jax.jacobian(lambda x: jnp.sum(attention.read_window(weights, x, cfg)[0], -1)))(x)
     seen = np.any(slope[:, 0] != 0, axis=-1)  # [out position, in position]
     np.testing.assert_array_equal(seen, np.tri(6, dtype=bool))
 
@@ -61,14 +65,12 @@ class AttentionTest(parameterized.TestCase):
     cfg, weights, x = setting()
     valid = np.arange(6) >= np.array([[3], [6]])  # the second row is all pads
     other = np.where(valid[..., None], x, 100 * x + 7)
-    a, b = (np.asarray(run(cfg, weights, y, valid)[0]) for y in (x, other))
+    a, b = (np.asarray(run(cfg, weights, y, valid)) for y in (x, other))
     np.testing.assert_array_equal(a[valid], b[valid])
     self.assertTrue(np.all(np.isfinite(a)))
 
     def total(x):
-      return jnp.sum(
-        jnp.where(valid[..., None], attention.attention(weights, x, cfg, valid=valid)[0], 0) ** 2
-      )
+      return jnp.sum(jnp.where(valid[..., None], attention.read_window(weights, x, cfg, valid=valid), 0) ** 2)
 
     slope = hybrids.jit(jax.grad(total))(x)
     np.testing.assert_array_equal(slope[~valid], 0)
@@ -77,9 +79,9 @@ class AttentionTest(parameterized.TestCase):
   def test_bfloat16_stays_near(self):
     cfg, weights, x = setting()
     cfg16 = config.replace(cfg, dtype="bfloat16")
-    out, _ = run(cfg16, weights, x.astype(jnp.bfloat16))
+    out = run(cfg16, weights, x.astype(jnp.bfloat16))
     self.assertEqual(out.dtype, jnp.bfloat16)
-    hybrids.assert_near(out, run(cfg, weights, x)[0], 0.03)  # 2^-8 an operation, a handful of them
+    hybrids.assert_near(out, run(cfg, weights, x), 0.03)  # 2^-8 an operation, a handful of them
 
 
 class CacheTest(parameterized.TestCase):
@@ -87,11 +89,11 @@ class CacheTest(parameterized.TestCase):
   def test_piece_by_piece_equals_all_at_once(self, cuts, padded):
     cfg, weights, x = setting()
     valid = np.arange(6) >= np.array([[0], [2]]) if padded else None
-    whole, _ = run(cfg, weights, x, valid)
+    whole = run(cfg, weights, x, valid)
     cache, pieces, at = attention.init_cache(cfg, 2), [], 0
     for length in cuts:
       part = slice(at, at + length)
-      out, cache = run(cfg, weights, x[:, part], None if valid is None else valid[:, part], cache)
+      out, cache = decode(cfg, weights, x[:, part], cache, None if valid is None else valid[:, part])
       pieces.append(out)
       at += length
     keep = np.ones((2, 6), bool) if valid is None else valid
@@ -104,7 +106,7 @@ class CacheTest(parameterized.TestCase):
     cfg, weights, x = setting()
     cache = attention.init_cache(cfg, 2)
     dirty = cache.replace(k=cache.k + 50.0, v=cache.v - 50.0)
-    outs = [run(cfg, weights, x[:, :3], None, c)[0] for c in (cache, dirty)]
+    outs = [decode(cfg, weights, x[:, :3], c)[0] for c in (cache, dirty)]
     np.testing.assert_array_equal(*outs)
 
   @parameterized.parameters("float32", "bfloat16")
@@ -112,7 +114,7 @@ class CacheTest(parameterized.TestCase):
     cfg = config.replace(setting()[0], dtype=dtype)
     weights, cache = setting()[1], attention.init_cache(cfg, 2)
     x = jax.ShapeDtypeStruct((2, 1, cfg.embed_dim), cfg.dtype)
-    _, after = jax.eval_shape(lambda x, c: attention.attention(weights, x, cfg, cache=c), x, cache)
+    _, after = jax.eval_shape(lambda x, c: attention.decode(weights, x, c, cfg), x, cache)
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, after)
     self.assertEqual(cache.k.shape, (2, cfg.window, 2, 4))
     self.assertEqual(cache.k.dtype, dtype)

@@ -33,7 +33,7 @@ class OrdinaryHybridTest(parameterized.TestCase):
       params, batch.inputs, pattern=pattern, window=window, valid=batch.valid, eviction="sliding"
     )
     assert_near(logits, plain["logits"][:, windows.answer_positions(segments)], NEAR)
-    assert_near({i: state[i].S for i in plain["S"]}, plain["S"], NEAR)
+    assert_near({i: state.fast[i].S for i in plain["S"]}, plain["S"], NEAR)
 
 
 CASES = (
@@ -58,15 +58,15 @@ class OracleTest(parameterized.TestCase):
     keep = batch.valid[:, at]
     assert_near(np.asarray(logits)[keep], exact[keep], NEAR)
     for i, S in expected["S"].items():
-      assert_near(state[i].S, S, NEAR)
+      assert_near(state.fast[i].S, S, NEAR)
     for i, caches in expected["history"].items():
       here = sleep_cfg.first_block <= int(i) < (sleep_cfg.last_block or 4)
-      self.assertLen(state[i], len(caches) if here else 1)
-      for got, (k, v) in zip(state[i], caches, strict=False):
-        newest = batch.valid[:, -3:]
-        np.testing.assert_array_equal(got.valid, newest)
-        assert_near(np.asarray(got.k)[newest], k[:, -3:][newest], NEAR)
-        assert_near(np.asarray(got.v)[newest], v[:, -3:][newest], NEAR)
+      kept, newest = state.kept[i], batch.valid[:, -3:]
+      self.assertLen(kept.k, len(caches) if here else 1)
+      for n, (k, v) in enumerate(caches[: len(kept.k)]):
+        np.testing.assert_array_equal(kept.valid[n], newest)
+        assert_near(np.asarray(kept.k[n])[newest], k[:, -3:][newest], NEAR)
+        assert_near(np.asarray(kept.v[n])[newest], v[:, -3:][newest], NEAR)
 
   def test_the_tolerance_would_notice(self):
     _, _, params, batch, _, settings = prepared(sleep=CASES[0][1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, fast_weights, flax_module, model, optim, params, windows
+from sleep_jax import carry, config, fast_weights, flax_module, looped, model, optim, params, windows
 from sleep_jax.config import SleepConfig
 from sleep_jax.cost import flops, footprint
 from tests import hybrids, oracle, test_model_oracle, test_promises, torch_peer
@@ -77,19 +77,19 @@ class ModelTest(parameterized.TestCase):
     expected = oracle.forward(weights, batch.inputs, batch.loss_mask, **settings)
     test_model_oracle.check_logits(self, logits, expected, batch, segments)
     hybrids.assert_near(
-      hybrids.as_dicts(state), hybrids.from_oracle(expected["state"]), test_model_oracle.STATE
+      hybrids.as_dicts(state.fast), hybrids.from_oracle(expected["state"]), test_model_oracle.STATE
     )
 
     tokens = hybrids.random_tokens(len(batch.inputs), 3, 6)
-    opened = blocks.open_window(state, cfg)
+    opened = carry.open_window(state, cfg)
     whole, after = hybrids.jit(lambda x, s: model.predict(weights, x, s, cfg))(tokens, opened)
     decode = hybrids.jit(lambda x, s, cache: model.decode(weights, x, s, cache, cfg))
-    cache, one_by_one, state = blocks.init_cache(cfg, len(tokens)), [], opened
+    fast, cache, one_by_one = opened.fast, looped.init_cache(cfg, len(tokens)), []
     for t in range(3):
-      out, state, cache = decode(tokens[:, t : t + 1], state, cache)
+      out, fast, cache = decode(tokens[:, t : t + 1], fast, cache)
       one_by_one.append(out)
     hybrids.assert_near(np.concatenate(one_by_one, axis=1), whole, 2e-5)
-    hybrids.assert_near(hybrids.as_dicts(state), hybrids.as_dicts(after), 2e-5)
+    hybrids.assert_near(hybrids.as_dicts(fast), hybrids.as_dicts(after.fast), 2e-5)
 
   @pytest.mark.slow
   def test_loss_and_gradients_of_every_weight(self):
@@ -138,9 +138,7 @@ class KimiLinearTest(parameterized.TestCase):
 
     def total(weights, x):
       state = fast_weights.init_state(cfg, 2, "kda")
-      out = fast_weights.fast_weights(
-        weights, x, state, cfg, fast_weights.RULES["kda"], squash=fast_weights.SQUASH["kda"]
-      )[0]
+      out = fast_weights.fast_weights(weights, x, state, cfg, fast_weights.RULES["kda"])[0]
       return jnp.sum(cotangent * out), out
 
     slopes, out = hybrids.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(weights, x)

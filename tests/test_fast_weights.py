@@ -12,7 +12,7 @@ import pytest
 from absl.testing import parameterized
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from sleep_jax import blocks, config, fast_weights, sharding
+from sleep_jax import blocks, carry, config, fast_weights, rules, sharding
 from sleep_jax.kernels.common import dispatch
 from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused
 from tests import hybrids, oracle, torch_peer
@@ -37,9 +37,7 @@ def setting(kind="gdn", dtype="float32", **changes):
 def compiled(cfg):
   """(weights, x, state, valid) -> out, state."""
   rule = fast_weights.RULES[cfg.blocks[0]]
-  run = functools.partial(
-    fast_weights.fast_weights, squash=fast_weights.SQUASH.get(cfg.blocks[0], jax.nn.silu)
-  )
+  run = fast_weights.fast_weights
   return hybrids.jit(lambda w, x, state, valid=None: run(w, x, state, cfg, rule, valid=valid))
 
 
@@ -163,17 +161,19 @@ class LayerTest(parameterized.TestCase):
       written = jnp.einsum("bth,bthk,bthv->bthkv", b, k, v)
       return jnp.einsum("bthkv,bthk->bthv", written, q), written[:, -1]
 
-    with mock.patch.dict(fast_weights.RULES, {"last": last_write}):
+    with mock.patch.dict(fast_weights.RULES, {"last": rules.Rule(last_write)}):
+      config.register_block("last")
       cfg, weights, x, state = setting("hebbian")
       cfg = config.replace(cfg, blocks=("last",))
       self.assertEqual(set(blocks.declare(cfg)["0"]["mixer"]), set(weights))
       params = {
         "0": hybrids.random_params(hybrids.model_config(("gdn",)))["blocks"]["0"] | {"mixer": weights}
       }
-      run = hybrids.jit(lambda state: blocks.run(params, x, {"0": state}, cfg)[1])
+      groups = blocks.arrange(params, cfg)
+      run = hybrids.jit(lambda state: blocks.run(groups, x, carry.State({"0": state}, {}), cfg)[1])
       after, other = run(state), run(state.replace(S=state.S + 1))
-    np.testing.assert_array_equal(after["0"].S, other["0"].S)
-    self.assertEqual(np.linalg.matrix_rank(np.asarray(after["0"].S[0, 0]), tol=1e-5), 1)
+    np.testing.assert_array_equal(after.fast["0"].S, other.fast["0"].S)
+    self.assertEqual(np.linalg.matrix_rank(np.asarray(after.fast["0"].S[0, 0]), tol=1e-5), 1)
 
 
 class StateTest(parameterized.TestCase):
@@ -221,7 +221,7 @@ class StateTest(parameterized.TestCase):
   def test_a_pass_begins_with_the_last_S_and_the_first_context(self):
     start = setting()[3]
     after = jax.tree.map(lambda x: x + 1, start)
-    reopened = fast_weights.reopen(after, start)
+    reopened = fast_weights.rewind(after, start)
     np.testing.assert_array_equal(reopened.S, after.S)
     np.testing.assert_array_equal(reopened.context, start.context)
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sleep_jax import config, flax_module, model, optim, train, windows
+from sleep_jax import config, flax_module, train, windows
 from tests import hybrids
 
 CFG = hybrids.model_config(("attn", "jet"))
@@ -22,11 +22,11 @@ def test_two_steps_of_plain_nnx_are_two_steps_of_our_trainer():
   run = config.Config(
     data=None, model=CFG, sleep=SLEEP, optim=config.OptimConfig(newton_schulz_dtype="float32")
   )
-  tx = optim.make(run.optim, model.declare(CFG), 2)
+  _, tx, one_step = train.optimization(run)
   ours = train.init_state(run, tx)
   module = flax_module.SleepingHybrid(CFG, SLEEP, weights=ours.params)
   hybrids.assert_same(module.tree(), ours.params)
-  step = hybrids.jit(functools.partial(train.train_step, cfg=run, tx=tx, segments=segments))
+  step = hybrids.jit(functools.partial(one_step, segments=segments))
 
   graph, held = nnx.split(module)
 

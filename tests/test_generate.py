@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, generate, model, params, sharding
+from sleep_jax import config, generate, model, params, sharding
 from sleep_jax.config import ConfigError, MeshConfig, SleepConfig
 from sleep_jax.generate import SamplingConfig
 from tests import hybrids, oracle
@@ -207,7 +207,7 @@ class GenerateTest(parameterized.TestCase):
     session = reading(cfg, TWO, tokens, range(1, 7))
     self.assertLen(session.cache, 2)
     assert_near(session.logits, slow_logits(tokens[:, 4:], cfg, TWO), NEAR)
-    self.assertEqual(blocks.init_state(cfg, 1), {})
+    self.assertEqual(model.init_state(cfg, 1), model.State({}, {}))
 
 
 class MeshTest(parameterized.TestCase):

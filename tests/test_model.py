@@ -94,7 +94,7 @@ class ConsolidateTest(parameterized.TestCase):
 
     def total(params):
       state = model.consolidate(params, tokens, model.init_state(cfg, 2), cfg, sleep_cfg)
-      return jnp.sum(state["0"].S ** 2)
+      return jnp.sum(state.fast["0"].S ** 2)
 
     grads = hybrids.jit(jax.grad(total))(hybrids.random_params(cfg))
     largest = jax.tree.map(lambda g: float(jnp.abs(g).max()), grads)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from sleep_jax import model, optim, params, sharding, windows
 from sleep_jax.config import AttentionConfig, ConfigError, FastConfig, MeshConfig, ModelConfig, OptimConfig
+from sleep_jax.train import step as training_step
 
 STEPS = 8
 CONFIG = OptimConfig(
@@ -247,7 +248,9 @@ class MicrobatchTest(parameterized.TestCase):
       error = jnp.einsum("btd,d->bt", batch.inputs, weights["w"]) - batch.targets
       return jnp.sum(batch.loss_mask * error**2) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
 
-    loss, found = optim.gradients(mean_square, {"w": jnp.asarray(w, jnp.float32)}, batch, microbatches)
+    loss, found = training_step.gradients(
+      mean_square, {"w": jnp.asarray(w, jnp.float32)}, batch, microbatches
+    )
     error = np.einsum("btd,d->bt", x, w) - y
     np.testing.assert_allclose(loss, (mask * error**2).sum() / mask.sum(), rtol=1e-5)
     want = 2 * np.einsum("bt,btd->d", mask * error, x) / mask.sum()
@@ -318,7 +321,7 @@ class PartitionTest(parameterized.TestCase):
     self.assertEqual({line.split()[0]: len(line.split(", ")) for line in text[:-1]}["frozen"], 1)
     self.assertTrue(text[-1].endswith(f"frozen: {64 + 160 + 160 + 32} parameters"), text[-1])
     grads = random_like(self.tree, 1)
-    [after], state = run(cfg, self.tree, self.weights, [grads])
+    [after], state = run(cfg, tree, self.weights, [grads])
     optim.check_partition(state, tree)
     sizes = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     self.assertEqual(sizes, 8 * 2 * 10 + 8 * 2 * 3 + 2 * 10 * 8 + 2 * 8)  # one momentum, two moments
@@ -342,7 +345,7 @@ class PartitionTest(parameterized.TestCase):
 
   def test_a_pattern_that_names_nothing_is_refused(self):
     with self.assertRaisesRegex(ConfigError, r"^optim.trained\[1\]: names no weight: 'head'"):
-      optim.make(dataclasses.replace(CONFIG, trained=("embed", "head")), self.tree, STEPS)
+      optim.freeze(dataclasses.replace(CONFIG, trained=("embed", "head")), self.tree)
     with self.assertRaisesRegex(ConfigError, "^optim.trained: must have at least 1"):
       OptimConfig(trained=())
 

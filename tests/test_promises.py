@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import blocks, config, model, params, sharding, windows
+from sleep_jax import config, model, params, sharding, windows
 from sleep_jax.config import MeshConfig, SleepConfig
 from sleep_jax.cost import measured
 from tests import hybrids, oracle
@@ -36,7 +36,7 @@ class PlainHybridTest(parameterized.TestCase):
     )
     at = windows.answer_positions(segments)
     assert_near(np.asarray(logits), plain["logits"][:, at], NEAR)
-    assert_near({i: s.S for i, s in state.items()}, plain["S"], NEAR)
+    assert_near({i: s.S for i, s in state.fast.items()}, plain["S"], NEAR)
 
 
 class EvictionTest(parameterized.TestCase):
@@ -57,7 +57,7 @@ class EvictionTest(parameterized.TestCase):
     tokens = hybrids.random_tokens(2, 4, 7)
     answers = np.asarray(awake(tokens, one))
     self.assertGreater(hybrids.distance(awake(tokens, other), answers), 0.01)  # the past is seen ...
-    same_S = {i: other[i].replace(S=one[i].S) for i in other}
+    same_S = other.replace(fast={i: s.replace(S=one.fast[i].S) for i, s in other.fast.items()})
     if conv_context == "reset":  # ... through S alone
       np.testing.assert_array_equal(awake(tokens, same_S), answers)
     else:  # ... through S and the last inputs of the convolutions, which are a part of the state
@@ -109,9 +109,9 @@ class PadTest(parameterized.TestCase):
     half = np.array([[False] * 4, [False, False, True, True]])
     tokens = hybrids.random_tokens(2, 4)
     after = run(tokens, half, start)
-    for i in start:
-      np.testing.assert_array_equal(after[i].S[0], start[i].S[0])
-      self.assertGreater(hybrids.distance(after[i].S[1], start[i].S[1]), 0.01)
+    for i, before in start.fast.items():
+      np.testing.assert_array_equal(after.fast[i].S[0], before.S[0])
+      self.assertGreater(hybrids.distance(after.fast[i].S[1], before.S[1]), 0.01)
     # Nor does it matter which tokens the pads are.
     assert_same(run(np.where(half, tokens, (tokens + 1) % cfg.vocab_size), half, start), after)
 
@@ -127,13 +127,13 @@ class AwakeTest(parameterized.TestCase):
     tokens = hybrids.random_tokens(2, 4, 6)
     whole, after = hybrids.jit(lambda x, s: model.predict(weights, x, s, cfg))(tokens, slept)
     decode = hybrids.jit(lambda x, s, cache: model.decode(weights, x, s, cache, cfg))
-    state, cache, logits, at = blocks.open_window(slept, cfg), blocks.init_cache(cfg, 2), [], 0
+    (fast, cache), logits, at = model.open_window(slept, cfg, 2), [], 0
     for length in cuts:
-      out, state, cache = decode(tokens[:, at : at + length], state, cache)
+      out, fast, cache = decode(tokens[:, at : at + length], fast, cache)
       logits.append(out)
       at += length
     assert_near(np.concatenate(logits, axis=1), whole, NEAR)
-    assert_near(hybrids.as_dicts(state), hybrids.as_dicts(after), NEAR)
+    assert_near(hybrids.as_dicts(fast), hybrids.as_dicts(after.fast), NEAR)
 
   def test_neither_cost_nor_state_depends_on_passes_or_on_how_much_was_read(self):
     """One compiled program answers after any past: its inputs have one type, whatever lies behind them."""
@@ -146,11 +146,11 @@ class AwakeTest(parameterized.TestCase):
       segments = windows.plan([False] * (length - 4) + [True] * 4, cfg.window)
       read = hybrids.reader(segments, cfg, SleepConfig(num_passes=num_passes))
       _, state = read(weights, batch)
-      decode(token, state, blocks.init_cache(cfg, 2))
+      decode(token, *model.open_window(state, cfg, 2))
       sizes.add(sum(x.nbytes for x in jax.tree.leaves(state)))
     self.assertEqual(decode._cache_size(), 1)
     self.assertEqual(sizes, {2 * measured.state_bytes(cfg)})
-    compiled = decode.lower(token, state, blocks.init_cache(cfg, 2)).compile()
+    compiled = decode.lower(token, *model.open_window(state, cfg, 2)).compile()
     self.assertLess(compiled.memory_analysis().temp_size_in_bytes, 64 * 1024)
 
 
@@ -201,7 +201,7 @@ class DtypeTest(parameterized.TestCase):
     self.assertAlmostEqual(float(loss), exact, delta=0.03 * exact)  # 2^-8 an operation
     _, state = jax.eval_shape(lambda w, b: model.forward(w, b, segments, cfg, sleep_cfg), weights, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, model.init_state(cfg, 3))
-    self.assertEqual((state["0"].S.dtype, state["0"].context.dtype), (jnp.float32, jnp.bfloat16))
+    self.assertEqual((state.fast["0"].S.dtype, state.fast["0"].context.dtype), (jnp.float32, jnp.bfloat16))
 
     # The same program where every token forgets everything before it, or nothing at all.
     for A_log in (60.0, -60.0):
@@ -259,7 +259,7 @@ class MeshTest(parameterized.TestCase):
         self.assertTrue(
           got.sharding.is_equivalent_to(given.sharding, got.ndim), (got.sharding, given.sharding)
         )
-      self.assertFalse(state["0"].S.sharding.is_fully_replicated)
+      self.assertFalse(state.fast["0"].S.sharding.is_fully_replicated)
     assert_near(*(jax.device_get(x) for x in ((loss, grads, state), self.expected)), 1e-4)
 
   def test_four_by_two(self):

@@ -19,6 +19,13 @@ def toy_blocks(w, h, S):
   return jnp.tanh(h + jnp.einsum("btk,bkv->btv", h @ w["read"], S["S"])), S
 
 
+def passes(blocks, h, S, **how):
+  """`sleep` with passes that have nothing to themselves: h and S."""
+  h, S, per_pass = sleep(lambda h, S, private: (*blocks(h, S), private), h, S, **how)
+  assert per_pass == {}
+  return h, S
+
+
 def plain_loop(w, h, S, num_passes):
   for _ in range(num_passes):
     h, S = toy_blocks(w, h, S)
@@ -50,7 +57,7 @@ class SleepTest(chex.TestCase):
   def test_equals_a_plain_loop(self, num_passes, remat, form):
     def run(w, h, S):
       blocks = functools.partial(toy_blocks, w)
-      return sleep(blocks, h, S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
+      return passes(blocks, h, S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
 
     got, expected = self.variant(run)(self.w, self.h, self.S), plain_loop(self.w, self.h, self.S, num_passes)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, (self.h, self.S))
@@ -62,7 +69,7 @@ class SleepTest(chex.TestCase):
   def test_gradients_equal_those_of_a_plain_loop(self, num_passes, remat, form):
     def run(w, h, S):
       blocks = functools.partial(toy_blocks, w)
-      return sleep(blocks, h, S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
+      return passes(blocks, h, S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
 
     expected = self.gradients(functools.partial(plain_loop, num_passes=num_passes))
     chex.assert_trees_all_close(self.gradients(run), expected, rtol=1e-5, atol=1e-5)
@@ -70,7 +77,7 @@ class SleepTest(chex.TestCase):
   @parameterized.product(backprop_passes=(1, 2, 3, 4), form=tuple(FORMS))
   def test_truncation_changes_no_bit_of_the_value(self, backprop_passes, form):
     run = functools.partial(
-      sleep, functools.partial(toy_blocks, self.w), self.h, self.S, num_passes=4, unroll=FORMS[form]
+      passes, functools.partial(toy_blocks, self.w), self.h, self.S, num_passes=4, unroll=FORMS[form]
     )
     got, expected = run(backprop_passes=backprop_passes), run()
     if form == "scan" and backprop_passes in (1, 3):  # a single pass is not compiled as part of a scan
@@ -85,13 +92,13 @@ class SleepTest(chex.TestCase):
     def forget(h, S):
       return h, {"S": jnp.ones((1,)), "steps": S["steps"] + 1}
 
-    _, S = sleep(forget, jnp.zeros(()), start, num_passes=2, backprop_passes=1)
+    _, S = passes(forget, jnp.zeros(()), start, num_passes=2, backprop_passes=1)
     self.assertEqual(float(S["S"][0]), 1.0)
 
-  @parameterized.product(passes=((2, 1), (4, 3)), remat=(True, False), form=tuple(FORMS))
-  def test_truncated_gradients_equal_a_composition_by_hand(self, passes, remat, form):
+  @parameterized.product(truncated=((2, 1), (4, 3)), remat=(True, False), form=tuple(FORMS))
+  def test_truncated_gradients_equal_a_composition_by_hand(self, truncated, remat, form):
     """The first N - k passes ran somewhere else: what they wrote is an array, added to S on entry."""
-    num_passes, k = passes
+    num_passes, k = truncated
     early_h, early_S = plain_loop(self.w, self.h, self.S, num_passes - k)
     written = early_S["S"] - self.S["S"]
 
@@ -101,7 +108,7 @@ class SleepTest(chex.TestCase):
 
     def run(w, h, S):
       blocks = functools.partial(toy_blocks, w)
-      return sleep(blocks, h, S, num_passes=num_passes, backprop_passes=k, remat=remat, unroll=FORMS[form])
+      return passes(blocks, h, S, num_passes=num_passes, backprop_passes=k, remat=remat, unroll=FORMS[form])
 
     got, expected = self.gradients(run), self.gradients(by_hand)
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)  # `written` was rounded once more
@@ -122,7 +129,7 @@ class SleepTest(chex.TestCase):
 
       def run(w, h, S):
         del w
-        return sleep(blocks, h, S, num_passes=num_passes, backprop_passes=k, unroll=FORMS[form])
+        return passes(blocks, h, S, num_passes=num_passes, backprop_passes=k, unroll=FORMS[form])
 
       return self.gradients(run)[2]["S"]
 
@@ -133,7 +140,7 @@ class SleepTest(chex.TestCase):
   def test_all_passes_is_no_truncation(self):
     def run(k):
       return self.gradients(
-        lambda w, h, S: sleep(functools.partial(toy_blocks, w), h, S, num_passes=3, backprop_passes=k)
+        lambda w, h, S: passes(functools.partial(toy_blocks, w), h, S, num_passes=3, backprop_passes=k)
       )
 
     chex.assert_trees_all_equal(run(3), run(None))
@@ -145,7 +152,7 @@ class SleepTest(chex.TestCase):
       h, S = toy_blocks(self.w, h.astype(jnp.float32), S)
       return h.astype(jnp.bfloat16), S
 
-    h, S = sleep(blocks, self.h.astype(jnp.bfloat16), self.S, num_passes=2, remat=remat, unroll=FORMS[form])
+    h, S = passes(blocks, self.h.astype(jnp.bfloat16), self.S, num_passes=2, remat=remat, unroll=FORMS[form])
     self.assertEqual((h.dtype, S["S"].dtype), (jnp.bfloat16, jnp.float32))
 
   @parameterized.parameters(
@@ -156,7 +163,7 @@ class SleepTest(chex.TestCase):
   )
   def test_wrong_arguments(self, arguments, message):
     with self.assertRaisesRegex(ValueError, message):
-      sleep(functools.partial(toy_blocks, self.w), self.h, self.S, **arguments)
+      passes(functools.partial(toy_blocks, self.w), self.h, self.S, **arguments)
 
   @parameterized.product(
     num_passes=(1, 2),
@@ -180,7 +187,7 @@ class SleepTest(chex.TestCase):
       return h, S
 
     with self.assertRaises(TypeError):
-      sleep(blocks, self.h, self.S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
+      passes(blocks, self.h, self.S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
 
 
 class LoopTest(parameterized.TestCase):

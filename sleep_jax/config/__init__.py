@@ -6,7 +6,15 @@ are all that the library ever sees. `run` has a run's config and its parts, `mod
 checks and conversion, `baselines` what sleep is compared with.
 """
 
-from sleep_jax.config.model import ATTENTION, AttentionConfig, FastConfig, ModelConfig, RopeScaling
+from sleep_jax.config.model import (
+  ATTENTION,
+  AttentionConfig,
+  FastConfig,
+  ModelConfig,
+  RopeScaling,
+  block_names,
+  register_block,
+)
 from sleep_jax.config.run import Config, MeshConfig, OptimConfig, SleepConfig, TrainConfig, check_sleep
 from sleep_jax.config.schema import (
   ConfigError,
@@ -23,6 +31,6 @@ from sleep_jax.config.schema import (
 
 __all__ = [
   "ATTENTION", "AttentionConfig", "Config", "ConfigError", "FastConfig", "MeshConfig", "ModelConfig",
-  "OptimConfig", "RopeScaling", "SleepConfig", "TrainConfig", "above", "at_least", "check", "check_sleep",
-  "defaults_of", "from_dict", "nearest", "one_of", "replace", "to_dict"
+  "OptimConfig", "RopeScaling", "SleepConfig", "TrainConfig", "above", "at_least", "block_names", "check",
+  "check_sleep", "defaults_of", "from_dict", "nearest", "one_of", "register_block", "replace", "to_dict"
 ]  # fmt: skip

@@ -5,9 +5,20 @@ A part of `config`, which names all of this again.
 
 import dataclasses
 
-from sleep_jax.config.schema import above, at_least, check, one_of
+from sleep_jax.config.schema import ConfigError, above, at_least, check, nearest, one_of
 
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
+_FAST = {"gdn": None, "hebbian": None, "jet": None, "delta": None, "kda": None, "gdn2": None}  # in order
+
+
+def block_names() -> tuple[str, ...]:
+  """Every block that `model.blocks` can name."""
+  return (*ATTENTION, *_FAST)
+
+
+def register_block(name: str) -> None:
+  """Makes `name` known as a fast-weight block; `rules.register` calls this for a rule of the user's."""
+  _FAST[name] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +108,7 @@ class FastConfig:
     decay_init: range (low, high) from which exp(A_log) is drawn evenly; the decay of a token is
       exp(-exp(A_log) * softplus(.)). The usual (1, 16) forgets a window of a few dozen tokens
       within N passes; (1/16, 1) keeps it.
+    out_norm_eps: epsilon of the RMSNorm on what is read from the fast weights.
     kernel: backend of `kernels`, by name. None: the fastest measured one for the platform. With
       `pallas_tpu_fused` the short convolution, SiLU, norms and gates of a `gdn` block run inside the kernel.
   """
@@ -108,6 +120,7 @@ class FastConfig:
   generator_reduction: int = 8
   conv_context: str = "carry"
   decay_init: tuple[float, float] = (1.0, 16.0)
+  out_norm_eps: float = 1e-5
   kernel: str | None = None
 
   def __post_init__(self):
@@ -116,6 +129,7 @@ class FastConfig:
     at_least(self.conv_size, 0, "model.fast.conv_size")
     at_least(self.generator_reduction, 1, "model.fast.generator_reduction")
     one_of(self.conv_context, ("carry", "reset"), "model.fast.conv_context")
+    above(self.out_norm_eps, 0, "model.fast.out_norm_eps")
     low, high = self.decay_init
     check(0 < low <= high, "model.fast.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
 
@@ -131,7 +145,7 @@ class ModelConfig:
     mlp_bias: added to what each of its three projections gives.
     blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`), or
       a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, `delta`, `kda`, `gdn2`, or one that
-      `fast_weights.RULES` was given).
+      was given to `rules.register`).
     without_mlp: numbers of blocks that are a mixer behind its norm and no more: a memory added to a
       pretrained model.
     window: L, tokens that attention holds before they are consolidated and evicted.
@@ -181,6 +195,9 @@ class ModelConfig:
     if self.mlp_dim is not None:
       at_least(self.mlp_dim, 1, "model.mlp_dim")
     at_least(len(self.blocks), 1, "model.blocks")
+    for i, kind in enumerate(self.blocks):
+      if kind not in (known := block_names()):
+        raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
     at_least(self.window, 1, "model.window")
     one_of(self.eviction, ("hard", "sliding"), "model.eviction")
     above(self.embed_std, 0, "model.embed_std")

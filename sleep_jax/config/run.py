@@ -52,6 +52,15 @@ class SleepConfig:
     one_of(self.remat, ("none", "block", "pass", "window"), "sleep.remat")
     one_of(self.loops, ("scan", "unroll"), "sleep.loops")
 
+  def looped(self, num_blocks: int) -> tuple[int, int]:
+    """First block that is repeated, and the one behind the last, of a model of `num_blocks` blocks."""
+    return self.first_block, num_blocks if self.last_block is None else self.last_block
+
+  @property
+  def forward_only(self) -> "SleepConfig":
+    """The same sleep where no gradient is taken: nothing to recompute, nothing to truncate."""
+    return dataclasses.replace(self, remat="none", backprop_passes=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:

@@ -1,12 +1,13 @@
 """Floating-point operations, counted from the config: what throughput is measured against."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 
-from sleep_jax import model, params, windows
+from sleep_jax import blocks, params, windows
 from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
 
 CHUNK = 64  # of the fast-weight kernels; shorter windows are one chunk
@@ -42,28 +43,30 @@ class Flops:
     return self.asleep / (self.awake + self.asleep)
 
 
+@functools.cache
 def per_sequence(segments: windows.Plan, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Flops:
   """Counts the FLOPs of one sequence; norms, gates and the optimizer are left out (below 1 %)."""
-  last = sleep_cfg.last_block or len(cfg.blocks)
+  first, last = sleep_cfg.looped(len(cfg.blocks))
   awake = asleep = 0.0
   for segment in segments:
-    by_block = [_block(kind, i, segment.length, cfg) * segment.count for i, kind in enumerate(cfg.blocks)]
+    kinds = [(kind, i not in cfg.without_mlp) for i, kind in enumerate(cfg.blocks)]
+    each = {kind: _block(*kind, segment.length, cfg) * segment.count for kind in set(kinds)}
+    by_block = [each[kind] for kind in kinds]
     if segment.reads:
       head = 2 * cfg.embed_dim * cfg.vocab_size * len(segment.reads) * segment.count
       awake += cfg.predict_passes * sum(by_block) + head
     else:
-      looped = sum(by_block[sleep_cfg.first_block : last])
-      asleep += sum(by_block) + (sleep_cfg.num_passes - 1) * looped
+      asleep += sum(by_block) + (sleep_cfg.num_passes - 1) * sum(by_block[first:last])
   return Flops(awake, asleep)
 
 
-def _block(kind: str, index: int, length: int, cfg: ModelConfig) -> float:
+def _block(kind: str, mlp: bool, length: int, cfg: ModelConfig) -> float:
   """One pass of one block over a window of `length` tokens."""
-  declared = jax.tree.leaves(model.declare(cfg)["blocks"][str(index)], is_leaf=params.is_weight)
+  declared = jax.tree.leaves(blocks.declare_block(cfg, kind, mlp), is_leaf=params.is_weight)
   dense = sum(2 * math.prod(w.shape) for w in declared if w.group == "muon")
   if kind in ATTENTION:
-    near = length if kind == "attn" else min(length, cfg.attention.swa_window)
-    seen = near - near**2 / (2 * length)  # keys a query, on average over the window
+    reach = length if kind == "attn" else min(length, cfg.attention.swa_window)
+    seen = reach - reach**2 / (2 * length)  # keys a query, on average over the window
     if cfg.eviction == "sliding":  # what was kept fills every query's reach
       seen = cfg.window if kind == "attn" else min(cfg.window, cfg.attention.swa_window)
     mixing = 4 * cfg.attention.num_heads * cfg.head_dim * seen  # scores and values

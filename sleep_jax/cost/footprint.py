@@ -33,7 +33,7 @@ def weights(cfg: ModelConfig) -> model.Params:
 
 def optimizer(cfg: ModelConfig, optim_cfg: OptimConfig) -> int:
   """Bytes of the optimizer's state: a momentum for a Muon weight, two moments for AdamW's, none if frozen."""
-  tx = optim.make(optim_cfg, model.declare(cfg), 1)
+  tx = optim.make(optim_cfg, optim.freeze(optim_cfg, model.declare(cfg)), 1)
   return size(jax.eval_shape(tx.init, weights(cfg)))
 
 
@@ -94,11 +94,11 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
   length = min(cfg.window, tokens)
   h = jax.ShapeDtypeStruct((batch, length, cfg.embed_dim), jnp.dtype(cfg.dtype))
   start = jax.eval_shape(lambda: model.init_state(cfg, batch, sleep_cfg))
-  memory = carry.of_first_pass(start)
+  memory = jax.eval_shape(carry.first_pass, start)
 
   def run(first, last, remat):
     def part(slow, h, memory):
-      return blocks.run(slow, h, memory, cfg, first=first, last=last, remat=remat)[:2]
+      return blocks.run(blocks.arrange(slow, cfg, first, last), h, memory, cfg, remat=remat)[:2]
 
     return saved(part, slow["blocks"], h, memory)
 

@@ -1,6 +1,5 @@
 """What one sequence costs, measured here and now: milliseconds awake and asleep, bytes of state."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import blocks, model
+from sleep_jax import model
 from sleep_jax.config import ModelConfig, SleepConfig
 
 COST_ROUNDS = 30
@@ -24,13 +23,12 @@ def cost(weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> dic
     state_bytes: what is kept of everything read so far.
   """
   state = model.init_state(cfg, 1, sleep_cfg)
-  cache = blocks.init_cache(cfg, 1)
+  fast, cache = model.open_window(state, cfg, 1)
   token, window = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, cfg.window), jnp.int32)
-  plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
   awake = jax.jit(lambda w, s, c: model.decode(w, token, s, c, cfg))
-  asleep = jax.jit(lambda w, s: model.consolidate(w, window, s, cfg, plain))
+  asleep = jax.jit(lambda w, s: model.consolidate(w, window, s, cfg, sleep_cfg.forward_only))
   return {
-    "wake_ms_per_answer": _median_ms(awake, weights, state, cache),
+    "wake_ms_per_answer": _median_ms(awake, weights, fast, cache),
     "sleep_ms_per_window": _median_ms(asleep, weights, state),
     "state_bytes": state_bytes(cfg, sleep_cfg),
   }

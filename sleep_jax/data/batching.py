@@ -1,19 +1,18 @@
 """From examples of unequal length to batches of few static shapes: a pure function of the step.
 
 Algorithm 1 cuts a sequence from its start into windows of L tokens. Only the last window, which answers, is
-shorter; it alone is padded, on its own left, to one of a few lengths (`align = "start"`). `align = "end"`
-pads the whole sequence on the left instead, which moves every cut.
+shorter. It alone is padded, on its left, to one of a few lengths.
 
     windows   prompt[0:L] | prompt[L:2L] | PAD ... rest of the prompt, answer[:-1], PAD to `answer_tokens`
 
 The last token of the prompt stands at a fixed place, `answer_tokens` from the end, and predicts the first
-token of the answer; a shorter answer has pads behind it, which count nowhere. Where a regular cut would
-part the prompt's last token from its answer, the cut is made before that token, and the window before it is
-padded on its left.
+token of the answer. A shorter answer has pads behind it, which count nowhere. If a regular cut would part
+the prompt's last token from its answer, the cut is made before that token instead, and the window before it
+is padded on its left.
 
-Batches are made globally: `bucket_batches` batches together are sorted by length, cut, and put in an order
-drawn from the seed. Every host finds the same plan and takes its rows. Nothing depends on how many
-processes take part.
+Batches are made globally. The examples of `bucket_batches` batches form a group: they are sorted by length,
+cut into batches, and these are put in an order drawn from the seed. Every host computes the same plan and
+takes its rows, so nothing depends on how many processes take part.
 """
 
 import dataclasses
@@ -26,13 +25,15 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import at_least, check
+from sleep_jax.data import limits
+from sleep_jax.data.limits import within
 
 PAD = 0
 
 
 class Example(NamedTuple):
-  """Prompt [p >= 1] and answer [a >= 1] in token ids, and the group that the answer is scored in."""
+  """Prompt [p >= 1] and answer [a >= 1] as token ids, and the index of the group it is scored in."""
 
   prompt: np.ndarray
   answer: np.ndarray
@@ -40,14 +41,14 @@ class Example(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-  """A set of examples that an evaluation asks, and baselines: name -> whether it is right, one an example."""
+  """Examples of an evaluation, and baselines: name -> whether the baseline is right, one bool an example."""
 
   examples: Sequence[Example]
   guesses: Mapping[str, Sequence[bool]] = MappingProxyType({})
 
 
 class Source(Protocol):
-  """Any example at once, in any process; pickled to the workers."""
+  """Random access to examples, the same in every process. Worker processes get a pickled copy."""
 
   def __len__(self) -> int: ...
 
@@ -56,12 +57,12 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-  """A source read again and again, each time as a whole, in an order of its own.
+  """Reads a source again and again, each time as a whole and in another order.
 
   Attributes:
-    source: of one epoch.
+    source: the examples of one epoch.
     num: examples in all; the last epoch may be cut short.
-    seed: of the orders. The first epoch is in the source's own.
+    seed: names the orders. The first epoch keeps the source's order.
   """
 
   source: Source
@@ -85,43 +86,43 @@ def _order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CutConfig:
-  """Shapes.
+  """Shapes of batches.
 
   Attributes:
-    max_tokens: of prompt and answer together, the longest that is accepted.
-    answer_tokens: of the longest answer.
-    tails: lengths that the last window may be padded to, besides L; each holds an answer. More of them
-      waste less and compile longer.
-    align: `start` or `end`.
-    bucket_batches: batches that are sorted by length together.
+    max_tokens: the longest prompt and answer together.
+    answer_tokens: the longest answer.
+    tails: lengths that the last window may be padded to, besides L; each holds an answer. More lengths waste
+      less padding and take longer to compile.
+    bucket_batches: batches in a group, whose examples are sorted by length together.
   """
 
   max_tokens: int
   answer_tokens: int = 8
   tails: tuple[int, ...] = ()
-  align: str = "start"
   bucket_batches: int = 8
 
   def __post_init__(self):
     at_least(self.answer_tokens, 1, "data.cut.answer_tokens")
-    at_least(self.max_tokens, self.answer_tokens + 1, "data.cut.max_tokens")
-    at_least(self.bucket_batches, 1, "data.cut.bucket_batches")
-    one_of(self.align, ("start", "end"), "data.cut.align")
+    within(self.max_tokens, self.answer_tokens + 1, limits.LENGTH, "data.cut.max_tokens")
+    within(self.bucket_batches, 1, limits.GROUPED, "data.cut.bucket_batches")
     for tail in self.tails:
       at_least(tail, self.answer_tokens, "data.cut.tails")
 
 
 class Bucket(NamedTuple):
-  """A static shape: full windows, then one of `tail` tokens."""
+  """A static shape: so many full windows, then one of `tail` tokens."""
 
   windows: int
   tail: int
 
 
 class Planned(NamedTuple):
-  """A batch of one bucket: rows of `inputs`, `targets`, `loss_mask`, `valid` and `group`; and its padding.
+  """A batch of one bucket.
 
-  `padding` is the share of positions of the *global* batch that hold no token.
+  Attributes:
+    bucket: its shape.
+    rows: `inputs`, `targets`, `loss_mask`, `valid` [rows, T] and `group` [rows] of this host.
+    padding: share of positions of the *global* batch that hold no token.
   """
 
   bucket: Bucket
@@ -129,11 +130,11 @@ class Planned(NamedTuple):
   padding: float
 
 
-def tails(cut: CutConfig, window: int) -> tuple[int, ...]:
-  """Lengths of a last window, ascending.
+def tail_lengths(cut: CutConfig, window: int) -> tuple[int, ...]:
+  """Returns the lengths that a last window may have, ascending.
 
   Raises:
-    ConfigError: if one is longer than the window, or an answer is.
+    ConfigError: if one of them, or an answer, is longer than the window.
   """
   at_least(window, cut.answer_tokens, "model.window")
   for tail in cut.tails:
@@ -141,11 +142,21 @@ def tails(cut: CutConfig, window: int) -> tuple[int, ...]:
   return tuple(sorted({*cut.tails, window}))
 
 
+def check_window(cut: CutConfig, window: int) -> None:
+  """Raises `ConfigError` unless windows of this length fit the sequences, and tails and answers fit them."""
+  check(
+    window <= cut.max_tokens,
+    "model.window",
+    f"must be at most data.cut.max_tokens = {cut.max_tokens}, the longest sequence, got {window}",
+  )
+  tail_lengths(cut, window)
+
+
 def bucket_of(example: Example, cut: CutConfig, window: int) -> Bucket:
-  """The smallest shape that holds an example.
+  """Returns the smallest shape that holds an example.
 
   Raises:
-    ValueError: if it is too long, or has no prompt or answer.
+    ValueError: if the example is too long, or has no prompt or answer.
   """
   p, a = len(example.prompt), len(example.answer)
   if not (p and 1 <= a <= cut.answer_tokens and p + a <= cut.max_tokens):
@@ -155,39 +166,38 @@ def bucket_of(example: Example, cut: CutConfig, window: int) -> Bucket:
     )
   windows, rest = divmod(p - 1, window)
   needed = rest + cut.answer_tokens
-  if needed > window:  # the answer would not fit behind the rest: it gets a window of its own
+  if needed > window:  # the answer does not fit behind the rest of the prompt: it gets a window to itself
     windows, needed = windows + 1, cut.answer_tokens
-  return Bucket(windows, next(t for t in tails(cut, window) if t >= needed))
+  return Bucket(windows, next(tail for tail in tail_lengths(cut, window) if tail >= needed))
 
 
 def layout(bucket: Bucket, cut: CutConfig, window: int) -> np.ndarray:
-  """Where the loss may be: [T] bool, the last `answer_tokens` positions."""
+  """Returns where the loss may be: [T] bool, the last `answer_tokens` positions."""
   length = bucket.windows * window + bucket.tail
   return np.arange(length) >= length - cut.answer_tokens
 
 
 def place(example: Example, bucket: Bucket, cut: CutConfig, window: int) -> dict[str, np.ndarray]:
-  """One row of a batch: an example in a bucket that holds it."""
-  context, A, a = np.asarray(example.prompt[:-1], np.int32), cut.answer_tokens, len(example.answer)
-  full = bucket.windows * window
-  length = full + bucket.tail
-  room = length - A
+  """Returns one row of a batch: an example in a bucket that holds it."""
+  context, answer_length = np.asarray(example.prompt[:-1], np.int32), len(example.answer)
+  length = bucket.windows * window + bucket.tail
+  answer_start = length - cut.answer_tokens
   inputs, targets = (np.full(length, PAD, np.int32) for _ in range(2))
   valid, mask = np.zeros(length, bool), np.zeros(length, np.float32)
-  own = bucket_of(example, cut, window).windows  # windows before the last one, by the example's own cut
-  if cut.align == "end":
-    parts = [(context, room)]
-  else:
-    parts = [(context[: own * window][i * window : (i + 1) * window], None) for i in range(own)]
-    skip = bucket.windows - own  # in a batch of longer ones its first windows are empty
-    parts = [(part, (skip + i + 1) * window) for i, (part, _) in enumerate(parts)]
-    parts.append((context[own * window :], room))
+
+  full = bucket_of(example, cut, window).windows  # the example's own windows before the last one
+  skipped = bucket.windows - full  # in a batch of longer examples the first windows are empty
+  parts = [
+    (context[: full * window][i * window : (i + 1) * window], (skipped + i + 1) * window) for i in range(full)
+  ]
+  parts.append((context[full * window :], answer_start))
   for part, end in parts:
     inputs[end - len(part) : end] = part
     valid[end - len(part) : end] = True
-  answered = [example.prompt[-1], *example.answer[:-1]]
-  inputs[room : room + a], valid[room : room + a] = answered, True
-  targets[room : room + a], mask[room : room + a] = example.answer, 1.0
+
+  answered = slice(answer_start, answer_start + answer_length)
+  inputs[answered], valid[answered] = [example.prompt[-1], *example.answer[:-1]], True
+  targets[answered], mask[answered] = example.answer, 1.0
   return {
     "inputs": inputs,
     "targets": targets,
@@ -197,8 +207,11 @@ def place(example: Example, bucket: Bucket, cut: CutConfig, window: int) -> dict
   }
 
 
-class Blocks:
-  """Blocks of planned batches: item b holds steps b * bucket_batches and on. Random access, no state."""
+class BatchPlan:
+  """The batches of a run, in groups: item g holds those of the steps from g * bucket_batches on.
+
+  Random access without hidden state, so that a run resumes at any step and any process can make any group.
+  """
 
   def __init__(
     self,
@@ -215,41 +228,49 @@ class Blocks:
     """Checks that everything fits.
 
     Args:
-      batch_size: of all hosts together.
-      steps: of the run; the last block is made whole.
-      host, hosts: this process, and how many there are.
+      source: examples in training order.
+      cut: shapes of the batches.
+      window: L.
+      batch_size: rows of all hosts together.
+      steps: batches of the run; the last group is made whole.
+      seed: of the order of the batches in a group.
+      host, hosts: index of this process, and how many there are.
+
+    Raises:
+      ConfigError: if window, batch size or number of examples do not fit.
     """
-    tails(cut, window)
+    tail_lengths(cut, window)
     check(
       batch_size % hosts == 0, "train.batch_size", f"must be a multiple of {hosts} hosts, got {batch_size}"
     )
     self._source, self._cut, self._window, self._batch = source, cut, window, batch_size
-    self._count, self._seed = -(-steps // cut.bucket_batches), seed
+    self._num_groups, self._seed = -(-steps // cut.bucket_batches), seed
     self._rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-    needed = self._count * cut.bucket_batches * batch_size
+    needed = self._num_groups * cut.bucket_batches * batch_size
     check(len(source) >= needed, "train.steps", f"needs {needed} examples, the source has {len(source)}")
 
   def __len__(self) -> int:
-    return self._count
+    return self._num_groups
 
-  def __getitem__(self, block: int) -> list[Planned]:
-    if not 0 <= block < self._count:
-      raise IndexError(f"block {block} of {self._count}")
-    M, B, cut, window = self._cut.bucket_batches, self._batch, self._cut, self._window
-    examples = [self._source[i] for i in range(block * M * B, (block + 1) * M * B)]
-    own = [bucket_of(example, cut, window) for example in examples]
-    order = sorted(range(M * B), key=lambda i: own[i]) if M > 1 else range(B)
-    batches = [list(order)[i * B : (i + 1) * B] for i in range(M)]
-    rng = np.random.default_rng((self._seed, block))
-    return [self._planned([examples[i] for i in batches[m]]) for m in rng.permutation(M)]
+  def __getitem__(self, group: int) -> list[Planned]:
+    if not 0 <= group < self._num_groups:
+      raise IndexError(f"group {group} of {self._num_groups}")
+    count, size = self._cut.bucket_batches, self._batch
+    examples = [self._source[i] for i in range(group * count * size, (group + 1) * count * size)]
+    if count > 1:
+      examples.sort(key=lambda example: bucket_of(example, self._cut, self._window))
+    rng = np.random.default_rng((self._seed, group))
+    return [self._planned(examples[i * size : (i + 1) * size]) for i in rng.permutation(count)]
 
   def _planned(self, examples: list[Example]) -> Planned:
-    own = [bucket_of(example, self._cut, self._window) for example in examples]
-    bucket = Bucket(max(b.windows for b in own), max(b.tail for b in own))
+    buckets = [bucket_of(example, self._cut, self._window) for example in examples]
+    bucket = Bucket(max(b.windows for b in buckets), max(b.tail for b in buckets))
     rows = [place(example, bucket, self._cut, self._window) for example in examples[self._rows]]
     tokens = sum(len(e.prompt) + len(e.answer) - 1 for e in examples)
-    size = len(examples) * (bucket.windows * self._window + bucket.tail)
-    return Planned(bucket, {name: np.stack([r[name] for r in rows]) for name in rows[0]}, 1 - tokens / size)
+    positions = len(examples) * (bucket.windows * self._window + bucket.tail)
+    return Planned(
+      bucket, {name: np.stack([r[name] for r in rows]) for name in rows[0]}, 1 - tokens / positions
+    )
 
 
 class WorkerError(RuntimeError):
@@ -257,18 +278,27 @@ class WorkerError(RuntimeError):
 
 
 def feed(
-  blocks: Blocks, cut: CutConfig, start: int, *, threads: int = 1, workers: int = 0
+  plan: BatchPlan, cut: CutConfig, start: int, *, threads: int = 1, workers: int = 0
 ) -> Iterator[Planned]:
-  """Planned batches from step `start` on, made ahead in threads or worker processes; the same in any case.
+  """Yields the batches from step `start` on, made ahead in threads or worker processes.
 
-  Nothing before the block of step `start` is made. Worker processes need parsed absl flags
-  (`FLAGS.mark_as_parsed()` outside `app.run`); closing the iterator ends them.
+  The batches are the same whoever makes them. Nothing before the group of step `start` is made. Worker
+  processes need parsed absl flags (`FLAGS.mark_as_parsed()` outside `app.run`); closing the iterator ends
+  them.
+
+  Args:
+    plan: of the run.
+    cut: that of the plan.
+    start: first step.
+    threads: that make groups, where there are no workers.
+    workers: processes that make groups; 0 for none.
 
   Raises:
-    WorkerError: if a worker process is killed or dies; what a source raises in a worker is raised as it is.
+    WorkerError: if a worker process is killed or dies. An exception of a source in a worker is raised
+      unchanged.
   """
   first, skip = divmod(start, cut.bucket_batches)
-  data: Any = grain.MapDataset.source(_Boxed(blocks))[first:].to_iter_dataset(
+  data: Any = grain.MapDataset.source(_BoxedGroups(plan))[first:].to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
   )
   if workers:
@@ -295,21 +325,21 @@ _DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (
 
 @dataclasses.dataclass(frozen=True)
 class _Box:
-  """A block that grain takes for one thing.
+  """A group that grain passes on as one opaque object.
 
-  It would move each array of a tree through shared memory, of which a container has little, and which a
-  worker that is killed leaves behind.
+  Grain would move each array of a tree through shared memory. A container has little of it, and a worker
+  that is killed leaves its share behind.
   """
 
   batches: list[Planned]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Boxed:
-  blocks: Blocks
+class _BoxedGroups:
+  plan: BatchPlan
 
   def __len__(self) -> int:
-    return len(self.blocks)
+    return len(self.plan)
 
-  def __getitem__(self, block: int) -> _Box:
-    return _Box(self.blocks[block])
+  def __getitem__(self, group: int) -> _Box:
+    return _Box(self.plan[group])

@@ -16,6 +16,7 @@ together if they share the directory; then every method but `poll` is collective
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -168,7 +169,9 @@ class Checkpoints:
     if not self._read_only and processes.primary():
       self._files.purge()
 
-  def restore(self, abstract_state: Any, *, subset: bool = False) -> tuple[int, Any] | None:
+  def restore(
+    self, abstract_state: Any, *, subset: bool = False, step: int | None = None
+  ) -> tuple[int, Any] | None:
     """Restores the newest step whose files all match its manifest, bit for bit.
 
     Newer steps that do not match are reported, one line each, and moved to aside/, so that training on
@@ -179,16 +182,21 @@ class Checkpoints:
         (jax.ShapeDtypeStruct or jax.Array). Where the sharding is on an abstract mesh or None, the mesh of
         jax.set_mesh is used, or one device if there is none.
       subset: the tree asks for some of the saved arrays only (the weights without the optimizer, say).
+      step: restore this step and no other; only where the directory was opened with `read_only`. None: the
+        newest one.
 
     Returns:
       (step, state), or None if no step was ever saved here.
 
     Raises:
-      CheckpointError: if all steps are damaged (then nothing is moved), or if the saved arrays have other
-        paths, shapes or dtypes than asked for.
+      CheckpointError: if all steps are damaged (then nothing is moved), `step` is or was not saved, or the
+        saved arrays have other paths, shapes or dtypes than asked for.
     """
     self._settle()
-    step = self._shared(self._files.choose)
+    if step is not None and not self._read_only:
+      raise CheckpointError(f"{self.directory} goes on from its newest step; step {step} can only be read")
+    choose = self._files.choose if step is None else functools.partial(self._files.chosen, step)
+    step = self._shared(choose)
     if step is None:
       return None
     if self._manager:

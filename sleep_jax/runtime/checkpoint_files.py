@@ -94,6 +94,21 @@ class CheckpointFiles:
       self._report(f"step {step} is damaged ({problem}), falling back to step {good}{kept}")
     return good
 
+  def chosen(self, step: int) -> int:
+    """The step itself, if it was saved and is what its manifest says; nothing is moved.
+
+    Raises:
+      CheckpointError: if it was not saved, or is damaged.
+    """
+    saved = self.saved()
+    if step not in saved:
+      known = some([str(s) for s in saved]) if saved else "none"
+      raise CheckpointError(f"step {step} was not saved in {self.directory}; saved steps: {known}")
+    problem = damage(self.path(step))
+    if problem is not None:
+      raise CheckpointError(f"step {step} in {self.directory} is damaged ({problem})")
+    return step
+
   def purge(self) -> None:
     """Empties the trash. What cannot be deleted now is tried again next time."""
     trash = self.directory / TRASH

@@ -4,7 +4,6 @@ An answer is one or more tokens; it is right if all of them are. A sequence may 
 over sequences, so that they do not depend on how these are cut into batches.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -207,7 +206,7 @@ def stack(
   return windows.Batch(**columns), group
 
 
-def make_fed_evaluate(
+def make_host_evaluate(
   sets: Mapping[str, batching.HeldOut],
   groups: Sequence[str],
   cut: batching.CutConfig,
@@ -239,7 +238,6 @@ def make_fed_evaluate(
   examples = [
     e._replace(group=e.group + i * len(groups)) for i, s in enumerate(sets.values()) for e in s.examples
   ]
-  plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
   buckets: dict[batching.Bucket, list[batching.Example]] = {}
   for example in examples:
     buckets.setdefault(batching.bucket_of(example, cut, cfg.window), []).append(example)
@@ -257,7 +255,7 @@ def make_fed_evaluate(
 
     @jax.jit
     def sums(weights, batch, group):
-      logits, _ = model.forward(weights, batch, segments, cfg, plain)
+      logits, _ = model.forward(weights, batch, segments, cfg, sleep_cfg.forward_only)
       mask = batch.loss_mask[:, where]
       return score(logits, batch.targets[:, where], mask, jnp.where(mask > 0, 0, -1), group, 1, count)
 

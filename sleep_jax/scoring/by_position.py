@@ -1,6 +1,5 @@
 """Exact match by position of the answer, on a fixed held-out set that the device makes."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -79,13 +78,12 @@ def make_evaluate(
     weights -> rates, with the best constant's beside them.
   """
   where = windows.answer_positions(segments)
-  plain = dataclasses.replace(sleep_cfg, remat="none", backprop_passes=None)
 
   @jax.jit
   def sums(weights):
     def one(index):
       batch = held_out(index)
-      logits, _ = model.forward(weights, batch, segments, cfg, plain)
+      logits, _ = model.forward(weights, batch, segments, cfg, sleep_cfg.forward_only)
       return score(logits, batch.targets[:, where], batch.loss_mask[:, where])
 
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(one, jnp.arange(num_batches)))

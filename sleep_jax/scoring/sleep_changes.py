@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax import model, windows
-from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
+from sleep_jax.config import ModelConfig, SleepConfig
 
 
 def sleep_changes(
@@ -23,16 +23,16 @@ def sleep_changes(
     the batch.
   """
   state = model.init_state(cfg, batch.inputs.shape[0], sleep_cfg)
-  changes: dict[str, list[list[float]]] = {i: [] for i in state if cfg.blocks[int(i)] not in ATTENTION}
+  changes: dict[str, list[list[float]]] = {i: [] for i in state.fast}
 
   @jax.jit
   def passes(weights, state, tokens, valid):
     done = [state]
     for n in range(1, sleep_cfg.num_passes + 1):
-      so_far = dataclasses.replace(sleep_cfg, num_passes=n, backprop_passes=None, remat="none")
+      so_far = dataclasses.replace(sleep_cfg.forward_only, num_passes=n)
       done.append(model.consolidate(weights, tokens, state, cfg, so_far, valid=valid))
     return done[-1], [
-      {i: _change(a[i].S, b[i].S) for i in changes} for a, b in zip(done, done[1:], strict=False)
+      {i: _change(a.fast[i].S, b.fast[i].S) for i in changes} for a, b in zip(done, done[1:], strict=False)
     ]
 
   @jax.jit

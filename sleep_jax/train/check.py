@@ -2,17 +2,23 @@
 
 import jax
 
-from sleep_jax import model, optim, pretrained, sharding
-from sleep_jax.config import Config, check, one_of
-from sleep_jax.kernels.common import dispatch as kernels
+from sleep_jax import fast_weights, model, optim, pretrained, sharding
+from sleep_jax.config import Config, check
+from sleep_jax.train.task import Task
 
 
-def check_fits(cfg: Config) -> jax.sharding.Mesh:
+def check_fits(cfg: Config, task: Task | None = None) -> jax.sharding.Mesh:
   """The mesh of a run. To be called before its workdir is made: a mistake then leaves nothing behind.
+
+  Args:
+    cfg: of the run.
+    task: what is learnt, which has checks of its own. None: not made yet.
 
   Raises:
     ConfigError: where fields do not fit each other or the devices.
   """
+  if task is not None:
+    task.check(cfg)
   count = cfg.train.steps_per_dispatch
   for name in ("steps", "eval_every", "save_every"):
     value = getattr(cfg.train, name)
@@ -21,9 +27,7 @@ def check_fits(cfg: Config) -> jax.sharding.Mesh:
       f"train.{name}",
       f"must be a multiple of train.steps_per_dispatch = {count}, got {value}",
     )
-  if cfg.model.fast.kernel is not None:
-    known = kernels.ORDER.get(jax.default_backend(), kernels.ORDER["cpu"])
-    one_of(cfg.model.fast.kernel, known, "model.fast.kernel")
+  fast_weights.check_kernel(cfg.model.fast)
   optim.freeze(cfg.optim, model.declare(cfg.model))
   if cfg.train.init_from is not None:
     pretrained.check_start(cfg.model, cfg.train.init_from, ignore=cfg.train.init_ignore)

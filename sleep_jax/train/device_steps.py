@@ -1,32 +1,65 @@
 """Training on data that the device makes: several optimizer steps a call."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import optax
+import numpy as np
 
 from sleep_jax import model, windows
 from sleep_jax.config import Config
 from sleep_jax.cost import flops
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_position
-from sleep_jax.train.recorder import Load
-from sleep_jax.train.step import TrainState, shard, train_step
-from sleep_jax.train.task import Task
+from sleep_jax.train.recorder import Load, Recorder
+from sleep_jax.train.step import TrainState, shard
+from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compiling
 
 TRACED_SEQUENCES = 64  # held-out sequences on which the work of sleep is recorded at the end
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceTask:
+  """What is learnt, from sequences of one length that the device makes. A `task.Task`.
+
+  Attributes:
+    layout: [T] bool, positions that may have a loss.
+    batch: (key, index, size) -> `windows.Batch`; pure and traced.
+    held_out_seed: key of the evaluation's stream.
+    test: cfg -> (weights -> row). The row must contain `loss` and `exact`. Called with the mesh set. None:
+      `by_position.make_evaluate` on `batch` with the key of `held_out_seed`.
+    describe: row -> the line about an evaluation.
+  """
+
+  layout: np.ndarray
+  batch: Callable[[jax.Array, jax.Array, int], windows.Batch]
+  held_out_seed: int
+  test: Callable[[Config], Callable[[model.Params], Row]] | None = None
+  describe: Callable[[Row], str] = against_constant
+
+  def check(self, cfg: Config) -> None:
+    """See `task.Task`. Every config fits that `train.check_fits` lets pass."""
+    del cfg
+
+  def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> "DeviceSteps":
+    """See `task.Task`."""
+    del mesh  # it is set, and batches are made on it
+    return DeviceSteps(cfg, self, one_step)
+
+  def score(self, row: Row) -> str:
+    """See `task.Task`."""
+    return self.describe(row)
+
+
 def make_dispatch(
-  cfg: Config, task: Task, tx: optax.GradientTransformation, segments: windows.Plan
-) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
+  cfg: Config, task: DeviceTask, one_step: OneStep, segments: windows.Plan
+) -> Callable[[TrainState], tuple[TrainState, Measured]]:
   """`steps_per_dispatch` steps as one device call that donates its state; measurements are stacked."""
 
   def step(state, _):
     batch = shard(task.batch(state.key, state.step, cfg.train.batch_size))
-    return train_step(state, batch, cfg=cfg, tx=tx, segments=segments)
+    return one_step(state, batch, segments=segments)
 
   count = cfg.train.steps_per_dispatch
 
@@ -39,33 +72,37 @@ def make_dispatch(
   return jax.jit(dispatch, donate_argnums=0)
 
 
-class Steps(contextlib.nullcontext):
-  """Optimizer steps on data that the device makes, several a call; `feeding.Steps` is its peer."""
+class DeviceSteps(contextlib.nullcontext):
+  """Optimizer steps on data that the device makes, several a call. A `task.Steps`."""
 
-  def __init__(self, cfg: Config, task: Task, tx: optax.GradientTransformation):
+  def __init__(self, cfg: Config, task: DeviceTask, one_step: OneStep):
     super().__init__(self)
-    self._cfg, self._task, self._tx = cfg, task, tx
+    self._cfg, self._task, self._one_step = cfg, task, one_step
     self._segments = windows.plan(task.layout, cfg.model.window)
     work = flops.per_sequence(self._segments, cfg.model, cfg.sleep) * cfg.train.batch_size
     self._load = Load(cfg.train.batch_size * len(task.layout), work)
 
-  def tokens_before(self, step: int, last_row: dict[str, Any] | None) -> int:
-    """Tokens read before `step`: every step reads as many."""
+  def tokens_before(self, step: int, last_row: Row | None) -> int:
+    """See `task.Steps`. Every step reads as many."""
     del last_row
     return step * self._load.tokens
 
-  def start(self, state: TrainState, clock: progress.Clock) -> None:
-    """Compiles, while the clock stands."""
-    with clock.paused():
-      traced = make_dispatch(self._cfg, self._task, self._tx, self._segments)
+  def start(self, state: TrainState, clock: progress.Clock, report: Callable[[str], None]) -> None:
+    """See `task.Steps`."""
+    with compiling("the step", clock, report):
+      traced = make_dispatch(self._cfg, self._task, self._one_step, self._segments)
       self._dispatch = traced.lower(state).compile()
 
-  def __call__(self, state: TrainState) -> tuple[TrainState, dict[str, jax.Array], list[Load]]:
-    """The next state, what each step measured, stacked, and what each took."""
+  def __call__(self, state: TrainState) -> tuple[TrainState, Measured, list[Load]]:
+    """See `task.Steps`."""
     return *self._dispatch(state), [self._load] * self._cfg.train.steps_per_dispatch
 
-  def test(self) -> Callable[[model.Params], dict[str, Any]]:
-    """The evaluation; of a task that says nothing else, on its own stream, from another key."""
+  def saved(self, step: int, recorder: Recorder) -> None:
+    """See `task.Steps`. Nothing has to be written down."""
+    del step, recorder
+
+  def evaluation(self) -> Callable[[model.Params], Row]:
+    """See `task.Steps`. By default on the task's own stream, from another key."""
     cfg, task = self._cfg, self._task
     if task.test:
       return task.test(cfg)
@@ -79,7 +116,7 @@ class Steps(contextlib.nullcontext):
     )
 
   def sample(self) -> tuple[windows.Plan, Callable[[], windows.Batch]]:
-    """Held-out sequences, made when they are asked for, and their plan."""
+    """See `task.Steps`."""
     key = jax.random.key(self._task.held_out_seed)
     made = jax.jit(lambda key: self._task.batch(key, 0, TRACED_SEQUENCES))
     return self._segments, lambda: made(key)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from sleep_jax import model, sharding, windows
 from sleep_jax.config import Config, check
@@ -19,15 +20,16 @@ from sleep_jax.cost import flops
 from sleep_jax.data import batching
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_group
-from sleep_jax.train import recorder
+from sleep_jax.train.recorder import Load, Recorder
+from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compiling
 
 AHEAD = 2  # batches on the device that no step has taken yet
 TRACED_SEQUENCES = 16  # held-out sequences on which the work of sleep is recorded at the end
 
 
 @dataclasses.dataclass(frozen=True)
-class FedTask:
-  """What is learnt, from examples of unequal length.
+class HostTask:
+  """What is learnt, from examples of unequal length that the host makes. A `task.Task`.
 
   Attributes:
     source: training examples, as many as the run takes.
@@ -35,7 +37,8 @@ class FedTask:
     held_out: sets of the evaluation, by name. The first is the run's score; the rows' keys of the others
       begin with their names.
     groups: names of the groups that answers are scored in; `Example.group` is an index of it.
-    threads, workers: that make examples, as in `pipeline.feed`.
+    threads, workers: that make examples, as in `batching.feed`.
+    describe: row -> the line about an evaluation.
   """
 
   source: batching.Source
@@ -44,25 +47,47 @@ class FedTask:
   groups: Sequence[str]
   threads: int = 1
   workers: int = 0
+  describe: Callable[[Row], str] = against_constant
+
+  def check(self, cfg: Config) -> None:
+    """See `task.Task`."""
+    check_fits(cfg, self.cut)
+
+  def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> "HostSteps":
+    """See `task.Task`."""
+    return HostSteps(cfg, self, one_step, mesh)
+
+  def score(self, row: Row) -> str:
+    """See `task.Task`."""
+    return self.describe(row)
 
 
 def check_fits(cfg: Config, cut: batching.CutConfig) -> None:
-  """Refuses what only a fed run refuses; to be called before a workdir is made.
+  """Refuses what only a host-fed run refuses; to be called before a workdir is made.
 
   Raises:
     ConfigError: where the window is longer than any sequence, a tail or an answer does not fit into it, or
       the device is to run several steps a call.
   """
-  check(
-    cfg.model.window <= cut.max_tokens,
-    "model.window",
-    f"must be at most data.cut.max_tokens = {cut.max_tokens}, the longest sequence, got {cfg.model.window}",
-  )
-  batching.tails(cut, cfg.model.window)
+  batching.check_window(cut, cfg.model.window)
   check(
     cfg.train.steps_per_dispatch == 1,
     "train.steps_per_dispatch",
     f"must be 1 where the host makes the batches, got {cfg.train.steps_per_dispatch}",
+  )
+
+
+def check_tokens(cfg: Config, *tokens: np.ndarray) -> None:
+  """Refuses tokens that the vocabulary lacks: on a device a look-up would take another row without a word.
+
+  Raises:
+    ConfigError: naming the least and the largest token.
+  """
+  low, high = min(int(x.min()) for x in tokens), max(int(x.max()) for x in tokens)
+  check(
+    0 <= low and high < cfg.model.vocab_size,
+    "model.vocab_size",
+    f"is {cfg.model.vocab_size}, but the data has tokens {low}..{high}",
   )
 
 
@@ -122,25 +147,21 @@ class Prefetch:
     return False
 
 
-class Steps:
-  """Optimizer steps on what the host makes, as `train.train` takes them. A context manager."""
+class HostSteps:
+  """Optimizer steps on batches that the host makes, one a call. A `task.Steps`."""
 
   def __init__(
     self,
     cfg: Config,
-    task: FedTask,
-    step: Callable[..., tuple[Any, dict[str, jax.Array]]],
+    task: HostTask,
+    one_step: OneStep,
     mesh: jax.sharding.Mesh,
   ):
-    """
-    Args:
-      step: (state, batch, segments=) -> (state, measured); traced once a shape.
-    """
-    check_fits(cfg, task.cut)
-    self._cfg, self._task, self._step, self._mesh = cfg, task, step, mesh
+    """Compiles nothing yet; `one_step` is traced once a shape of batch."""
+    self._cfg, self._task, self._one_step, self._mesh = cfg, task, one_step, mesh
     self._compiled: dict[batching.Bucket, Callable] = {}
     self._batches: Prefetch | None = None
-    self._blocks = batching.Blocks(
+    self._plan = batching.BatchPlan(
       task.source,
       task.cut,
       window=cfg.model.window,
@@ -158,17 +179,17 @@ class Steps:
     if self._batches is not None:
       self._batches.close()
 
-  def tokens_before(self, step: int, last_row: dict[str, Any] | None) -> int:
-    """Tokens read before `step`: `record.Recorder.saved` wrote them down when its checkpoint was made."""
+  def tokens_before(self, step: int, last_row: Row | None) -> int:
+    """See `task.Steps`. `saved` wrote them down when the checkpoint was made."""
     return last_row["tokens"] if step and last_row else 0
 
-  def start(self, state: Any, clock: progress.Clock) -> None:
-    """Begins to make the batches of the state's step and on."""
-    self._clock, self._before = clock, clock.wall_s
+  def start(self, state: Any, clock: progress.Clock, report: Callable[[str], None]) -> None:
+    """See `task.Steps`. Begins to make the batches of the state's step and on."""
+    self._clock, self._before, self._report = clock, clock.wall_s, report
     self._batches = Prefetch(self._placed(int(state.step)), AHEAD)
 
-  def __call__(self, state: Any) -> tuple[Any, dict[str, jax.Array], list[recorder.Load]]:
-    """One step; measurements are stacked, as those of several steps are."""
+  def __call__(self, state: Any) -> tuple[Any, Measured, list[Load]]:
+    """See `task.Steps`. Takes one step."""
     begin = self._clock.wall_s
     planned, batch = next(self._batches)
     now = self._clock.wall_s
@@ -176,7 +197,7 @@ class Steps:
     positions = self._cfg.train.batch_size * (
       planned.bucket.windows * self._cfg.model.window + planned.bucket.tail
     )
-    load = recorder.Load(
+    load = Load(
       tokens=round(positions * (1 - planned.padding)),
       work=flops.per_sequence(segments, self._cfg.model, self._cfg.sleep) * self._cfg.train.batch_size,
       positions=positions,
@@ -185,22 +206,27 @@ class Steps:
     )
     self._before = now
     if planned.bucket not in self._compiled:
-      with self._clock.paused():
-        traced = jax.jit(lambda s, b: self._step(s, b, segments=segments), donate_argnums=0)
+      shape = f"the step for {segments[-1].start + segments[-1].length * segments[-1].count} tokens"
+      with compiling(shape, self._clock, self._report):
+        traced = jax.jit(lambda s, b: self._one_step(s, b, segments=segments), donate_argnums=0)
         self._compiled[planned.bucket] = traced.lower(state, batch).compile()
     state, measured = self._compiled[planned.bucket](state, batch)
     return state, jax.tree.map(lambda x: x[None], measured), [load]
 
-  def test(self) -> Callable[[model.Params], dict[str, Any]]:
-    """The evaluation: weights -> row."""
+  def saved(self, step: int, recorder: Recorder) -> None:
+    """See `task.Steps`."""
+    recorder.saved(step)
+
+  def evaluation(self) -> Callable[[model.Params], Row]:
+    """See `task.Steps`."""
     task, cfg = self._task, self._cfg
     size = cfg.train.eval_batch_size
-    return by_group.make_fed_evaluate(
+    return by_group.make_host_evaluate(
       task.held_out, task.groups, task.cut, size, cfg.model, cfg.sleep, self._mesh
     )
 
   def sample(self) -> tuple[windows.Plan, Callable[[], windows.Batch]]:
-    """Held-out sequences of the shape that most of them share, and its plan."""
+    """See `task.Steps`. Of the shape that most held-out sequences share."""
     cut, window = self._task.cut, self._cfg.model.window
     held = next(iter(self._task.held_out.values())).examples
     own = [batching.bucket_of(example, cut, window) for example in held]
@@ -215,6 +241,7 @@ class Steps:
 
   def _placed(self, start: int) -> Iterator[tuple[batching.Planned, windows.Batch]]:
     task = self._task
-    for planned in batching.feed(self._blocks, task.cut, start, threads=task.threads, workers=task.workers):
+    for planned in batching.feed(self._plan, task.cut, start, threads=task.threads, workers=task.workers):
       rows = {name: x for name, x in planned.rows.items() if name != "group"}
+      check_tokens(self._cfg, rows["inputs"], rows["targets"])
       yield planned, sharding.put(windows.Batch(**rows), self._mesh)

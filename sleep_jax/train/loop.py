@@ -11,18 +11,18 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
 from sleep_jax import model, optim
 from sleep_jax.config import Config
 from sleep_jax.runtime import checkpoint, metrics, processes, workdir
 from sleep_jax.runtime.signals import stop_signals
-from sleep_jax.train import host_steps
 from sleep_jax.train.check import check_fits
-from sleep_jax.train.device_steps import Steps
+from sleep_jax.train.profiler import Profiler
 from sleep_jax.train.recorder import Load, Recorder
-from sleep_jax.train.step import first_state, init_state, train_step
-from sleep_jax.train.task import Task
+from sleep_jax.train.step import first_state, init_state, optimization
+from sleep_jax.train.task import Row, Task
 
 
 class NotFiniteError(RuntimeError):
@@ -35,11 +35,13 @@ class PreemptedError(RuntimeError):
 
 def train(
   cfg: Config,
-  task: Task | host_steps.FedTask,
+  task: Task,
   run: workdir.Workdir,
   *,
   report: Callable[[str], None] = print,
-) -> dict[str, float]:
+  on_row: Callable[[Row], None] | None = None,
+  profile_steps: int = 0,
+) -> Row:
   """Trains, or goes on training, in a prepared workdir.
 
   Of several processes, which all call this with the same arguments, the first one writes and reports.
@@ -49,6 +51,8 @@ def train(
     task: what is learnt, from data that the device makes or that the host feeds.
     run: where everything is written.
     report: takes lines for the user.
+    on_row: takes every row of metrics.jsonl, as it is written: for loggers of your own.
+    profile_steps: steps that are traced into the folder `profile` of the workdir; see `profiler.Profiler`.
 
   Returns:
     The last evaluation's row.
@@ -59,11 +63,10 @@ def train(
     ConfigError: where fields do not fit each other or the devices.
     CheckpointError: if the workdir's checkpoints cannot be restored or saved.
   """
-  mesh = check_fits(cfg)
+  mesh = check_fits(cfg, task)
   if not processes.primary():
     report = _say_nothing
-  declared = model.declare(cfg.model)
-  tx = optim.make(cfg.optim, declared, cfg.train.steps)
+  declared, tx, one_step = optimization(cfg)
   with contextlib.ExitStack() as stack:
     if mesh.size > 1:
       stack.enter_context(jax.set_mesh(mesh))
@@ -74,29 +77,33 @@ def train(
     start = functools.partial(init_state, cfg, tx)
     restored = checkpoints.restore(jax.eval_shape(start))
     state = first_state(cfg, tx) if restored is None else restored[1]
-    declared = optim.freeze(cfg.optim, declared)
     optim.check_partition(state.opt_state, declared)
     done = int(state.step)
     if done:
       report(f"resuming at step {done} of {cfg.train.steps}")
     else:
-      report(f"weights and their optimizers:\n{optim.partition_table(declared)}")
+      report(f"weights and their optimizers:\n{optim.partition_table(declared, every=logging.vlog_is_on(1))}")
     writer = stack.enter_context(metrics.Writer(run.path) if processes.primary() else metrics.Silent())
     writer.truncate_after(done)
-    fed = isinstance(task, host_steps.FedTask)
-    one_step = functools.partial(train_step, cfg=cfg, tx=tx)
-    steps = host_steps.Steps(cfg, task, one_step, mesh) if fed else Steps(cfg, task, tx)
-    steps = stack.enter_context(steps)
+    steps = stack.enter_context(task.steps(cfg, one_step, mesh))
     tokens = steps.tokens_before(done, writer.last())
-    recorder = Recorder(cfg, writer, mesh.size, tokens=tokens)
-    test = steps.test()
+    recorder = Recorder(cfg, writer, mesh.size, tokens=tokens, on_row=on_row)
+    evaluation = steps.evaluation()
+    profiler = stack.enter_context(Profiler(run.path / "profile", profile_steps, report))
 
-    row = recorder.evaluated(0, lambda: test(state.params)) if done == 0 else {}
+    def evaluate(step: int, weights: model.Params) -> Row:
+      row = recorder.evaluated(step, lambda: evaluation(weights))
+      report(f"eval step {step}: {task.score(row)}")
+      return row
+
+    row = evaluate(0, state.params) if done == 0 else {}
     if done < cfg.train.steps:
-      steps.start(state, recorder.clock)
+      steps.start(state, recorder.clock, report)
     pending = None  # what the call before measured: read while the device runs the next one
     while done < cfg.train.steps:
+      profiler.before_call()
       state, measured, loads = steps(state)
+      profiler.after_call(len(loads), state)
       done += len(loads)
       _read(pending, recorder, checkpoints)
       pending = (done, measured, loads)
@@ -107,10 +114,9 @@ def train(
         _read(pending, recorder, checkpoints)
         pending = None
       if tests:
-        row = recorder.evaluated(done, lambda weights=state.params: test(weights))
+        row = evaluate(done, state.params)
       if saves or stopped:
-        if fed:
-          recorder.saved(done)
+        steps.saved(done, recorder)
         with recorder.clock.paused():
           checkpoints.save(done, state)
       _say_saved(checkpoints, report)
@@ -119,7 +125,7 @@ def train(
         raise PreemptedError(f"stopped by {stopped}; saved step {done}, rerun the same command to go on")
     checkpoints.wait()
     _say_saved(checkpoints, report)
-    row = row or test(state.params)
+    row = row or evaluation(state.params)
     recorder.finished(done, state.params, *steps.sample())
     return row
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,8 +22,8 @@ class Load(NamedTuple):
     tokens: that are no pads.
     work: FLOPs of its sequences, pads included.
     positions: places of the batch, pads included. None: there are no pads.
-    waited_s: for which the loop stood still for the batch; what the device missed of it is less, since it
-      may still have had a step to run. None: the device makes its own data.
+    waited_s: seconds the loop waited for this batch; an upper bound on the time that the device was idle,
+      since a step may still have been running. None: the device makes its own data.
     took_s: from the batch of the step before to this one, in seconds.
   """
 
@@ -37,14 +37,23 @@ class Load(NamedTuple):
 class Recorder:
   """Rows of metrics.jsonl and progress lines of one run, with the clocks that they carry."""
 
-  def __init__(self, cfg: Config, writer: metrics.Writer | metrics.Silent, num_devices: int, *, tokens: int):
+  def __init__(
+    self,
+    cfg: Config,
+    writer: metrics.Writer | metrics.Silent,
+    num_devices: int,
+    *,
+    tokens: int,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+  ):
     """Goes on where the rows of `writer` end.
 
     Args:
       num_devices: that the work is spread over.
       tokens: read before this start.
+      on_row: takes every row, as it is written.
     """
-    self._cfg, self._writer, self._tokens = cfg, writer, tokens
+    self._cfg, self._writer, self._tokens, self._on_row = cfg, writer, tokens, on_row
     peak = flops.peak_flops(jax.devices()[0])
     self._peak = peak and peak * num_devices
     self._schedule = optim.schedule(cfg.optim, cfg.train.steps)
@@ -55,8 +64,8 @@ class Recorder:
   def trained(self, step: int, measured: dict[str, float], load: Load) -> None:
     """One optimizer step; if its turn to be logged has come, a row and a progress line.
 
-    Of a fed run, a row has `padding`, the share of places without a token, and `data_wait`, that of time
-    spent waiting for batches, both since the row before.
+    When the host makes the data, rows also have `padding` (share of positions that are pads) and `data_wait`
+    (share of time waiting for batches), both since the previous row.
     """
     self._tokens += load.tokens
     self._loads.append(load)
@@ -77,7 +86,7 @@ class Recorder:
     self._write("train", step, **measured, learning_rate=rate, **known, **self.clock.times())
 
   def saved(self, step: int) -> None:
-    """Writes down how far a checkpoint is; a fed run that resumes there reads its tokens from this row."""
+    """Writes down how far a checkpoint is: `HostSteps.tokens_before` reads it when the run resumes there."""
     self._write("saved", step, **self.clock.times())
 
   def evaluated(self, step: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -106,12 +115,15 @@ class Recorder:
       weights, alone = jax.device_put(whole, jax.local_devices()[0])
       change = sleep_changes.sleep_changes(weights, alone, segments, cfg.model, cfg.sleep)
       cost = measured.cost(weights, cfg.model, cfg.sleep)
-    self._writer.write({"kind": "cost", "step": step, **cost})
-    windows, passes = len(next(iter(change.values()), [])), cfg.sleep.num_passes
-    self._writer.write(
-      {"kind": "sleep", "step": step, "windows": windows, "passes": passes, "change": change}
-    )
+    self._put({"kind": "cost", "step": step, **cost})
+    slept, passes = len(next(iter(change.values()), [])), cfg.sleep.num_passes
+    self._put({"kind": "sleep", "step": step, "windows": slept, "passes": passes, "change": change})
     self._write("done", step, **times)
 
   def _write(self, kind: str, step: int, **values: float) -> None:
-    self._writer.write({"kind": kind, "step": step, "tokens": self._tokens, **values})
+    self._put({"kind": kind, "step": step, "tokens": self._tokens, **values})
+
+  def _put(self, row: dict[str, Any]) -> None:
+    self._writer.write(row)
+    if self._on_row is not None and processes.primary():
+      self._on_row(row)

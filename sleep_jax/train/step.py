@@ -1,7 +1,8 @@
 """One optimizer step, and the state that it changes."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -57,30 +58,89 @@ def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   return jax.jit(put, compiler_options=_QUICK, donate_argnums=0)(weights)
 
 
+class Optimization(NamedTuple):
+  """What a run decides once about its weights.
+
+  Attributes:
+    declared: every weight as `params.Weight`; those that stay as they are in the group `frozen`.
+    tx: the optimizer.
+    one_step: `train_step` with both, (state, batch, segments=) -> (state, measured).
+  """
+
+  declared: Any
+  tx: optax.GradientTransformation
+  one_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def optimization(cfg: Config) -> Optimization:
+  """Declares the weights of a run and makes its optimizer.
+
+  Raises:
+    ConfigError: if `optim.trained` has a pattern that names no weight.
+  """
+  declared = optim.freeze(cfg.optim, model.declare(cfg.model))
+  tx = optim.make(cfg.optim, declared, cfg.train.steps)
+  return Optimization(declared, tx, functools.partial(train_step, cfg=cfg, tx=tx, declared=declared))
+
+
 def train_step(
   state: TrainState,
   batch: windows.Batch,
   *,
   cfg: Config,
   tx: optax.GradientTransformation,
+  declared: Any,
   segments: windows.Plan,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step: backpropagation through the answers and, through S alone, through every sleep.
+
+  Args:
+    cfg, tx: of the run; `tx` from `optim.make`.
+    declared: all weights as `params.Weight`, from `optim.freeze`.
+    segments: plan of the batch.
 
   Returns:
     The next state, and the loss (nats a target) and the global gradient norm before clipping, of the weights
     that are trained.
   """
-  declared = optim.freeze(cfg.optim, model.declare(cfg.model))
 
   def loss_of(weights, batch):
     return model.loss(optim.hold(declared, weights), batch, segments, cfg.model, cfg.sleep)[0]
 
-  loss, grads = optim.gradients(loss_of, state.params, batch, cfg.train.microbatches)
+  loss, grads = gradients(loss_of, state.params, batch, cfg.train.microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
   return state.replace(step=state.step + 1, params=weights, opt_state=opt_state), measured
+
+
+def gradients(
+  loss_of: Callable[[Any, Any], jax.Array], weights: Any, batch: Any, microbatches: int
+) -> tuple[jax.Array, Any]:
+  """Loss and gradients of a batch, of one part of it after the other.
+
+  Args:
+    loss_of: mean over the targets of a batch.
+    weights: of the model.
+    batch: a `windows.Batch` of B sequences. Part i is rows i, i + microbatches, ..., some of every device.
+    microbatches: divides B.
+
+  Returns:
+    The mean over all targets of the batch, and its gradients; both as of the whole batch, but for rounding.
+  """
+  value_and_grad = jax.value_and_grad(loss_of)
+  if microbatches == 1:
+    return value_and_grad(weights, batch)
+  parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+  targets = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+
+  def add(total, part):
+    share = jnp.sum(part.loss_mask) / targets
+    of_part = value_and_grad(weights, part)
+    return jax.tree.map(lambda x, y: x + share * y, total, of_part), None
+
+  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
+  return jax.lax.scan(add, zero, parts)[0]
 
 
 def shard(batch: windows.Batch) -> windows.Batch:

@@ -1,29 +1,100 @@
-"""What a run learns."""
+"""What a run learns, and the steps that it takes: two protocols, whoever makes the data.
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+`device_steps.DeviceTask` makes its batches on the device, `host_steps.HostTask` on the host. The loop knows
+neither.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, Self
 
 import jax
-import numpy as np
 
 from sleep_jax import model, windows
 from sleep_jax.config import Config
+from sleep_jax.runtime import progress
+from sleep_jax.train.recorder import Load, Recorder
+
+Row = dict[str, Any]
+Measured = dict[str, jax.Array]
+# One optimizer step: (state, batch, segments=plan of the batch) -> (state, what it measured).
+OneStep = Callable[..., tuple[Any, Measured]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """What is learnt.
+class Steps(Protocol):
+  """The optimizer steps of one run. A context manager: what it started ends with it."""
 
-  Attributes:
-    layout: [T] bool, positions that may have a loss.
-    batch: (key, index, size) -> `windows.Batch`; pure and traced, so that the device makes its own data.
-    held_out_seed: key of the evaluation's stream.
-    test: makes the evaluation, weights -> row (with `loss` and `exact`), of a run; called with its mesh set.
-      None: `evaluate.make_evaluate` on `batch` with the key of `held_out_seed`.
-  """
+  def __enter__(self) -> Self: ...
 
-  layout: np.ndarray
-  batch: Callable[[jax.Array, jax.Array, int], windows.Batch]
-  held_out_seed: int
-  test: Callable[[Config], Callable[[model.Params], dict[str, Any]]] | None = None
+  def __exit__(self, *exception: object) -> None: ...
+
+  def tokens_before(self, step: int, last_row: Row | None) -> int:
+    """Tokens read before `step`.
+
+    Args:
+      last_row: the last row of metrics.jsonl up to `step`. None: there is none.
+    """
+    ...
+
+  def start(self, state: Any, clock: progress.Clock, report: Callable[[str], None]) -> None:
+    """Prepares for the first call: compiles, or begins to make batches.
+
+    Args:
+      clock: stands while a step is compiled.
+      report: takes lines for the user about what is compiled.
+    """
+    ...
+
+  def __call__(self, state: Any) -> tuple[Any, Measured, list[Load]]:
+    """Takes one step or several, and returns before the device has finished.
+
+    Returns:
+      The next state, what the steps measured, stacked, and the load of each.
+    """
+    ...
+
+  def saved(self, step: int, recorder: Recorder) -> None:
+    """A checkpoint of `step` is about to be made: writes down what `tokens_before` will need."""
+    ...
+
+  def evaluation(self) -> Callable[[model.Params], Row]:
+    """weights -> row, with at least `loss` and `exact`; called with the run's mesh set."""
+    ...
+
+  def sample(self) -> tuple[windows.Plan, Callable[[], windows.Batch]]:
+    """A plan, and held-out sequences of it, made when they are asked for."""
+    ...
+
+
+class Task(Protocol):
+  """What is learnt."""
+
+  def check(self, cfg: Config) -> None:
+    """Raises `ConfigError` where the config does not fit the task; nothing is written yet."""
+    ...
+
+  def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> Steps:
+    """The steps of a run."""
+    ...
+
+  def score(self, row: Row) -> str:
+    """One line about an evaluation: its score beside what needs no reading."""
+    ...
+
+
+@contextlib.contextmanager
+def compiling(what: str, clock: progress.Clock, report: Callable[[str], None]) -> Iterator[None]:
+  """Says that something is compiled, and then how long it took; the clock stands meanwhile."""
+  report(f"compiling {what} (usually 20 s, longer for large models)")
+  begun = time.monotonic()
+  with clock.paused():
+    yield
+  report(f"compiled {what} in {progress.duration(time.monotonic() - begun)}")
+
+
+def against_constant(row: Row) -> str:
+  """`exact 47.3 % (best constant 27.5 %)`, of a row with `exact` and, if it was counted, `const_exact`."""
+  constant = row.get("const_exact")
+  beside = "" if constant is None else f" (best constant {100 * constant:.1f} %)"
+  return f"exact {100 * row['exact']:.1f} %{beside}"

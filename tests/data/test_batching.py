@@ -5,7 +5,7 @@ from absl.testing import parameterized
 
 from sleep_jax.config import ConfigError
 from sleep_jax.data import batching
-from sleep_jax.data.batching import Blocks, Bucket, CutConfig, Example
+from sleep_jax.data.batching import BatchPlan, Bucket, CutConfig, Example
 
 CUT = CutConfig(max_tokens=40, answer_tokens=2, tails=(4,), bucket_batches=3)
 WINDOW = 8
@@ -22,12 +22,12 @@ class Made:
     return Example(np.arange(100, 100 + p) + 1000 * i, np.arange(1, 2 + i % 2) + 1000 * i, i % 4)
 
 
-def blocks(steps=9, batch=4, seed=0, **kw):
-  return Blocks(Made(), CUT, window=WINDOW, batch_size=batch, steps=steps, seed=seed, **kw)
+def plan(steps=9, batch=4, seed=0, **kw):
+  return BatchPlan(Made(), CUT, window=WINDOW, batch_size=batch, steps=steps, seed=seed, **kw)
 
 
 def fed(start=0, count=9, threads=1, **kw):
-  stream = batching.feed(blocks(**kw), CUT, start, threads=threads)
+  stream = batching.feed(plan(**kw), CUT, start, threads=threads)
   return [next(stream) for _ in range(count - start)]
 
 
@@ -50,11 +50,6 @@ class PlaceTest(parameterized.TestCase):
     self.assertEqual(list(row["targets"]), [0] * 10 + [1, 2])
     self.assertEqual(list(row["loss_mask"]), [0] * 10 + [1, 1])
 
-  def test_at_the_end_every_pad_is_in_front(self):
-    cut = CutConfig(max_tokens=40, answer_tokens=2, tails=(4,), align="end")
-    row = batching.place(Example(np.arange(10, 20), np.asarray([1])), Bucket(1, 4), cut, WINDOW)
-    self.assertEqual(list(row["inputs"]), [0, *range(10, 20), 0])  # the answer's second place is a pad
-
   @parameterized.parameters(*range(1, 35))
   def test_windows_are_cut_from_the_start_and_the_answer_is_never_cut(self, p):
     example = Example(np.arange(100, 100 + p), np.asarray([1, 2]))
@@ -74,11 +69,11 @@ class PlaceTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, "an example needs"):
         batching.bucket_of(Example(np.ones(prompt), np.ones(answer)), CUT, WINDOW)
     with self.assertRaisesRegex(ConfigError, "data.cut.tails: must be at most model.window = 3, got 4"):
-      batching.tails(CUT, 3)
+      batching.tail_lengths(CUT, 3)
     with self.assertRaisesRegex(ConfigError, "train.batch_size: must be a multiple of 3 hosts, got 4"):
-      blocks(hosts=3)
+      plan(hosts=3)
     with self.assertRaisesRegex(ConfigError, "train.steps: needs 12000 examples, the source has 10000"):
-      blocks(steps=3000)
+      plan(steps=3000)
 
 
 class OrderTest(parameterized.TestCase):

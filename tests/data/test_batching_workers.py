@@ -10,11 +10,11 @@ import pytest
 from absl import flags
 
 from sleep_jax.data import batching
-from sleep_jax.data.batching import Blocks, CutConfig, Example, WorkerError
+from sleep_jax.data.batching import BatchPlan, CutConfig, Example, WorkerError
 from sleep_jax.data.gsm_infinite import task
 
 CUT = CutConfig(max_tokens=40, answer_tokens=2, tails=(4,), bucket_batches=3)
-STEPS, BATCH, BLOCK = 12, 4, 12  # a block holds 3 batches of 4
+STEPS, BATCH, GROUP = 12, 4, 12  # a group holds 3 batches of 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ def parsed_flags():
 
 
 def fed(log, start=0, workers=0, count=STEPS, host=0, hosts=1, **source):
-  blocks = Blocks(
+  plan = BatchPlan(
     Logged(str(log), **source), CUT, window=8, batch_size=BATCH, steps=STEPS, seed=0, host=host, hosts=hosts
   )
-  stream = batching.feed(blocks, CUT, start, workers=workers)
+  stream = batching.feed(plan, CUT, start, workers=workers)
   try:
     return [next(stream) for _ in range(count - start)]
   finally:
@@ -77,10 +77,10 @@ def test_workers_make_the_same_batches_and_resume_without_replay(tmp_path, worke
   log = tmp_path / "log"
   want = fed(log)
   assert sorted(i for i, _ in made(log)) == list(range(48))
-  start = 7  # the second batch of the third block
+  start = 7  # the second batch of the third group
   same(fed(log, start, workers), want[start:])
   indices, processes = zip(*made(log), strict=True)
-  assert sorted(indices) == list(range(2 * BLOCK, 4 * BLOCK))  # nothing before the block, nothing twice
+  assert sorted(indices) == list(range(2 * GROUP, 4 * GROUP))  # nothing before the group, nothing twice
   assert os.getpid() not in processes and len(set(processes)) == min(workers, 2)
 
 
@@ -93,13 +93,13 @@ def test_any_number_of_workers_from_any_step(tmp_path, workers, start):
 
 @pytest.mark.parametrize("start", range(0, 10, 3))
 def test_resuming_takes_the_same_time_wherever_it_is(tmp_path, start):
-  """What is made for one step is at most the blocks that are made ahead."""
+  """What is made for one step is at most the groups that are made ahead."""
   log = tmp_path / "log"
   fed(log, start, count=start + 1)
   indices = {i for i, _ in made(log)}
-  first = start // 3 * BLOCK
-  assert min(indices) == first and set(range(first, first + BLOCK)) <= indices
-  assert len(indices) <= 3 * BLOCK
+  first = start // 3 * GROUP
+  assert min(indices) == first and set(range(first, first + GROUP)) <= indices
+  assert len(indices) <= 3 * GROUP
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -149,7 +149,7 @@ def test_word_problems_from_workers(tmp_path):
     vocab_size=512,
   )
   ready = task.with_tokenizer(dataclasses.replace(cfg, tokenizer_texts=16), tmp_path)
-  blocks = Blocks(task.training(ready, 0, 64), ready.cut, window=96, batch_size=2, steps=32, seed=0)
-  want, got = (batching.feed(blocks, ready.cut, 11, workers=workers) for workers in (0, 2))
+  plan = BatchPlan(task.training(ready, 0, 64), ready.cut, window=96, batch_size=2, steps=32, seed=0)
+  want, got = (batching.feed(plan, ready.cut, 11, workers=workers) for workers in (0, 2))
   for a, b in zip(want, got, strict=True):
     same([b], [a])

@@ -252,9 +252,9 @@ class StatisticsTest(parameterized.TestCase):
       max_nodes=2, min_nodes=2, mini_vocab=2, max_hops=1, test_hops=(1,), context_length=8, query_length=12
     )
     found = read(cfg, draw(cfg, size=4096, hops=1))
-    weights = {(3,): 0.25, (4,): 0.25} | {(a, b): 0.125 for a in (1, 2) for b in (3, 4)}
-    for name, w in weights.items():
-      want = w + sum(v * w / (1 - v) for other, v in weights.items() if other != name)
+    likely = {(3,): 0.25, (4,): 0.25} | {(a, b): 0.125 for a in (1, 2) for b in (3, 4)}
+    for name, w in likely.items():
+      want = w + sum(v * w / (1 - v) for other, v in likely.items() if other != name)
       share = np.mean([any(name == source for source, _ in f.edges) for f in found])
       self.assertAlmostEqual(share, want, delta=4.5 * np.sqrt(want * (1 - want) / 4096))
 

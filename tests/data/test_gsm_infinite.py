@@ -15,7 +15,7 @@ from absl.testing import parameterized
 
 from sleep_jax.config import ConfigError
 from sleep_jax.data import gsm_infinite as gsm
-from sleep_jax.data.gsm_infinite import dataset, solver, tokenizer, words
+from sleep_jax.data.gsm_infinite import problems, solver, task, tokenizer, words
 
 DATA = Path(__file__).parents[1] / "data"
 CELLS = (("medium", 2), ("hard", 1), ("mixed", 1), ("symbolic", 1))
@@ -121,17 +121,17 @@ class GeneratedTest(parameterized.TestCase):
     cfg = gsm.GsmInfiniteConfig(min_tokens=200, max_tokens=500)
     drawn = collections.Counter(gsm.problem(cfg, 0, i).op for i in range(400))
     assert sorted(drawn) == list(range(1, 9)) and min(drawn.values()) > 50 - 4 * 6.6
-    held = collections.Counter(p.op for p in dataset.held_out(cfg, "balanced", 40))
+    held = collections.Counter(p.op for p in problems.held_out(cfg, "balanced", 40))
     assert held == dict.fromkeys(range(1, 9), 5)
 
 
 def test_a_problem_depends_on_its_number_alone():
   cfg = gsm.GsmInfiniteConfig(mode="both")
   program = (
-    "from sleep_jax.data import gsm_infinite as g; from sleep_jax.data.gsm_infinite import dataset as d;"
+    "from sleep_jax.data import gsm_infinite as g; from sleep_jax.data.gsm_infinite import problems as d;"
     "c = g.GsmInfiniteConfig(mode='both'); print(d.digest(g.problem(c, 5, i) for i in (7, 3, 11)))"
   )
-  here = dataset.digest(gsm.problem(cfg, 5, i) for i in (7, 3, 11))
+  here = problems.digest(gsm.problem(cfg, 5, i) for i in (7, 3, 11))
   for salt in ("1", "2"):
     ran = subprocess.run(
       [sys.executable, "-c", program],
@@ -141,16 +141,24 @@ def test_a_problem_depends_on_its_number_alone():
       check=True,
     )
     assert ran.stdout.strip() == here
-  assert dataset.digest([gsm.problem(cfg, 6, 7)]) != dataset.digest([gsm.problem(cfg, 5, 7)])
+  assert problems.digest([gsm.problem(cfg, 6, 7)]) != problems.digest([gsm.problem(cfg, 5, 7)])
 
 
 @pytest.mark.parametrize("noise", [True, False])
 def test_no_held_out_text_is_trained_on(noise):
   cfg = gsm.GsmInfiniteConfig(subset="medium", operations=(2, 4), noise=noise, min_tokens=150, max_tokens=300)
   train = [gsm.problem(cfg, seed, i) for seed in (0, 1) for i in range(300)]
-  test = dataset.held_out(cfg, "balanced", 45) + dataset.held_out(cfg, "faithful", 45)
-  assert dataset.overlap(train, test) == 0
-  assert dataset.overlap(test, test) == len(test)
+  test = problems.held_out(cfg, "balanced", 45) + problems.held_out(cfg, "faithful", 45)
+  trained, tested = ({problems.fingerprint(p.question, p.context) for p in side} for side in (train, test))
+  assert not trained & tested
+
+
+def test_a_fingerprint_does_not_see_the_order_of_sentences():
+  p = gsm.problem(gsm.GsmInfiniteConfig(noise=False), 0, 0)
+  turned = f"{'. '.join(reversed(p.context.removesuffix('.').split('. ')))}."
+  assert turned != p.context
+  assert problems.fingerprint(p.question, turned) == problems.fingerprint(p.question, p.context)
+  assert problems.fingerprint(p.question, p.context + " And.") != problems.fingerprint(p.question, p.context)
 
 
 @pytest.fixture(scope="module")
@@ -172,19 +180,21 @@ def test_tokenizer_round_trip(small):
 
 def test_lengths_are_those_of_the_tokenizer_and_examples_lead_to_the_answer(small):
   trained, path = small
-  cfg = gsm.GsmInfiniteConfig(mode="both", min_tokens=600, max_tokens=900, tokenizer=path)
+  cfg = task.TaskConfig(mode="both", min_tokens=600, max_tokens=900, tokenizer=path)
   assert tokenizer.counter(path).exact
-  items = grain.MapDataset.source(dataset.source(cfg, 0, 30))
+  examples = task.training(cfg, 0, 30)
+  assert len(examples) == 30
   for i in range(30):
-    p, item = gsm.problem(cfg, 0, i), items[i]
+    p, made = gsm.problem(cfg, 0, i), examples[i]
     assert p.num_tokens == len(trained.encode(p.text)) and 600 <= p.num_tokens <= 900
-    start = int(item["answer_start"])
-    np.testing.assert_array_equal(item["inputs"][1:], item["targets"][:-1])
-    assert trained.decode(item["inputs"][:start]) == p.text
-    assert item["inputs"][start] == trained.answer_prompt[-1]
-    answer = item["targets"][item["loss_mask"] == 1]
-    assert trained.decode(answer) == str(p.answer) and answer[-1] == trained.eos
-    assert int(item["op"]) == p.op
+    assert trained.decode(made.prompt[:-1]) == p.text
+    assert made.prompt[-1] == trained.answer_prompt[-1]
+    assert trained.decode(made.answer) == str(p.answer) and made.answer[-1] == trained.eos
+    assert made.group == p.op - 1 and made.prompt.dtype == made.answer.dtype == np.int32
+  with pytest.raises(IndexError, match="example 30 of 30"):
+    examples[30]
+  with pytest.raises(ConfigError, match="^seed: must differ from data.held_out_seed"):
+    task.training(cfg, cfg.held_out_seed, 30)
 
 
 def test_words_that_are_looked_up_give_the_ids_of_the_whole_text(small):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import config, model, optim, train, windows
+from sleep_jax import config, train, windows
 from sleep_jax.config import ConfigError
 from sleep_jax.experiments import depo
 from sleep_jax.experiments.configs import depo as presets
@@ -43,12 +43,12 @@ class PresetTest(parameterized.TestCase):
     values = presets.get_config("paper")
     values.sleep.num_passes = 4
     cfg, task = depo.build(values.to_dict())
-    tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+    _, tx, one_step = train.optimization(cfg)
     state = jax.eval_shape(lambda: train.init_state(cfg, tx))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     self.assertIn(f"{count:,} parameters", " ".join(presets.__doc__.split()))
     segments = windows.plan(task.layout, cfg.model.window)
-    step = functools.partial(train.train_step, cfg=cfg, tx=tx, segments=segments)
+    step = functools.partial(one_step, segments=segments)
     batch = jax.eval_shape(lambda: task.batch(jax.random.key(0), 0, cfg.train.batch_size))
     after, measured = jax.eval_shape(step, state, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
@@ -103,10 +103,10 @@ def test_a_shrunk_copy_of_the_papers_model_trains():
   values.train.update(steps=8, batch_size=16)
   values.sleep.num_passes = 2
   cfg, task = depo.build(values.to_dict())
-  tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+  _, tx, one_step = train.optimization(cfg)
   segments = windows.plan(task.layout, cfg.model.window)
   batch = task.batch(jax.random.key(0), 0, cfg.train.batch_size)
-  one = functools.partial(train.train_step, cfg=cfg, tx=tx, segments=segments)
+  one = functools.partial(one_step, segments=segments)
   step = jax.jit(one, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
   state, losses = train.init_state(cfg, tx), []
   first = state.params

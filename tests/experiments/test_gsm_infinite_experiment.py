@@ -14,7 +14,7 @@ from sleep_jax import config, train
 from sleep_jax.config import ConfigError
 from sleep_jax.data import batching
 from sleep_jax.data import gsm_infinite as generator
-from sleep_jax.data.gsm_infinite import dataset, shortcut, task, tokenizer
+from sleep_jax.data.gsm_infinite import shortcut, task, tokenizer
 from sleep_jax.experiments import gsm_infinite
 from sleep_jax.experiments.configs import gsm_infinite as presets
 from sleep_jax.report import figures_gsm_infinite, runs
@@ -131,7 +131,7 @@ def test_examples_are_the_problems_and_the_tokenizer_depends_on_the_config_alone
   for i in range(20):
     made, problem = source[i], generator.problem(ready, 0, i)
     assert known.decode(made.prompt) == problem.text
-    assert known.decode(made.answer[:-1]) == dataset.answer_text(problem.answer)
+    assert known.decode(made.answer[:-1]) == problem.written_answer
     assert (made.answer[-1], made.group) == (known.eos, problem.op - 2)
     assert batching.bucket_of(made, ready.cut, 36).windows >= 1  # something is slept on
   sets = task.held_out(ready, 30)

@@ -34,7 +34,7 @@ def run_config(cfg, **optim_fields):
 def test_a_run_starts_with_the_weights_of_a_checkpoint():
   source = pretrained.open_source(OURO, window=8, predict_passes=1)
   run = run_config(source.model)
-  tx = optim.make(run.optim, model.declare(run.model), 2)
+  tx = train.optimization(run).tx
   train.check_fits(run)
   state = train.first_state(run, tx)
   hybrids.assert_same(state.params, pretrained.load(OURO)[1])
@@ -154,7 +154,7 @@ def test_shards_in_bfloat16_are_written_in_float32_with_what_is_said_of_them(tmp
 def started(run, folder):
   """The first state of a run from `folder`, and for each weight the layout that it is declared to have."""
   run = config.replace(run, train={"init_from": str(folder)})
-  tx, declared = optim.make(run.optim, model.declare(run.model), 3), model.declare(run.model)
+  declared, tx, _ = train.optimization(run)
   wanted = jax.tree.map(lambda w: sharding.spec(w.axes, w.shape), declared, is_leaf=params.is_weight)
   return train.first_state(run, tx), wanted
 
@@ -163,8 +163,8 @@ def losses(run, state, steps=2):
   """What training steps from a state measure on the mesh that is set."""
   batch, layout = hybrids.random_batch(14, [12, 13], pads=(0,) * 4)
   segments = windows.plan(layout, run.model.window)
-  tx = optim.make(run.optim, model.declare(run.model), 3)
-  step = hybrids.jit(lambda s, b: train.train_step(s, train.shard(b), cfg=run, tx=tx, segments=segments))
+  one_step = train.optimization(run).one_step
+  step = hybrids.jit(lambda s, b: one_step(s, train.shard(b), segments=segments))
   found = []
   for _ in range(steps):
     state, measured = step(state, batch)
@@ -239,12 +239,11 @@ def test_stage_1_moves_the_memory_alone_and_its_norm_is_that_of_the_memory():
   run = dataclasses.replace(
     run_config(cfg, trained=pretrained.memory_weights(cfg)), train=config.TrainConfig()
   )
-  declared = model.declare(cfg)
-  tx = optim.make(run.optim, declared, 2)
+  declared, tx, one_step = train.optimization(run)
   state = train.TrainState(
     step=jax.numpy.zeros((), "int32"), key=jax.random.key(0), params=weights, opt_state=tx.init(weights)
   )
-  step = hybrids.jit(functools.partial(train.train_step, cfg=run, tx=tx, segments=segments))
+  step = hybrids.jit(functools.partial(one_step, segments=segments))
   after, measured = step(state, batch)
   _, grads, _ = hybrids.program(segments, cfg, run.sleep)(weights, batch)
   np.testing.assert_allclose(measured["grad_norm"], optax.tree.norm(grads["blocks"]["1"]), rtol=1e-4)

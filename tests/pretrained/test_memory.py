@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sleep_jax import blocks, config, model, pretrained, windows
+from sleep_jax import blocks, carry, config, model, pretrained, windows
 from tests import hybrids
 
 BASE = hybrids.model_config(("attn", "attn", "attn", "attn"), norm_placement="sandwich", loop_norm=True)
@@ -57,11 +57,12 @@ def test_prelude_and_coda_write_once_and_the_loop_n_times():
   @hybrids.jit
   def both(weights):
     start = model.init_state(cfg, 2)
-    h, state, _ = blocks.run(weights["blocks"], model.embed(weights, tokens, cfg), start, cfg, last=1)
+    one = [blocks.arrange(weights["blocks"], cfg, i, i + 1) for i in range(3)]
+    h, state, _ = blocks.run(one[0], model.embed(weights, tokens, cfg), start, cfg)
     for _ in range(3):
-      opened = state | {"1": blocks.reopen({"1": state["1"]}, start)["1"]}
-      h, state, _ = blocks.run(weights["blocks"], h, opened, cfg, first=1, last=2)
-    _, state, _ = blocks.run(weights["blocks"], h, state, cfg, first=2)
+      opened = state | carry.rewind(state.within(1, 2), start)
+      h, state, _ = blocks.run(one[1], h, opened, cfg)
+    _, state, _ = blocks.run(one[2], h, state, cfg)
     return model.consolidate(weights, tokens, start, cfg, sleep_cfg), state
 
   got, want = both(weights)
@@ -104,7 +105,7 @@ def test_dense_models_equal_transformers(kind, options, tmp_path):
   tokens = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
   with torch.no_grad():
     want = peer(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  predict = hybrids.jit(lambda w: model.predict(w, tokens, {}, cfg)[0])
+  predict = hybrids.jit(lambda w: model.predict(w, tokens, model.init_state(cfg, len(tokens)), cfg)[0])
   with jax.default_matmul_precision("highest"):
     got = predict(weights)
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

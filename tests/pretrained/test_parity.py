@@ -6,6 +6,7 @@ loop and the block as first axes. `decode.*` is run 0 again, token by token afte
 `grad.{norm, sum, full}.*` belong to `grad.loss`.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from sleep_jax import blocks, config, fast_weights, layers, looped, model, params, pretrained
+from sleep_jax.kernels.gated_delta import gated_delta
 from sleep_jax.pretrained import weight_map
 from tests import hybrids
 
@@ -48,12 +50,17 @@ def layer_by_layer(cfg: config.ModelConfig):
 
   @hybrids.jit
   def run(weights, tokens):
-    h, state, cache = model.embed(weights, tokens, cfg), blocks.init_state(cfg, 1), blocks.init_cache(cfg, 1)
+    h, state, (caches,) = (
+      model.embed(weights, tokens, cfg),
+      model.init_state(cfg, 1),
+      looped.init_cache(cfg, 1),
+    )
     found = [h]
     for i in range(len(cfg.blocks)):
-      h, state, cache = blocks.run(weights["blocks"], h, state, cfg, first=i, last=i + 1, cache=cache)
+      one = blocks.arrange(weights["blocks"], cfg, i, i + 1)
+      h, state, caches = blocks.run(one, h, state, cfg, caches=caches)
       found.append(h)
-    return found, state, cache
+    return found, state.fast, caches
 
   return run
 
@@ -77,7 +84,7 @@ def test_jet_hidden_states_and_memories(r):
     for side in "kv":
       rows = np.moveaxis(np.asarray(getattr(cache[str(i)], side)), 1, 2)[:, :, first:length]
       near(JET, f"run{r}.layer{i}.{side}_cache", rows, HIDDEN)
-  near(JET, f"run{r}.final_norm", looped.normed(weights, found[-1], cfg), HIDDEN)
+  near(JET, f"run{r}.final_norm", looped.final_norm(weights, found[-1], cfg), HIDDEN)
   near(JET, f"run{r}.logits", model.logits_of(weights, found[-1], cfg), 1e-4)
 
 
@@ -94,18 +101,20 @@ def test_jet_mixers_and_what_enters_the_rule(r):
   seen = {}
 
   def spy(q, k, v, g, b, S, *, mask, implementation):
-    o, S = fast_weights.gated_delta(q, k, v, g, b, S, mask=mask, implementation=implementation)
+    o, S = gated_delta(q, k, v, g, b, S, mask=mask, implementation=implementation)
     seen.update(q=q, k=k, v=v, g=g, beta=b, o=o)
     return o, S
+
+  watched = dataclasses.replace(fast_weights.RULES["jet"], update=spy)
 
   def mixer(weights, h, i):
     ours = weights["blocks"][str(i)]
     x = layers.rms_norm(h, ours["norm"], cfg.norm_eps)
     if cfg.blocks[i] != "jet":
       near_keys = cfg.attention.swa_window if cfg.blocks[i] == "swa" else None
-      return blocks.attention.attention(ours["mixer"], x, cfg, near=near_keys)[0], {}
+      return blocks.attention.read_window(ours["mixer"], x, cfg, reach=near_keys), {}
     empty = fast_weights.init_state(cfg, 1, "jet")
-    out = fast_weights.fast_weights(ours["mixer"], x, empty, cfg, spy)[0]
+    out = fast_weights.fast_weights(ours["mixer"], x, empty, cfg, watched)[0]
     return out, dict(seen)
 
   @hybrids.jit
@@ -129,12 +138,13 @@ def decoded(name: str):
   cfg, weights, _, golden = loaded(name)
   tokens, cut = golden["run0.input_ids"], int(golden["decode.prefill_len"])
   step = hybrids.jit(lambda *args: model.decode(*args, cfg))
-  logits, state, cache = step(weights, tokens[:, :cut], model.init_state(cfg, 1), blocks.init_cache(cfg, 1))
+  fast, cache = model.open_window(model.init_state(cfg, 1), cfg, 1)
+  logits, fast, cache = step(weights, tokens[:, :cut], fast, cache)
   steps = []
   for t in range(cut, tokens.shape[1]):
-    one, state, cache = step(weights, tokens[:, t : t + 1], state, cache)
+    one, fast, cache = step(weights, tokens[:, t : t + 1], fast, cache)
     steps.append(one)
-  return logits, np.concatenate(steps, axis=1), state
+  return logits, np.concatenate(steps, axis=1), fast
 
 
 def test_jet_decoding():
@@ -185,11 +195,11 @@ def ouro_reader(cfg: config.ModelConfig):
 
   @hybrids.jit
   def run(weights, tokens):
-    h, state, cache = model.embed(weights, tokens, cfg), model.init_state(cfg, 1), blocks.init_cache(cfg, 1)
-    outs, _, cache = looped.read(weights, h, state, cfg, cache=cache)
+    h, state, cache = model.embed(weights, tokens, cfg), model.init_state(cfg, 1), looped.init_cache(cfg, 1)
+    outs, _, cache = looped.read(weights, blocks.arrange(weights["blocks"], cfg), h, state, cfg, cache=cache)
     logits = [model.logits_of(weights, out, cfg) for out in outs]
     gates = looped.gate_logits(weights, outs, cfg)
-    return h, outs, [looped.normed(weights, h, cfg) for h in outs], gates, jnp.stack(logits), cache
+    return h, outs, [looped.final_norm(weights, h, cfg) for h in outs], gates, jnp.stack(logits), cache
 
   return run
 
@@ -205,21 +215,21 @@ def test_ouro_loops_gates_and_exits(r):
   near(OURO, f"run{r}.logits", logits, HIDDEN)
   near(OURO, f"run{r}.logits_default", predicted(weights, tokens, cfg), HIDDEN)
 
-  found, state = [], blocks.init_state(cfg, 1)
-  one = hybrids.jit(
-    lambda w, h, i: blocks.run({"0": w}, h, state, config.replace(cfg, blocks=("attn",)))[0], static_argnums=2
-  )
+  found = []
+  one = hybrids.jit(lambda w, h: blocks.block(w, h, None, kind="attn", mlp=True, cfg=cfg)[0])
   x = h
   for u in range(4):
     for i in range(3):
-      x = one(weights["blocks"][str(i)], x, 0)
+      x = one(weights["blocks"][str(i)], x)
       found.append(x)
     np.testing.assert_allclose(x, outs[u], atol=HIDDEN)
-    x = looped.normed(weights, x, cfg)
+    x = looped.final_norm(weights, x, cfg)
   near(OURO, f"run{r}.block_out", np.reshape(found, (4, 3, *h.shape)), HIDDEN)
   if r == 0:
     for side in "kv":
-      rows = [np.moveaxis(np.asarray(getattr(cache[str(s)], side)), 1, 2)[:, :, :40] for s in range(12)]
+      rows = [
+        np.moveaxis(np.asarray(getattr(cache[s // 3][str(s % 3)], side)), 1, 2)[:, :, :40] for s in range(12)
+      ]
       near(OURO, f"run0.{side}_cache", rows, HIDDEN)
 
   chance = looped.exit_probabilities(gates)
@@ -236,7 +246,7 @@ def test_ouro_loops_gates_and_exits(r):
 
 @functools.cache
 def predictor(cfg: config.ModelConfig):
-  return hybrids.jit(lambda w, tokens: model.predict(w, tokens, {}, cfg)[0])
+  return hybrids.jit(lambda w, tokens: model.predict(w, tokens, model.init_state(cfg, 1), cfg)[0])
 
 
 def predicted(weights, tokens, cfg):
@@ -258,7 +268,8 @@ def test_ouro_gradients():
   @hybrids.jit
   def run(weights):
     def loss(weights):
-      outs, _, _ = looped.read(weights, model.embed(weights, tokens, cfg), {}, cfg)
+      groups, h = blocks.arrange(weights["blocks"], cfg), model.embed(weights, tokens, cfg)
+      outs, _, _ = looped.read(weights, groups, h, model.init_state(cfg, 1), cfg)
       chance = looped.exit_probabilities(looped.gate_logits(weights, outs, cfg))[..., :-1]
       logits = jnp.stack([model.logits_of(weights, out, cfg) for out in outs])[:, :, :-1]
       chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[None, :, 1:, None], axis=-1)[..., 0]
@@ -280,13 +291,13 @@ def test_shared_cache_is_one_slot_and_equals_own_caches_within_one_call():
   cfg, weights, _, golden = loaded(OURO)
   shared = config.replace(cfg, pass_cache="shared")
   tokens = golden["run0.input_ids"][:, :7]
-  assert len(blocks.init_cache(shared, 1)) == 3 and len(blocks.init_cache(cfg, 1)) == 12
+  assert len(looped.init_cache(shared, 1)) == 1 and len(looped.init_cache(cfg, 1)) == 4
   step = hybrids.jit(lambda c, *args: model.decode(*args, c), static_argnums=0)
-  want, _, own = step(cfg, weights, tokens, {}, blocks.init_cache(cfg, 1))
-  got, _, one = step(shared, weights, tokens, {}, blocks.init_cache(shared, 1))
+  want, _, own = step(cfg, weights, tokens, {}, looped.init_cache(cfg, 1))
+  got, _, one = step(shared, weights, tokens, {}, looped.init_cache(shared, 1))
   np.testing.assert_array_equal(got, want)
   for i in range(3):
-    np.testing.assert_array_equal(one[str(i)].k, own[str(9 + i)].k)
+    np.testing.assert_array_equal(one[0][str(i)].k, own[3][str(i)].k)
   want, _, _ = step(cfg, weights, tokens[:, :1], {}, own)
   got, _, _ = step(shared, weights, tokens[:, :1], {}, one)
   assert np.max(np.abs(np.asarray(got - want))) > 1e-2  # afterwards it is another model, as documented

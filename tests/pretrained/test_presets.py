@@ -110,9 +110,7 @@ def test_full_size_from_the_published_files(folders, preset, base, parameters):
   assert params.count(declared) == parameters + (0 if preset == "jet_2b" else 6 * layer)
   train.check_fits(cfg)
   assert len(pretrained.open_source(folders[base]).tensors.files) == (482 if preset == "jet_2b" else 269)
-  shapes = jax.eval_shape(
-    lambda: train.init_state(cfg, train.optim.make(cfg.optim, declared, cfg.train.steps))
-  )
+  shapes = jax.eval_shape(lambda: train.init_state(cfg, train.optimization(cfg).tx))
   size = sum(x.size for x in jax.tree.leaves(shapes.opt_state) if x.ndim)
   assert size < (13 * layer if preset == "ouro_memory" else 2 * params.count(declared))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sleep_jax import model, optim, params, pretrained, train
+from sleep_jax import model, params, pretrained, train
 from sleep_jax.experiments import gsm_infinite
 from sleep_jax.experiments.configs import gsm_infinite as presets
 from sleep_jax.runtime import checkpoint_files
@@ -82,7 +82,7 @@ def held_by_optimizer(folder: pathlib.Path) -> set[str]:
   tree = checkpoint_files.read_manifest(folder / "checkpoints" / "2")["tree"]
   weights = [name.removeprefix("params.") for name in tree if name.startswith("params.")]
   state = [name for name in tree if name.startswith("opt_state.")]
-  return {w.replace(".", "/") for w in weights if any(name.endswith(f".{w}") for name in state)}
+  return {w.replace(".", "/") for w in sorted(weights) if any(name.endswith(f".{w}") for name in state)}
 
 
 def logits_of(cfg, weights):
@@ -192,5 +192,5 @@ def test_ouro_is_given_its_memory_on_the_way_and_the_next_run_goes_on_from_the_w
   train.check_fits(cfg)
   assert cfg.model == dataclasses.replace(run_cfg, window=512, eviction="sliding", dtype="bfloat16")
   assert cfg.data.tokenizer == str(plain / "tokenizer.json")
-  tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+  tx = train.optimization(cfg).tx
   hybrids.assert_same(train.first_state(cfg, tx).params, after)

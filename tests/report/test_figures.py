@@ -308,8 +308,8 @@ def test_the_same_runs_give_the_same_svg(tmp_path):
 def test_drawing_needs_no_display_and_no_pyplot(tmp_path):
   fake_runs.write(tmp_path / "a", 1, ONE)
   program = (
-    "import sys; from sleep_jax import figures; "
-    "figures.demo_curves(figures.load_runs(sys.argv[1])).save(sys.argv[2]); "
+    "import sys; from sleep_jax.report import figures, runs; "
+    "figures.demo_curves(runs.load_runs(sys.argv[1])).save(sys.argv[2]); "
     "assert 'matplotlib.pyplot' not in sys.modules and 'tkinter' not in sys.modules"
   )
   command = [sys.executable, "-c", program, str(tmp_path / "a"), str(tmp_path / "out")]

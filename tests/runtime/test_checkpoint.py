@@ -165,6 +165,19 @@ class RoundTripTest(CheckpointTest):
         c.wait()
         self.assertEqual(raw(c.restore(make(0))), raw((step, make(step))))
 
+  def test_any_saved_step_is_read_and_no_other(self):
+    self.save_steps(1, 2, 3)
+    with self.open(read_only=True) as c:
+      for step in (2, 1, 3):
+        self.assertEqual(raw(c.restore(small(0), step=step)), raw((step, small(step))))
+      with self.assertRaisesRegex(CheckpointError, "step 4 was not saved .* saved steps: 1, 2, 3"):
+        c.restore(small(0), step=4)
+      (self.dir / "2" / "manifest.json").write_text("{}")
+      with self.assertRaisesRegex(CheckpointError, "step 2 .* is damaged"):
+        c.restore(small(0), step=2)
+    with self.open() as c, self.assertRaisesRegex(CheckpointError, "goes on from its newest step"):
+      c.restore(small(0), step=1)
+
   def test_nothing_saved_is_none(self):
     self.assertIsNone(self.restore())
     self.assertIsNone(Checkpoints(self.tmp / "nowhere", read_only=True).restore(small(0)))

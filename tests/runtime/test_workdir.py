@@ -219,7 +219,7 @@ class WorkdirTest(parameterized.TestCase):
   def test_a_second_run_is_refused_until_the_first_one_is_gone_however_it_went(self):
     child = textwrap.dedent(f"""
       import time
-      from sleep_jax.workdir import prepare
+      from sleep_jax.runtime.workdir import prepare
       held = prepare({str(self.path)!r}, {{"a": 1}})
       print("held", flush=True)
       time.sleep(60)

@@ -116,7 +116,7 @@ class EvaluateTest(parameterized.TestCase):
     state = model.init_state(CONFIG, 16)
     for window in range(2):
       one, two = after(state, batch.inputs[:, 4 * window : 4 * window + 4])
-      S = [np.asarray(s["0"].S, np.float64).reshape(16, -1) for s in (state, one, two)]
+      S = [np.asarray(s.fast["0"].S, np.float64).reshape(16, -1) for s in (state, one, two)]
       for n in (1, 2):
         want = np.linalg.norm(S[n] - S[n - 1], axis=1) / np.linalg.norm(S[n], axis=1)
         self.assertAlmostEqual(got["0"][window][n - 1], want.mean(), delta=1e-5)

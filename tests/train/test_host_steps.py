@@ -61,7 +61,7 @@ def settings(**changes):
 
 def run(folder, cfg=None, source=None):
   cfg = cfg or settings()
-  task = host_steps.FedTask(source or Made(), CUT, {"first": batching.HeldOut(HELD_OUT)}, ["a", "b", "c"])
+  task = host_steps.HostTask(source or Made(), CUT, {"first": batching.HeldOut(HELD_OUT)}, ["a", "b", "c"])
   with workdir.prepare(folder, config.to_dict(cfg)) as made:
     row = train.train(cfg, task, made, report=lambda line: None)
   return row, metrics.read(pathlib.Path(folder, "metrics.jsonl"))
@@ -80,8 +80,8 @@ def whole():
 def test_rows_count_tokens_pads_and_waiting(whole):
   row, rows = whole
   seen = 0
-  blocks = batching.Blocks(Made(), CUT, window=6, batch_size=4, steps=5, seed=0)
-  stream = batching.feed(blocks, CUT, 0)
+  plan = batching.BatchPlan(Made(), CUT, window=6, batch_size=4, steps=5, seed=0)
+  stream = batching.feed(plan, CUT, 0)
   for r in (r for r in rows if r["kind"] == "train"):
     planned = next(stream)
     seen += planned.rows["valid"].sum()
@@ -119,7 +119,7 @@ class EvaluateTest(parameterized.TestCase):
   def evaluate(self, size, examples=HELD_OUT, names=("a", "b", "c"), **others):
     cfg = self.cfg
     sets = {"first": batching.HeldOut(examples), **others}
-    test = by_group.make_fed_evaluate(sets, names, CUT, size, cfg.model, cfg.sleep, ONE)
+    test = by_group.make_host_evaluate(sets, names, CUT, size, cfg.model, cfg.sleep, ONE)
     return test(self.weights)
 
   def test_scores_do_not_depend_on_the_batch_size(self):

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import config, model, optim, sharding, train, windows
+from sleep_jax import config, sharding, train, windows
 from sleep_jax.experiments import rule110
 from sleep_jax.experiments.configs import rule110 as presets
 from sleep_jax.runtime import checkpoint, metrics
@@ -49,7 +49,7 @@ CHANGED = """
 import os, signal, sys
 import jax.numpy as jnp
 from experiments import cli, rule110
-from sleep_jax import evaluate
+from sleep_jax.scoring import by_position
 what, when = sys.argv.pop(1), int(sys.argv.pop(1))
 if what == "poison":  # the loss of all steps from `when` on is NaN
   clean = rule110.rule110.batch
@@ -58,7 +58,7 @@ if what == "poison":  # the loss of all steps from `when` on is NaN
     return made.replace(loss_mask=jnp.where(step >= when, jnp.nan, made.loss_mask))
   rule110.rule110.batch = batch
 if what == "stop_in_evaluation":  # SIGTERM comes in the middle of evaluation number `when`
-  make, seen = evaluate.make_evaluate, []
+  make, seen = by_position.make_evaluate, []
   def make_evaluate(*args):
     test = make(*args)
     def stopped(weights):
@@ -67,7 +67,7 @@ if what == "stop_in_evaluation":  # SIGTERM comes in the middle of evaluation nu
         os.kill(os.getpid(), signal.SIGTERM)
       return test(weights)
     return stopped
-  evaluate.make_evaluate = make_evaluate
+  by_position.make_evaluate = make_evaluate
 cli.run(rule110.main)
 """
 
@@ -83,7 +83,7 @@ def settings(**changes):
 def final_bytes(folder, step=STEPS):
   """Path -> bytes of every array of a checkpoint."""
   cfg, _ = settings()
-  tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+  tx = train.optimization(cfg).tx
   wanted = jax.eval_shape(functools.partial(train.init_state, cfg, tx))
   with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
     found, state = saved.restore(wanted)
@@ -351,13 +351,13 @@ class SameNumbersTest(parameterized.TestCase):
 def losses(**changes):
   """Losses of the first five steps with N = 2; compiled quickly, to run once."""
   cfg, task = settings(**{"sleep__num_passes": 2, "data__num_strings": 2} | changes)
-  tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+  _, tx, one_step = train.optimization(cfg)
   segments = windows.plan(task.layout, cfg.model.window)
   quick = {"xla_backend_optimization_level": 0}
   with jax.set_mesh(sharding.make_mesh(cfg.mesh) if cfg.mesh.data > 1 else None):
     start = jax.jit(functools.partial(train.init_state, cfg, tx)).lower().compile(compiler_options=quick)
     state = start()
-    dispatch = train.make_dispatch(cfg, task, tx, segments).lower(state).compile(compiler_options=quick)
+    dispatch = train.make_dispatch(cfg, task, one_step, segments).lower(state).compile(compiler_options=quick)
     found = []
     while len(found) < 5:
       state, measured = dispatch(state)
@@ -372,7 +372,7 @@ class DataOrderTest(parameterized.TestCase):
     states = []
     for changes in ({}, {"sleep__num_passes": 4}, {"optim__muon_lr": 0.5, "train__steps": 40}):
       cfg, task = settings(**changes)
-      tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+      tx = train.optimization(cfg).tx
       key = jax.jit(lambda cfg=cfg, tx=tx: train.init_state(cfg, tx).key)()
       batch = jax.jit(task.batch, static_argnums=2)(key, jnp.int32(7), 16)
       states.append((jax.random.key_data(key), batch))
@@ -383,7 +383,7 @@ class DataOrderTest(parameterized.TestCase):
     keys = []
     for seed in (0, 1):
       cfg, _ = settings(seed=seed)
-      tx = optim.make(cfg.optim, model.declare(cfg.model), cfg.train.steps)
+      tx = train.optimization(cfg).tx
       keys.append(jax.random.key_data(jax.jit(lambda cfg=cfg, tx=tx: train.init_state(cfg, tx).key)()))
     self.assertFalse(np.array_equal(*keys))
 

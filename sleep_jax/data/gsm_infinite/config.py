@@ -1,9 +1,12 @@
 """The settings of the task."""
 
 import dataclasses
+import math
 
 from sleep_jax.config import at_least, check, one_of
+from sleep_jax.data import limits
 from sleep_jax.data.gsm_infinite.words import TEMPLATES
+from sleep_jax.data.limits import within
 
 SUBSETS = ("medium", "hard", "both", "mixed", "symbolic")
 MODES = ("forward", "reverse", "both")
@@ -12,6 +15,10 @@ MODES = ("forward", "reverse", "both")
 BUDGETS = {1: 3, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 10, 8: 10, 9: 10, 10: 15, 11: 15}
 BUDGETS |= dict.fromkeys(range(12, 16), 20) | dict.fromkeys(range(16, 19), 25) | {19: 30, 20: 30}
 MOST_SYMBOLIC = 30  # operations of a symbolic problem
+MOST_TOKENS = 1 << 18  # of a problem: there are names for so much noise
+MOST_VALUE = 1000  # of a needed quantity
+MOST_SHARE = 10**6
+SENTENCE = 40  # tokens of a long sentence of noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,23 +26,23 @@ class GsmInfiniteConfig:
   """The task.
 
   Attributes:
-    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `both` (a coin says which), `mixed`
-      (`medium`), the last two with `hard` for one operation, which `medium` cannot have; or `symbolic`
-      (assignments; which variables have a value).
-    operations: lowest and highest number of operations, each as likely. A symbolic problem has one for each
-      variable that its numbers determine.
-    mode: `forward` asks for what follows from given numbers, `reverse` for a number that a given result
-      determines, `both` throws a coin.
+    subset: `medium` (d = 2), `hard` (d = 3, with averages and products), `both` (a coin decides between
+      them), `mixed` (medium), or `symbolic` (assignments; which variables have a value). Medium cannot have
+      one operation; `both` and `mixed` take such problems from hard.
+    operations: lowest and highest number of operations, each equally likely. A symbolic problem has one for
+      each variable that its numbers determine.
+    mode: `forward` asks for a result of given numbers, `reverse` for a number that a given result
+      determines, `both` tosses a coin.
     templates: weights of zoo, school and film.
     number_range: R; numbers in sentences are 1 .. R - 1.
     modulus: every value is taken modulo this (forward mode; at least R, so that the numbers in sentences are
-      values). -1, the authors' own setting: none. No text says it: a reader has to know.
-    noise: fill up with sentences that nothing depends on. Without, lengths are what the core takes.
-    min_tokens, max_tokens: of question, line break and context, as `tokenizer` counts. Even between them,
-      whatever the number of operations.
-    tokenizer: a tokenizer.json. Empty: lengths are those of Qwen2.5's tokenizer, which needs no file.
-    held_out_seed: the seed whose problems are held out. A problem's text decides by its hash whether it
-      may be held out or trained on, so that no text is ever on both sides.
+      values). -1, the authors' own setting, is none. No text mentions it: a reader has to know.
+    noise: fill up with sentences that nothing depends on. Without noise a text is as long as its core.
+    min_tokens, max_tokens: bounds of the tokens of question, line break and context. Lengths are even between
+      them, whatever the number of operations.
+    tokenizer: path of a tokenizer.json, which counts the tokens. Empty: Qwen2.5's counts, without a file.
+    held_out_seed: the seed whose problems are held out. The hash of a problem's text decides whether it may
+      be held out or trained on, so that no text is ever on both sides.
     held_out_share: 1 in so many texts may be held out.
   """
 
@@ -69,11 +76,13 @@ class GsmInfiniteConfig:
       "no medium problem (d = 2) has 1 operation; start at 2, or take data.subset = mixed or hard",
     )
     check(
-      len(self.templates) == len(TEMPLATES) and min(self.templates) >= 0 and sum(self.templates) > 0,
+      len(self.templates) == len(TEMPLATES)
+      and min(self.templates) >= 0
+      and 0 < sum(self.templates) < math.inf,  # which NaN is not
       "data.templates",
-      f"needs three weights that are not negative and not all 0, got {self.templates}",
+      f"needs three weights that are finite, not negative and not all 0, got {self.templates}",
     )
-    at_least(self.number_range, 3, "data.number_range")
+    within(self.number_range, 3, MOST_VALUE, "data.number_range")
     if self.modulus != -1:
       check(
         self.modulus >= self.number_range,
@@ -85,11 +94,14 @@ class GsmInfiniteConfig:
         "data.modulus",
         f"needs data.mode = forward and word problems, got {self.mode} and {self.subset}; -1 is none",
       )
+      within(self.modulus, self.number_range, MOST_VALUE + 1, "data.modulus")
     at_least(self.min_tokens, 0, "data.min_tokens")
+    within(self.max_tokens, 1, MOST_TOKENS, "data.max_tokens")
     check(
-      self.max_tokens >= self.min_tokens + 40 or not self.noise,
+      self.max_tokens >= self.min_tokens + SENTENCE or not self.noise,
       "data.max_tokens",
-      f"must exceed data.min_tokens = {self.min_tokens} by at least 40, a sentence, got {self.max_tokens}",
+      f"must exceed data.min_tokens = {self.min_tokens} by at least {SENTENCE}, a sentence, got"
+      f" {self.max_tokens}",
     )
     shortest = self.shortest
     check(
@@ -98,12 +110,12 @@ class GsmInfiniteConfig:
       f"must be at least {shortest}, the length of a short problem of up to {high} operations without noise,"
       f" got {self.max_tokens}",
     )
-    at_least(self.held_out_seed, 0, "data.held_out_seed")
-    at_least(self.held_out_share, 2, "data.held_out_share")
+    within(self.held_out_seed, 0, limits.SEED, "data.held_out_seed")
+    within(self.held_out_share, 2, MOST_SHARE, "data.held_out_share")
 
   @property
   def shortest(self) -> int:
-    """Tokens below which a problem of the highest number of operations would be found too rarely."""
+    """Tokens below which problems of the highest number of operations would be too rare."""
     high = self.operations[1]
     per_operation, least = {"symbolic": (19, 30), "hard": (14, 140)}.get(self.subset, (10, 70))
     if self.subset in ("mixed", "both") and self.operations[0] == 1:
@@ -111,7 +123,7 @@ class GsmInfiniteConfig:
     return least + per_operation * high
 
   def depths(self, op: int) -> tuple[int, ...]:
-    """d that a problem with `op` operations may have, each as likely; 0 for symbolic."""
+    """Returns each d that a problem with `op` operations may have, equally likely; 0 is symbolic."""
     if self.subset == "symbolic":
       return (0,)
     if self.subset == "hard" or op == 1:

@@ -1,8 +1,8 @@
-"""What is computed from what: the dependency graph of the needed quantities, and of the rest.
+"""Which quantity is computed from which: the dependency graph of the needed quantities, and of the rest.
 
-Edges run from what is used to what is computed with it. Those into implicit quantities are given by the
-structure; those into instances (counts, averages) are drawn here and become sentences. `RNG` stands for a
-number written in the sentence itself.
+An edge runs from a quantity to one that is computed with it. The structure gives the edges into implicit
+quantities. Those into instances (counts, averages) are drawn here and become sentences. `RNG` stands for a
+number that is written in the sentence itself.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from sleep_jax.data.gsm_infinite.draws import Draws
 from sleep_jax.data.gsm_infinite.structure import ALIAS, PRODUCT, TOTAL, Structure
 
 RNG = -1
-MOST_EDGES = 3  # that an instance is raised to before its own draw
+MOST_EDGES = 3  # up to which the edge budget raises an instance, before the instance draws its last ones
 MOST_UNNEEDED_EDGES = 4
 
 
 @dataclasses.dataclass
 class Graph:
-  """The quantities of a problem and how they hang together.
+  """The quantities of a problem and their dependencies.
 
   Attributes:
     order: needed quantities, each after all that it is computed from; the last is the terminal one.
@@ -32,8 +32,8 @@ class Graph:
   untried: list[int]
 
 
-def operations(structure: Structure, graph: Graph) -> int:
-  """op: edges into needed quantities, those from RNG included, those into aliases not."""
+def count_operations(structure: Structure, graph: Graph) -> int:
+  """Returns op: the number of edges into needed quantities, those from RNG included, into aliases not."""
   return sum(
     len(structure.children[q] if structure.implicit(q) else graph.parents[q])
     for q in graph.order
@@ -41,12 +41,14 @@ def operations(structure: Structure, graph: Graph) -> int:
   )
 
 
-def needed(structure: Structure, size: int, reverse: bool, draws: Draws) -> Graph | None:
-  """Draws the needed quantities with their edges; None for an attempt that does not work out.
+def draw_needed(structure: Structure, size: int, reverse: bool, draws: Draws) -> Graph | None:
+  """Draws the needed quantities and their edges; None for an attempt that does not work out.
 
   Args:
-    size: s, the number of edges that are placed before each quantity draws its own last ones.
-    reverse: the terminal quantity is a total where there is one.
+    structure: the quantities that there may be.
+    size: s, the number of edges that are placed before each instance draws its own last ones.
+    reverse: the terminal quantity is a total if there is one.
+    draws: the stream.
   """
   most = max(draws.between(1, size), draws.between(1, size))
   wanted = draws.between(most, size)
@@ -64,8 +66,12 @@ def needed(structure: Structure, size: int, reverse: bool, draws: Draws) -> Grap
   return Graph(order, explicit, list(order), untried)
 
 
-def unneeded(structure: Structure, graph: Graph, draws: Draws) -> None:
-  """Adds all other instances, and totals that they use; the needed ones never depend on them."""
+def add_unneeded(structure: Structure, graph: Graph, draws: Draws) -> None:
+  """Adds all other instances, and totals that they use, to a graph; no needed quantity depends on them.
+
+  As in the benchmark, a total may define a count that it contains. Such a circle has no value, and nothing
+  that is needed depends on it.
+  """
   present, parents = graph.present, graph.parents
   seen = set(present)
   missing = [q for q in structure.instances if q not in seen]
@@ -83,14 +89,12 @@ def unneeded(structure: Structure, graph: Graph, draws: Draws) -> None:
       pool = list(independent)
       independent.append(a)
     else:
-      pool = present + [
-        q for q in untried if any(c in seen for c in structure.children[q]) and a not in _below(structure, q)
-      ]
+      pool = present + [q for q in untried if any(c in seen for c in structure.children[q])]
     k, most = 1, min(MOST_UNNEEDED_EDGES, len(pool) + 1)
     while k < most and draws.coin():
       k += 1
-    if k == len(pool) + 1:
-      chosen = [RNG, *pool]
+    if k == len(pool) + 1:  # all of it: implicit ones first, then instances, then totals that were absent
+      chosen = [RNG, *sorted(pool, key=lambda q: (q not in seen, not structure.implicit(q)))]
     elif draws.coin():
       chosen = [RNG, *draws.sample(pool, k - 1)]
     else:
@@ -99,25 +103,35 @@ def unneeded(structure: Structure, graph: Graph, draws: Draws) -> None:
     parents[a] = chosen
     for q in chosen:
       if q != RNG and q not in seen:
-        for child in _below(structure, q):
-          if not structure.implicit(child) and child not in seen:
-            parents[child] = [RNG]
-            missing.remove(child)
-          enter(child)
+        for ancestor in _ancestors(structure, q):
+          if not structure.implicit(ancestor) and ancestor not in seen:
+            parents[ancestor] = [RNG]
+            missing.remove(ancestor)
+          enter(ancestor)
         enter(q)
         untried.remove(q)
 
 
-def _below(structure: Structure, q: int) -> list[int]:
-  """All that an implicit quantity is computed from, children's children first."""
-  below = []
-  for child in structure.children[q]:
-    below += [*structure.children[child], child]
-  return below
+def _ancestors(structure: Structure, implicit: int) -> list[int]:
+  """Returns all that an implicit quantity is computed from, children of children before their parents."""
+  ancestors = []
+  for child in structure.children[implicit]:
+    ancestors += [*structure.children[child], child]
+  return ancestors
 
 
 def _choose(structure: Structure, most: int, wanted: int, draws: Draws) -> tuple[list[int], list[int]]:
-  """Quantities that will be needed (implicit ones of at most `most` edges, then instances up to `wanted`)."""
+  """Draws the quantities that will be needed: implicit ones, then instances.
+
+  Args:
+    structure: the quantities that there may be.
+    most: edges that the implicit ones may have together.
+    wanted: edges for which instances are added.
+    draws: the stream.
+
+  Returns:
+    The chosen quantities, and the implicit ones that were never considered.
+  """
   levels: list[list[int]] = [[], []]  # products; totals and aliases
   for q in range(len(structure.instances), len(structure.roles)):
     levels[0 if structure.roles[q] == PRODUCT else 1].append(q)
@@ -130,7 +144,7 @@ def _choose(structure: Structure, most: int, wanted: int, draws: Draws) -> tuple
       level += 1
       continue
     q = draws.pop(levels[level])
-    new = [c for c in (*_below(structure, q), q) if c not in seen]
+    new = [c for c in (*_ancestors(structure, q), q) if c not in seen]
     cost = sum(len(structure.children[c]) for c in new)
     if edges + cost <= most:
       edges += cost
@@ -148,43 +162,49 @@ def _choose(structure: Structure, most: int, wanted: int, draws: Draws) -> tuple
 def _arrange(
   structure: Structure, chosen: list[int], explicit: dict[int, list[int]], reverse: bool, draws: Draws
 ) -> list[int] | None:
-  """Orders the chosen quantities from the last to the first, adding edges so that all are needed."""
-  left = list(chosen)
+  """Orders the chosen quantities from the last to the first and adds edges so that all are needed.
+
+  The edges are written to `explicit`. Returns None if a quantity remains that nothing can use.
+  """
+  unplaced = list(chosen)
   order: list[int] = []
   wanted: set[int] = set()  # N1: those on which a placed quantity depends
-  while left:
-    used = {child for q in left for child in structure.children[q]}
-    free = [q for q in left if q not in used]  # N2: no unplaced quantity depends on them
+  while unplaced:
+    free = _unused(structure, unplaced)  # N2: those on which no unplaced quantity depends
     if order:
-      free = [q for q in free if q in wanted]
-      q = draws.choice(free)
+      q = draws.choice([q for q in free if q in wanted])
     else:
-      q = _terminal(structure, free, reverse, draws)
+      q = _draw_terminal(structure, free, reverse, draws)
     order.insert(0, q)
-    left.remove(q)
+    unplaced.remove(q)
     wanted.update(structure.children[q])
     if not structure.implicit(q):
       explicit[q] = []
-    if not left:
+    if not unplaced:
       break
-    used = {child for c in left for child in structure.children[c]}
-    free = [c for c in left if c not in used]
+    free = _unused(structure, unplaced)
     if not any(c in wanted for c in free):
       if structure.implicit(q):
         return None
       _link(structure, q, free, wanted, explicit, draws)
     elif not structure.implicit(q) and draws.coin():
-      _link(structure, q, left, wanted, explicit, draws)
+      _link(structure, q, unplaced, wanted, explicit, draws)
   return order
 
 
-def _terminal(structure: Structure, free: list[int], reverse: bool, draws: Draws) -> int:
-  """The quantity that is asked (forward) or revealed (reverse: a product, else a total, else any)."""
+def _unused(structure: Structure, quantities: list[int]) -> list[int]:
+  """Returns those quantities from which no other one of the list is computed implicitly."""
+  used = {child for q in quantities for child in structure.children[q]}
+  return [q for q in quantities if q not in used]
+
+
+def _draw_terminal(structure: Structure, free: list[int], reverse: bool, draws: Draws) -> int:
+  """Draws the quantity that is asked (forward) or revealed (reverse: a product, else a total, else any)."""
   if reverse:
     for role in (PRODUCT, TOTAL):
-      of_role = [q for q in free if structure.roles[q] == role]
-      if of_role:
-        return draws.choice(of_role)
+      candidates = [q for q in free if structure.roles[q] == role]
+      if candidates:
+        return draws.choice(candidates)
   return draws.choice(free)
 
 
@@ -196,7 +216,7 @@ def _link(
   explicit: dict[int, list[int]],
   draws: Draws,
 ) -> None:
-  """Lets q use one of the candidates, preferably an implicit one and one that is wanted already."""
+  """Adds an edge into q from one of the candidates; implicit and already wanted ones are more likely."""
   weights = []
   for c in candidates:
     bonus = structure.implicit(c) + (c in wanted)
@@ -207,7 +227,7 @@ def _link(
 
 
 def _exp(x: float, times: int) -> float:
-  """exp(times * x) for x >= 0 by its series, in exact-order arithmetic: the same on every platform."""
+  """Returns exp(times * x) for x >= 0 from its series, whose order of additions is the same everywhere."""
   total = term = 1.0
   y = x * times / 16
   for n in range(1, 12):
@@ -237,7 +257,7 @@ def _add_third(structure: Structure, order: list[int], explicit: dict[int, list[
 def _fill(
   structure: Structure, order: list[int], explicit: dict[int, list[int]], size: int, draws: Draws
 ) -> bool:
-  """Draws the last edges into the instances; False if they cannot hold as many as the budget asks for."""
+  """Draws the last edges into the instances; False if they cannot take as many as the budget asks for."""
   counts = {q: len(structure.children[q] if structure.implicit(q) else explicit[q]) for q in order}
   capacity = {q: min(MOST_EDGES, max(1, i)) for i, q in enumerate(order) if not structure.implicit(q)}
   for _ in range(size - sum(counts.values())):
@@ -251,9 +271,7 @@ def _fill(
       continue
     parents, pool = explicit[q], order[:i]
     k = min((2 if draws.coin() else 1) if counts[q] == 1 else counts[q] + 1, i + 1)
-    if (
-      parents
-    ):  # one edge fewer; what leaves the pool is the benchmark's choice, also where it is no parent yet
+    if parents:  # one edge fewer. The benchmark takes the last quantity out of the pool, parent or not
       k, pool = k - 1, pool[:-1]
     if k == len(pool) + 1:
       drawn = [RNG, *pool]
@@ -267,7 +285,7 @@ def _fill(
 
 
 def _drop_twins(structure: Structure, parents: list[int]) -> None:
-  """Leaves out an alias beside its own average: they have the same text."""
+  """Removes an alias that stands beside its own average: they have the same text."""
   for q in list(parents):
     if q != RNG and structure.roles[q] == ALIAS and structure.children[q][0] in parents:
       parents.remove(q)

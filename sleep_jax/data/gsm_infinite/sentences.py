@@ -1,4 +1,4 @@
-"""Quantities as expressions, and expressions as English."""
+"""Expressions of quantities, and their English."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from sleep_jax.data.gsm_infinite.words import Template
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-  """What a sentence says: `literal plus/times (sum or difference of refs)`, each part of which may be absent.
+  """The right side of a sentence: `literal plus/times (sum or difference of refs)`; each part may be absent.
 
   Attributes:
     literal: the number; None if there is none.
-    times: it multiplies; otherwise it is added.
+    times: whether the number multiplies; otherwise it is added.
     refs: quantities, in the order of the text.
-    difference: the first minus the second of two; otherwise the sum of all.
+    difference: whether the second of two is subtracted from the first; otherwise all are added.
   """
 
   literal: int | None
@@ -26,10 +26,13 @@ class Expression:
   difference: bool
 
 
-def expression(parents: Sequence[int], number_range: int, draws: Draws) -> Expression:
-  """The expression of an instance with these parents; numbers, order and signs are drawn."""
+def draw_expression(parents: Sequence[int], number_range: int, draws: Draws) -> Expression:
+  """Draws number and signs of an instance's expression; references keep the order of `parents`.
+
+  The order matters. Where z uses y and x, and y = k + x or y = k x, the difference y - x is never negative,
+  but most values of x - y are refused. A shuffle would therefore change which problems are made.
+  """
   refs = [p for p in parents if p != RNG]
-  draws.shuffle(refs)
   literal, times = None, False
   if len(refs) < len(parents):
     times = draws.coin()
@@ -37,10 +40,10 @@ def expression(parents: Sequence[int], number_range: int, draws: Draws) -> Expre
   return Expression(literal, times, tuple(refs), len(refs) == 2 and draws.coin())
 
 
-def name(
+def quantity_name(
   structure: Structure, template: Template, places: Sequence[str], kinds: Sequence[str], q: int
 ) -> str:
-  """The name of a quantity."""
+  """Returns the name of quantity q."""
   place, kind, role = places[structure.place[q]], structure.kind[q], structure.roles[q]
   if role == TOTAL:
     return f"{template.total} in {place}"
@@ -51,13 +54,13 @@ def name(
   return f"{kinds[kind]} in {place}"
 
 
-def reference(name: str) -> str:
-  """How a sentence refers to a quantity of this name."""
+def reference_to(name: str) -> str:
+  """Returns how a sentence refers to a quantity of this name."""
   return f"the {name}" if name.startswith(("total", "average")) else f"the number of {name}"
 
 
 def right_side(e: Expression, references: Sequence[str] | dict[int, str]) -> str:
-  """What follows "equals"."""
+  """Returns the text after "equals"."""
   if not e.refs:
     return str(e.literal)
   refs = [references[q] for q in e.refs]
@@ -71,20 +74,20 @@ def right_side(e: Expression, references: Sequence[str] | dict[int, str]) -> str
 
 
 def statement(reference: str, right: str) -> str:
-  """The sentence that defines a quantity, without its full stop."""
+  """Returns the sentence that defines a quantity, without its full stop."""
   return f"T{reference[1:]} equals {right}"
 
 
-def hidden(reference: str) -> str:
-  """The sentence of a quantity whose value is not told."""
+def hidden_statement(reference: str) -> str:
+  """Returns the sentence about a quantity whose value is asked (reverse mode), without its full stop."""
   ending = (
     "is greater than 0" if reference.startswith("the average") else "exists, and its number is greater than 0"
   )
   return f"T{reference[1:]} {ending}"
 
 
-def question(name: str) -> str:
-  """What is asked about a quantity of this name."""
+def question_about(name: str) -> str:
+  """Returns the question about a quantity of this name."""
   if name.startswith(("total", "average")):
     return f"What is the {name}?"
   kind, _, place = name.rpartition(" in ")

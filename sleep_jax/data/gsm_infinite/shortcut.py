@@ -1,4 +1,4 @@
-"""An answer without reading: the number that is given most often, whatever the question."""
+"""An answer without reading the question: the number that the text gives most often."""
 
 import collections
 import re
@@ -8,10 +8,10 @@ _WRITTEN = re.compile(r"(?<!\w)\d+")
 
 
 def guess(context: str) -> int | None:
-  """The number that the most sentences give, and nothing else; of several, the one given first.
+  """Returns the number that is the whole right side of most sentences; of several, the first in the text.
 
-  Where no sentence gives a number: the one that is written most often. Where none is written: None. In short
-  texts this is right far more often than the commonest answer, and a model soon finds it.
+  If no sentence is only a number, it is the number that is written most often; if none is written, None. In
+  short texts this is right far more often than the commonest answer, and a model soon finds it.
   """
   for pattern in (_GIVEN, _WRITTEN):
     numbers = pattern.findall(context)

@@ -38,11 +38,12 @@ class Expression:
 
 
 def solve(question: str, context: str, modulus: int = -1) -> int | list[str]:
-  """The answer.
+  """Returns the answer.
 
   Args:
     question, context: of one problem, forward, reverse or symbolic.
-    modulus: of the answer of a forward problem, with whose sums and products it commutes; -1 for none.
+    modulus: the answer of a forward problem is taken modulo this; -1 for none. (Sums and products commute
+      with it, so that it need not be applied to every value.)
 
   Returns:
     A whole number, or for a symbolic problem the sorted names of all variables with the asked value.
@@ -68,7 +69,7 @@ def solve(question: str, context: str, modulus: int = -1) -> int | list[str]:
 
 
 def count_operations(question: str, context: str) -> int:
-  """op: what every needed quantity costs, as the README of this package tells."""
+  """Returns op: the sum of the costs of all needed quantities, as the README of this package defines them."""
   if context.startswith("assign "):
     return len(_assigned(context))
   text = Text(context)
@@ -76,7 +77,7 @@ def count_operations(question: str, context: str) -> int:
 
 
 def chain_length(question: str, context: str) -> int:
-  """Needed quantities on the longest path from a number to the terminal quantity."""
+  """Returns the needed quantities on the longest path from a number to the terminal quantity."""
   text = Text(context)
 
   @functools.cache
@@ -87,14 +88,14 @@ def chain_length(question: str, context: str) -> int:
 
 
 def split_sentences(context: str) -> list[str]:
-  """The sentences of a context, without the full stops between and after them."""
+  """Splits a context into sentences, without the full stops between and after them."""
   if context.startswith("assign "):
     return context.rstrip(".").split(". ")
   return _SENTENCE.split(context.removesuffix("."))
 
 
 class Text:
-  """The definitions that a context holds."""
+  """The definitions in a context."""
 
   def __init__(self, context: str):
     self.right: dict[str, str] = {}  # name -> what follows "equals"
@@ -125,13 +126,13 @@ class Text:
     self._values: dict[str, Polynomial] = {}
 
   def revealed(self) -> tuple[str, int]:
-    """The quantity whose value is given beside its definition."""
+    """Returns the quantity whose value is given beside its definition, and the value."""
     if len(self.numbers) != 1:
       raise UnsolvableError(f"{len(self.numbers)} values are revealed, not one")
     return next(iter(self.numbers.items()))
 
   def parents(self, name: str) -> list[str]:
-    """The quantities that one is computed from."""
+    """Returns the quantities that a quantity is computed from."""
     if name in self.unknowns:
       return []
     if name.startswith("total"):
@@ -139,7 +140,7 @@ class Text:
     return list(self._expression(name).refs)
 
   def needed(self, terminal: str) -> list[str]:
-    """The terminal quantity and all its ancestors."""
+    """Returns the terminal quantity and all its ancestors."""
     found, queue = {terminal: None}, [terminal]
     while queue:
       for parent in self.parents(queue.pop()):
@@ -149,14 +150,14 @@ class Text:
     return list(found)
 
   def cost(self, name: str) -> int:
-    """Operations of one quantity."""
+    """Returns the operations of one quantity."""
     if name in self.unknowns:
       return 1
     number = not name.startswith("total") and self._expression(name).literal is not None
     return len(self.parents(name)) + number
 
   def value(self, name: str) -> Polynomial:
-    """The quantity as a polynomial in the unknown."""
+    """Returns a quantity as a polynomial in the unknown."""
     if name not in self._values:
       self._values[name] = ()  # marks what is being computed
       self._values[name] = self._compute(name)
@@ -205,12 +206,12 @@ class Text:
 
 
 def name_of(reference: str) -> str:
-  """A quantity's name from how a sentence refers to it."""
+  """Returns a quantity's name, given how a sentence refers to it."""
   return re.sub(r"^[Tt]he (?:number of )?", "", reference)
 
 
 def asked_of(question: str) -> str:
-  """The name of what a question asks for."""
+  """Returns the name of the quantity that a question asks for."""
   if found := re.fullmatch(r"What is the (.*)\?", question):
     return found[1]
   kind, place = re.fullmatch(r"How many (.*) does (.*) have\?", question).groups()
@@ -218,6 +219,7 @@ def asked_of(question: str) -> str:
 
 
 def terminal_of(text: Text, question: str) -> str:
+  """Returns the quantity that no needed one uses: the revealed one in reverse mode, else the asked one."""
   return text.revealed()[0] if text.unknowns else asked_of(question)
 
 
@@ -253,7 +255,7 @@ def _whole(x: Fraction) -> int:
 
 
 def _assigned(context: str) -> dict[str, int]:
-  """Variables whose value the statements determine, with the value."""
+  """Returns the variables whose value the statements determine, with the value."""
   found = {m[1]: m for m in map(_ASSIGN.fullmatch, split_sentences(context))}
   values = {name: int(m[4]) for name, m in found.items() if m[4]}
   children: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Who has what: places, kinds, and the quantities that follow from them.
+"""Which kinds each place has, and the quantities that follow from it.
 
 A quantity is a small whole number, an index into the lists of `Structure`:
 
@@ -16,8 +16,8 @@ from sleep_jax.data.gsm_infinite.draws import Draws
 
 COUNT, AVERAGE, ALIAS, TOTAL, PRODUCT = "count", "average", "alias", "total", "product"
 
-MAX_EDGES = 20  # budget of pairs (place, kind)
-MAX_WIDTH = 5  # names in a group of core places or kinds
+MAX_EDGES = 20  # at most so many pairs (place, kind)
+MAX_WIDTH = 5  # at most so many places, and kinds: the names in a group
 _CENTRES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the widths 1 .. 5, as shares of the edge budget
 
 
@@ -27,9 +27,9 @@ class Structure:
 
   Attributes:
     roles: role of each quantity.
-    place, kind: of each quantity; kind is -1 for the totals, which are over all of them.
+    place, kind: indices for each quantity; kind is -1 for the totals, which are over all kinds.
     children: what each implicit quantity is computed from; () for the others.
-    instances: quantities that a sentence defines: the counts, then the averages.
+    instances: the quantities that a sentence defines: the counts, then the averages.
   """
 
   roles: tuple[str, ...]
@@ -39,12 +39,12 @@ class Structure:
   instances: tuple[int, ...]
 
   def implicit(self, q: int) -> bool:
-    """Whether no sentence defines the quantity."""
+    """Returns whether the quantity follows from others, so that no sentence defines it."""
     return q >= len(self.instances)
 
 
-def of_pairs(pairs: list[tuple[int, int]], num_places: int, depth: int) -> Structure:
-  """The structure of given pairs.
+def structure_of_pairs(pairs: list[tuple[int, int]], num_places: int, depth: int) -> Structure:
+  """Returns the structure over given pairs.
 
   Args:
     pairs: (place, kind), each once, in the order in which their quantities are numbered.
@@ -73,13 +73,14 @@ def of_pairs(pairs: list[tuple[int, int]], num_places: int, depth: int) -> Struc
   return Structure(tuple(roles), tuple(place), tuple(kind), tuple(children), tuple(range(e * (depth - 1))))
 
 
-def draw(draws: Draws, size: int, depth: int, reverse: bool) -> Structure | None:
-  """A random structure, or None for an attempt that does not work out.
+def draw_structure(draws: Draws, size: int, depth: int, reverse: bool) -> Structure | None:
+  """Draws a structure; None for an attempt that does not work out.
 
   Args:
+    draws: the stream.
     size: s, half the operation budget, which decides how wide the layers tend to be.
     depth: d, 2 or 3.
-    reverse: reverse mode has smaller structures.
+    reverse: whether it is for reverse mode, which has smaller structures.
   """
   width_ends = _width_ends(size)
   widths = []
@@ -106,16 +107,18 @@ def draw(draws: Draws, size: int, depth: int, reverse: bool) -> Structure | None
   if edges > num_places * num_kinds:
     return None
 
-  taken = {(draws.below(num_places), kind) for kind in range(num_kinds)}
+  taken = {(draws.index(num_places), kind) for kind in range(num_kinds)}
   missing = [
     place for place in range(num_places) if all((place, kind) not in taken for kind in range(num_kinds))
   ]
   if len(taken) + len(missing) > edges:
     return None
-  taken.update([(place, draws.below(num_kinds)) for place in missing])
+  taken.update([(place, draws.index(num_kinds)) for place in missing])
   free = [pair for pair in _grid(num_places, num_kinds) if pair not in taken]
   taken.update(draws.sample(free, edges - len(taken)))
-  return of_pairs([pair for pair in _grid(num_places, num_kinds) if pair in taken], num_places, depth)
+  return structure_of_pairs(
+    [pair for pair in _grid(num_places, num_kinds) if pair in taken], num_places, depth
+  )
 
 
 def _grid(num_places: int, num_kinds: int) -> list[tuple[int, int]]:
@@ -123,7 +126,7 @@ def _grid(num_places: int, num_kinds: int) -> list[tuple[int, int]]:
 
 
 def _width_ends(size: int) -> tuple[float, ...]:
-  """Cumulative probabilities of the widths 1 .. 5: softmax of minus the squared distance to the centres."""
+  """Returns cumulative probabilities of the widths 1 .. 5, the softmax of minus squared distances."""
   if size not in _WIDTH_ENDS:
     share = (size - 1) / (MAX_EDGES - 1)
     weights = [math.exp(-((share - c) ** 2)) for c in _CENTRES]

@@ -1,4 +1,4 @@
-"""Tokens: a tokenizer of our own for training from scratch, or any tokenizer.json whose digits are tokens.
+"""Tokens: a tokenizer trained here, for training from scratch, or any tokenizer.json whose digits are tokens.
 
 A text is cut into words (each with the space before it), single digits, runs of marks, and spaces; byte-level
 BPE then works inside each piece. Round trips are therefore exact, and the length of a text is the sum of
@@ -18,11 +18,13 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sleep_jax.config import ConfigError, at_least, check
+from sleep_jax.config import ConfigError, check
+from sleep_jax.data.limits import within
 
 PAD, EOS, ANSWER = "<pad>", "<eos>", "<answer>"
 SPECIAL = (PAD, EOS, ANSWER)
-MOST_WORDS = 200_000  # that are remembered
+MOST_WORDS = 200_000  # whose tokens are remembered
+MOST_VOCAB = 1 << 18
 LEAST_VOCAB = 256 + len(SPECIAL) + 10  # bytes, special tokens, and something to learn
 _PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 _COUNTED = re.compile(r"[^\r\n\w]?[^\W\d_]+|\d| ?[^\s\w]+[\r\n]*|\s+|_")  # where Qwen's tokenizer cuts
@@ -36,11 +38,16 @@ _KNOWN = {  # names under which published tokenizers have them
 class Tokenizer:
   """A `tokenizers.Tokenizer` and the ids that a problem needs beside its text.
 
+  Args:
+    backend: the library's tokenizer.
+    where: its file, for messages.
+
   Attributes:
+    backend: as given.
     vocab_size: tokens, special ones included.
     pad, eos: ids.
     answer_prompt: ids between the context and the answer.
-    by_words: whether the ids of a problem are those of its words, one after the other.
+    by_words: whether the ids of a problem are the ids of its words, one word after the other.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, where: str):
@@ -63,11 +70,11 @@ class Tokenizer:
       )
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without special tokens."""
+    """Returns the ids of a text, without special tokens."""
     return self.backend.encode(text, add_special_tokens=False).ids
 
   def encode_problem(self, text: str) -> list[int]:
-    """The ids of `encode` for the text of a problem, in a sixth of the time where words are looked up."""
+    """Returns the ids of `encode` for the text of a problem, six times as fast if words can be looked up."""
     if not self.by_words:
       return self.encode(text)
     known, ids = self._words, []
@@ -81,7 +88,7 @@ class Tokenizer:
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; special tokens are left out."""
+    """Returns the text of ids; special tokens are left out."""
     return self.backend.decode(list(ids), skip_special_tokens=True)
 
   def save(self, path: str | pathlib.Path) -> None:
@@ -95,12 +102,16 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-  """A tokenizer trained on texts; the same texts give the same one.
+  """Trains a tokenizer; the same texts give the same one.
 
   Args:
-    vocab_size: tokens at most, special ones included.
+    texts: to train on.
+    vocab_size: most tokens, special ones included.
+
+  Raises:
+    ConfigError: if the vocabulary is too small or too large.
   """
-  at_least(vocab_size, LEAST_VOCAB, "data.vocab_size")
+  within(vocab_size, LEAST_VOCAB, MOST_VOCAB, "data.vocab_size")
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -121,40 +132,48 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def load(path: str) -> Tokenizer:
-  """The tokenizer of a tokenizer.json, read once a process.
+  """Reads a tokenizer.json, once a process.
 
   Raises:
     ConfigError: if there is no such file, it is no tokenizer, or its digits are not single tokens.
   """
-  check(pathlib.Path(path).is_file(), "data.tokenizer", f"there is no file {path!r}")
   try:
-    backend = tokenizers.Tokenizer.from_file(path)
-  except Exception as e:  # the library raises no narrower type
-    raise ConfigError(f"data.tokenizer: {path!r} is no tokenizer.json: {str(e).splitlines()[0]}") from e
-  return Tokenizer(backend, repr(path))
+    there = pathlib.Path(path).is_file()
+  except OSError:  # a name that the file system refuses
+    there = False
+  check(there, "data.tokenizer", f"there is no file {path[:80]!r}")
+  try:
+    return Tokenizer(tokenizers.Tokenizer.from_file(path), repr(path))
+  except ConfigError:
+    raise
+  except BaseException as e:  # the library raises no narrower type, and its panics are no `Exception`
+    if isinstance(e, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+      raise
+    reason = next(iter(str(e).splitlines()), type(e).__name__)
+    raise ConfigError(f"data.tokenizer: {path!r} is no tokenizer.json: {reason}") from e
 
 
 def pieces(text: str) -> list[str]:
-  """The pieces of a text (words, digits, marks), within which Qwen's tokenizer joins bytes to tokens."""
+  """Splits a text into words, digits and marks, within which Qwen's tokenizer joins bytes to tokens."""
   return _COUNTED.findall(text)
 
 
 def lengths(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
-  """Tokens of the pieces of texts that take more than one: what `qwen_lengths.json` holds of our words."""
+  """Returns the tokens of each piece that has more than one; `qwen_lengths.json` holds them for our words."""
   found = {piece for text in texts for piece in pieces(text)}
   sizes = {piece: len(tokenizer.encode(piece)) for piece in sorted(found)}
   return {piece: size for piece, size in sizes.items() if size > 1}
 
 
 class Counter:
-  """Tokens of texts, by adding up those of their words, which are looked up.
+  """Counts the tokens of texts by adding up those of their words, which are remembered.
 
   Args:
-    path: a tokenizer.json; empty to count as Qwen2.5's tokenizer does, which needs no file: of the words that
-      the generator uses it is recorded which take more than one token. Other words count as one.
+    path: a tokenizer.json. Empty: counts as Qwen2.5's tokenizer does, without its file. It is recorded which
+      of the generator's words take it more than one token; all other words count as one.
 
   Attributes:
-    exact: whether a text has as many tokens as its words together.
+    exact: whether a text has as many tokens as its words have together.
   """
 
   def __init__(self, path: str):
@@ -168,7 +187,7 @@ class Counter:
     self.exact = all(self(text) == self.whole(text) for text in _PROBES)
 
   def __call__(self, text: str) -> int:
-    """Tokens of a text, each word, the space before it and the line break behind it for itself."""
+    """Returns the tokens of all words together, each with the space before it and the line break after it."""
     sizes = self._sizes
     total = 0
     for word in _WORDS.findall(text):
@@ -181,7 +200,7 @@ class Counter:
     return total
 
   def whole(self, text: str) -> int:
-    """Tokens of a text, counted as a whole."""
+    """Returns the tokens of a text that is counted as a whole."""
     return self._count(text)
 
 
@@ -198,5 +217,5 @@ _PROBES = (
 
 @functools.lru_cache(maxsize=8)
 def counter(path: str) -> Counter:
-  """The counter of a tokenizer, once a process."""
+  """Returns the counter of a tokenizer, made once a process."""
   return Counter(path)

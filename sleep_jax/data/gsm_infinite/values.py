@@ -1,27 +1,31 @@
-"""Values of the needed quantities, as polynomials in the hidden one, and the worked solution."""
+"""Values of the needed quantities, as lines a + b x in the hidden one, and the worked solution."""
 
 import string
 from collections.abc import Callable, Mapping, Sequence
 
+from sleep_jax.data.gsm_infinite.config import MOST_VALUE
 from sleep_jax.data.gsm_infinite.draws import Draws
 from sleep_jax.data.gsm_infinite.sentences import Expression
 from sleep_jax.data.gsm_infinite.structure import ALIAS, COUNT, PRODUCT, Structure
 
 Line = tuple[int, int]  # a + b x
-LARGEST = 1000  # value of a needed quantity
 
 
-def of_order(
+def evaluate(
   structure: Structure,
   order: Sequence[int],
   expressions: Mapping[int, Expression],
   unknown: int | None,
   modulus: int = -1,
 ) -> dict[int, Line] | None:
-  """The needed quantities in terms of the unknown one.
+  """Computes the needed quantities in terms of the unknown one.
 
   Args:
-    modulus: of every value, where there is no unknown; -1 for none.
+    structure: which quantities are implicit, and their children.
+    order: the needed quantities, each after all that it is computed from.
+    expressions: of the instances among them.
+    unknown: the hidden leaf x; None in forward mode.
+    modulus: every value is taken modulo this, if there is no unknown; -1 for none.
 
   Returns:
     Quantity -> (a, b) for a + b x, or None if one is of higher order.
@@ -49,7 +53,7 @@ def of_order(
 
 
 def summands(structure: Structure, q: int) -> list[tuple[int, ...]]:
-  """The products that an implicit quantity is the sum of."""
+  """Returns the products whose sum an implicit quantity is."""
   children = structure.children[q]
   if structure.roles[q] != PRODUCT:
     return [(c,) for c in children]
@@ -58,16 +62,16 @@ def summands(structure: Structure, q: int) -> list[tuple[int, ...]]:
 
 
 def acceptable(structure: Structure, lines: Mapping[int, Line], x: int) -> bool:
-  """Whether all values lie in 0 .. 1000, and no count is 0."""
+  """Returns whether all values lie in 0 .. 1000 and no count is 0."""
   for q, (a, b) in lines.items():
     value = a + b * x
-    if not 0 <= value <= LARGEST or (value == 0 and structure.roles[q] == COUNT):
+    if not 0 <= value <= MOST_VALUE or (value == 0 and structure.roles[q] == COUNT):
       return False
   return True
 
 
-def hidden(order: Sequence[int], expressions: Mapping[int, Expression]) -> int | None:
-  """The leaf that reverse mode hides: the last one of the order that is only a number."""
+def hidden_leaf(order: Sequence[int], expressions: Mapping[int, Expression]) -> int | None:
+  """Returns the leaf that reverse mode hides: the last one of the order that is only a number."""
   return next((q for q in reversed(order) if q in expressions and not expressions[q].refs), None)
 
 
@@ -82,7 +86,7 @@ def solution(
   draws: Draws,
   modulus: int = -1,
 ) -> str:
-  """The worked solution, one definition a needed quantity, ending in `Answer: v.`
+  """Returns the worked solution: one definition for each needed quantity, then `Answer: v.`
 
   With a modulus each definition says so.
   """
@@ -119,7 +123,7 @@ def solution(
 def _formula(
   structure: Structure, q: int, expressions: Mapping[int, Expression]
 ) -> Callable[[Callable[[int], str]], str]:
-  """The expression of a quantity, given how its operands are written."""
+  """Returns a function that writes the expression of a quantity, given how its operands are written."""
 
   def write(show: Callable[[int], str]) -> str:
     if structure.implicit(q):
@@ -137,7 +141,7 @@ def _formula(
 
 
 def _line(line: Line, nested: bool = False) -> str:
-  """a + b x in its shortest form; in parentheses where it has two terms or a sign and stands in a formula."""
+  """Writes a + b x in its shortest form; within a formula in parentheses if it has two terms or a sign."""
   a, b = line
   if b == 0:
     return f"({a})" if nested and a < 0 else str(a)
@@ -147,6 +151,7 @@ def _line(line: Line, nested: bool = False) -> str:
 
 
 def _times(a: Line, b: Line | None = None) -> Line | None:
+  """Multiplies two lines; None if the product is of second order."""
   if b is None:
     return a
   return None if a[1] and b[1] else (a[0] * b[0], a[0] * b[1] + a[1] * b[0])

@@ -1,9 +1,9 @@
 """Statistics of problems with their sampling errors, beside those of the original generator.
 
-All that is compared with a text of the original comes from `reading.read`, for both sides. Two sources:
+Statistics of texts come from `reading.read_problem`, on both sides. The original is known from two files:
 
-    reference_readings.jsonl   readings of the 319 solvable problems of the original's sample with noise
-    reference.json             what was measured of 400 of its problems a row, without noise
+    reference_readings.jsonl   readings of the 319 solvable problems of its sample with noise
+    reference.json             measured values without noise: of 400 problems a row, of 8,000 in `large`
 """
 
 import collections
@@ -12,13 +12,11 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sleep_jax.data.gsm_infinite import reading
-from sleep_jax.data.gsm_infinite.problems import Problem
-from sleep_jax.data.gsm_infinite.reading import Reading
+from sleep_jax.data.gsm_infinite.study.reading import Reading
 
 HERE = pathlib.Path(__file__).parent
 _FINE = (
@@ -31,7 +29,7 @@ _FINE = (
   "U literal with two",
   "U many",
 )
-FACT_PROBLEMS = 400  # a row of reference.json
+FACT_PROBLEMS = 400  # in a row of reference.json
 KINDS = ("total", "product", "average", "count")
 FORMS = (
   "literal", "copy", "times one", "plus one", "sum", "difference", "literal with two", "many", "hidden",
@@ -50,7 +48,7 @@ class Estimate:
     return f"{self.value:.{digits}f}±{self.error:.{digits}f}"
 
 
-# Name -> (numerator, denominator) of a problem; the statistic is the quotient of their sums.
+# Name -> (numerator, denominator) for one problem; the statistic is the quotient of their sums.
 METRICS: dict[str, Callable[[Reading], tuple[float, float]]] = {
   "tokens": lambda r: (r.tokens, 1),
   "words": lambda r: (r.words, 1),
@@ -62,6 +60,7 @@ METRICS: dict[str, Callable[[Reading], tuple[float, float]]] = {
   "tokens a sentence": lambda r: (r.tokens, r.sentences),
   "names asked": lambda r: (r.names_asked, r.roles.get("N", 0)),
   "names needed": lambda r: (r.names_needed, r.roles.get("N", 0)),
+  "U circular": lambda r: (r.circular, r.roles.get("U", 0)),
   **{f"asked {kind}": lambda r, kind=kind: (r.asked == kind, 1) for kind in KINDS},
   **{
     f"{role} {form}": lambda r, role=role, form=form: (r.forms.get(f"{role} {form}", 0), r.roles.get(role, 0))
@@ -72,7 +71,7 @@ METRICS: dict[str, Callable[[Reading], tuple[float, float]]] = {
 
 
 def estimate(readings: Sequence[Reading], metric: str) -> Estimate:
-  """One of `METRICS`, or `majority`: the share of the commonest answer, what a constant scores."""
+  """Estimates one of `METRICS`, or `majority`: the share of the commonest answer, which a constant scores."""
   if metric == "majority":
     share = collections.Counter(r.answer for r in readings).most_common(1)[0][1] / len(readings)
     return Estimate(share, math.sqrt(share * (1 - share) / len(readings)))
@@ -84,7 +83,7 @@ def estimate(readings: Sequence[Reading], metric: str) -> Estimate:
 
 
 def deviations(ours: Sequence[Reading], theirs: Sequence[Reading], metric: str) -> float:
-  """How many standard errors lie between two samples, by the error that both have if they are of one law."""
+  """Returns the standard errors between two samples, by the error that both have if their law is the same."""
   if metric == "majority":
     one, other = estimate(ours, metric), estimate(theirs, metric)
     share = (one.value * len(ours) + other.value * len(theirs)) / (len(ours) + len(theirs))
@@ -104,13 +103,8 @@ def _spread(residuals: np.ndarray) -> float:
   return float(np.sqrt(np.sum(residuals**2) / max(len(residuals) - 1, 1)))
 
 
-def mean(values: Sequence[float]) -> Estimate:
-  """The mean of independent values."""
-  return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))))
-
-
 def answer_distance(ours: Sequence[object], theirs: Sequence[object]) -> tuple[float, float]:
-  """Whether two samples of answers have one distribution.
+  """Compares the distributions of two samples of answers.
 
   Returns:
     Chi-squared over the answers that are expected at least five times on either side, the rest together; and
@@ -132,31 +126,27 @@ def answer_distance(ours: Sequence[object], theirs: Sequence[object]) -> tuple[f
   return chi, (chi - freedom) / math.sqrt(2 * freedom)
 
 
-def of_problems(problems: Iterable[Problem], modulus: int = -1) -> list[Reading]:
-  """What the texts of word problems say."""
-  return [reading.read(p.question, p.context, p.num_tokens, modulus) for p in problems]
-
-
 @functools.cache
 def reference_readings() -> tuple[Reading, ...]:
-  """The original's sample: 40 problems for each number of operations, d and modes mixed, with noise."""
+  """Returns the original's sample with noise: 40 problems for each number of operations; all d and modes."""
   lines = HERE.joinpath("reference_readings.jsonl").read_text(encoding="utf-8").splitlines()
   return tuple(Reading(**json.loads(line)) for line in lines)
 
 
 @functools.cache
 def reference_facts() -> dict[str, dict[str, dict[str, float]]]:
-  """What was measured of the original without noise: by `subset mode`, by op; and `forms`, of all ops."""
+  """Returns measured values of the original: `core`, `large` by `subset mode` and op; `forms` of all ops."""
   return json.loads(HERE.joinpath("reference.json").read_text(encoding="utf-8"))
 
 
-def fact(
+def against_fact(
   metric: str, value: float, readings: Sequence[Reading], num: int = FACT_PROBLEMS
 ) -> tuple[float, float]:
-  """A fact of `num` problems of the original against ours.
+  """Compares a value measured of `num` problems of the original with ours.
 
   Returns:
-    Its standard error, by the spread of ours and its rounding; and the deviations between it and ours.
+    The standard error of the value, from the spread of ours and its rounding; and the standard errors between
+    the two.
   """
   ours = estimate(readings, metric)
   step = 0.1 if metric == "U" else 0.001 if metric in _FINE else 0.01
@@ -171,5 +161,5 @@ def fact(
 
 
 def as_json(r: Reading) -> str:
-  """A line of `reference_readings.jsonl`."""
+  """Returns a reading as a line of `reference_readings.jsonl`."""
   return json.dumps(dataclasses.asdict(r), separators=(",", ":"))

@@ -1,9 +1,11 @@
-"""What the text of a problem says about it, whoever made it: the one source of all statistics.
+"""Reads everything that is counted from the text of a problem, whoever made it.
 
-Nothing but the text is used, and the names of the core's places, which tell the core from the noise.
+Only the text is used, and the names of the core's places, by which core and noise are told apart. All
+statistics come from here, for our problems and for the original's.
 """
 
 import collections
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -18,17 +20,18 @@ _LEFT = re.compile(r"(.*?)(?: equals .*| exists, and its number is greater than 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """One problem.
+  """The statistics of one problem.
 
   Attributes:
     op, depth, mode, template, answer: as in `Problem`.
     tokens: of question, line break and context; the one number that the caller gives.
     words, characters: of the same.
-    chain: needed quantities on the longest way to the terminal one, it included; an alias is none.
+    chain: needed quantities on the longest path to the terminal one, which counts too; an alias does not.
     asked: `total` (of the second layer), `product` (of the third), `average` or `count`.
     roles: sentences of each role: S needed, R the revealed value, U of the core but not needed, N noise.
-    forms: sentences of each role and form, as `S literal`.
-    names_asked, names_needed: noise sentences whose right side names what is asked, or anything needed.
+    forms: sentences of each role and form, such as `S literal`.
+    circular: unneeded sentences that define a quantity by itself, through a total that contains it.
+    names_asked, names_needed: noise sentences whose right side mentions the asked quantity, or any needed.
   """
 
   op: int
@@ -43,19 +46,22 @@ class Reading:
   answer: int
   roles: Mapping[str, int]
   forms: Mapping[str, int]
+  circular: int
   names_asked: int
   names_needed: int
 
   @property
   def sentences(self) -> int:
-    """Sentences of the context."""
+    """Number of sentences in the context."""
     return sum(self.roles.values())
 
 
-def read(question: str, context: str, tokens: int, modulus: int = -1) -> Reading:
+def read_problem(question: str, context: str, tokens: int, modulus: int = -1) -> Reading:
   """Reads a word problem.
 
   Args:
+    question, context: its texts.
+    tokens: as counted by the caller.
     modulus: of its values; -1 for none.
 
   Raises:
@@ -64,13 +70,13 @@ def read(question: str, context: str, tokens: int, modulus: int = -1) -> Reading
   text = solver.Text(context)
   asked = solver.asked_of(question)
   needed = set(text.needed(solver.terminal_of(text, question)))
-  letters = roles(question, context)
+  letters = sentence_roles(question, context)
   forms: collections.Counter[str] = collections.Counter()
   names_asked = names_needed = 0
   for sentence, role in zip(solver.split_sentences(context), letters, strict=True):
-    forms[f"{role} {form(sentence)}"] += 1
+    forms[f"{role} {sentence_form(sentence)}"] += 1
     if role == "N":
-      named = text.parents(left_of(sentence))
+      named = text.parents(quantity_of(sentence))
       names_asked += asked in named
       names_needed += not needed.isdisjoint(named)
   whole = f"{question}\n{context}"
@@ -87,22 +93,23 @@ def read(question: str, context: str, tokens: int, modulus: int = -1) -> Reading
     answer=solver.solve(question, context, modulus),
     roles=dict(sorted(collections.Counter(letters).items())),
     forms=dict(sorted(forms.items())),
+    circular=sum(_is_circular(text, name) for name in text.right if _place(name) in _CORE),
     names_asked=names_asked,
     names_needed=names_needed,
   )
 
 
-def roles(question: str, context: str) -> str:
-  """A letter for each sentence of a word problem's context, in its order: S, R, U or N.
+def sentence_roles(question: str, context: str) -> str:
+  """Returns a letter for each sentence of a word problem's context, in its order: S, R, U or N.
 
-  A sentence that is there twice (the original has such) is needed once.
+  Of a sentence that stands there twice, as happens in the original, only the first is needed.
   """
   text = solver.Text(context)
   needed = set(text.needed(solver.terminal_of(text, question)))
   seen: set[str] = set()
   letters = []
   for sentence in solver.split_sentences(context):
-    name = left_of(sentence)
+    name = quantity_of(sentence)
     if _place(name) not in _CORE:
       letters.append("N")
     elif name in text.numbers and sentence.endswith(f" equals {text.numbers[name]}"):
@@ -113,13 +120,13 @@ def roles(question: str, context: str) -> str:
   return "".join(letters)
 
 
-def left_of(sentence: str) -> str:
-  """The name of the quantity that a sentence is about."""
+def quantity_of(sentence: str) -> str:
+  """Returns the name of the quantity that a sentence defines."""
   return solver.name_of(_LEFT.fullmatch(sentence)[1])
 
 
-def form(sentence: str) -> str:
-  """The form: literal, copy, times one, plus one, sum, difference, literal with two, many, hidden."""
+def sentence_form(sentence: str) -> str:
+  """Returns the form: literal, copy, times one, plus one, sum, difference, literal with two, many, hidden."""
   _, equals, right = sentence.partition(" equals ")
   if not equals:
     return "hidden"
@@ -134,6 +141,19 @@ def form(sentence: str) -> str:
       return "literal with two"
     return "sum" if rest.startswith("the sum") else "difference"
   return f"{operator} one" if operator else "copy"
+
+
+def _is_circular(text: solver.Text, name: str) -> bool:
+  """Returns whether a quantity is among those that it is computed from."""
+  seen: set[str] = set()
+  queue = text.parents(name)
+  while queue:
+    parent = queue.pop()
+    if parent not in seen:
+      seen.add(parent)
+      with contextlib.suppress(solver.UnsolvableError):  # the original lost some definitions
+        queue += text.parents(parent)
+  return name in seen
 
 
 def _place(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of problems beside the original's, as Markdown.
+"""Tables of our problems beside the original's, as Markdown.
 
 A cell is `ours / the original's`, each with its standard error; a star is a difference of more than four
 standard errors, which chance brings once in 16,000.
@@ -7,12 +7,12 @@ standard errors, which chance brings once in 16,000.
 import collections
 from collections.abc import Callable, Mapping, Sequence
 
-from sleep_jax.data.gsm_infinite import statistics
-from sleep_jax.data.gsm_infinite.reading import Reading
-from sleep_jax.data.gsm_infinite.statistics import FORMS, KINDS, Estimate
+from sleep_jax.data.gsm_infinite.study import statistics
+from sleep_jax.data.gsm_infinite.study.reading import Reading
+from sleep_jax.data.gsm_infinite.study.statistics import FORMS, KINDS, Estimate
 
 STAR = 4.0  # standard errors
-LEAST = 50  # problems of a row, below which its error says little
+LEAST = 50  # problems in a row; the error of fewer says little
 WITH_NOISE = ("tokens", "words", "characters", "sentences", "N", "noise share", "tokens a sentence")
 NAMES = ("names asked", "names needed")
 CORE = ("S", "U", "chain", "majority", *(f"asked {kind}" for kind in KINDS))
@@ -24,13 +24,14 @@ Deviations = dict[str, float]  # what is compared -> standard errors between the
 
 
 def against_readings(ours: Sequence[Reading], by: str) -> tuple[str, Deviations]:
-  """Ours beside the original's sample of texts with noise, cut to the kinds of problems that ours has.
+  """Compares ours with the original's sample of texts with noise, cut to the kinds of problems that ours has.
 
   Args:
-    by: `operations` or `cell` (d and mode), the columns.
+    ours: readings of our problems.
+    by: the columns: `operations`, or `cell` (d and mode).
 
   Returns:
-    A table, a row a statistic, and the deviations of all its cells.
+    A table with a row for each statistic, and the deviations of all its cells.
   """
   kinds = {(r.op, r.depth, r.mode) for r in ours}
   theirs = [r for r in statistics.reference_readings() if (r.op, r.depth, r.mode) in kinds]
@@ -60,12 +61,12 @@ def against_readings(ours: Sequence[Reading], by: str) -> tuple[str, Deviations]
 
 
 def against_facts(ours: Sequence[Reading]) -> tuple[str, Deviations]:
-  """Ours beside what was measured of 400 problems of the original for each d, mode and number of operations.
+  """Compares ours with values measured of the original for each d, mode and number of operations.
 
-  Noise and length play no part in these statistics.
+  Noise and length do not matter for these statistics.
 
   Returns:
-    A table, a row a kind of problem of which there are enough, and the deviations of all its cells.
+    A table with a row for each kind of problem of which there are enough, and the deviations of its cells.
   """
   groups = _grouped(ours, lambda r: (SUBSETS[r.depth], r.mode, r.op))
   rows, found = [], {}
@@ -76,7 +77,7 @@ def against_facts(ours: Sequence[Reading]) -> tuple[str, Deviations]:
       if metric not in known:
         cells.append("–")
         continue
-      error, far = statistics.fact(metric, known[metric], readings)
+      error, far = statistics.against_fact(metric, known[metric], readings)
       a, b = statistics.estimate(readings, metric), Estimate(known[metric], error)
       cells.append(_cell(a, b, far))
       if a.value or b.value:
@@ -88,13 +89,13 @@ def against_facts(ours: Sequence[Reading]) -> tuple[str, Deviations]:
 
 
 def verdict(found: Deviations) -> str:
-  """What many deviations together say: how many are large, how many chance makes so, and which they are."""
+  """Summarises deviations: how many are large, how many would be by chance, and which they are."""
   expected = {2: 0.0455, 3: 0.0027, 4: 0.000063}
   over = {bound: [x for x in found.values() if x > bound] for bound in expected}
-  told = ", ".join(f"{len(over[x])} beyond {x} (by chance {expected[x] * len(found):.1f})" for x in over)
+  counts = ", ".join(f"{len(over[x])} beyond {x} (by chance {expected[x] * len(found):.1f})" for x in over)
   largest = sorted(((x, name) for name, x in found.items() if x > 3), reverse=True)
   names = "; ".join(f"{name} {x:.1f}" for x, name in largest)
-  return f"{len(found)} comparisons, standard errors apart: {told}{f'. Beyond 3: {names}' if names else ''}"
+  return f"{len(found)} comparisons, standard errors apart: {counts}{f'. Beyond 3: {names}' if names else ''}"
 
 
 def _grouped(readings: Sequence[Reading], key: Key) -> Mapping[object, list[Reading]]:
