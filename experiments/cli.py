@@ -4,6 +4,7 @@
 overrides on the command line are data.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -30,6 +31,10 @@ from sleep_jax.train import NotFiniteError, PreemptedError
 
 DONE, FAILED, USER_MISTAKE, STOPPED = 0, 1, 2, 3
 CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+class FailedError(RuntimeError):
+  """Something failed that is nobody's mistake: one line, exit code 1."""
 
 
 @functools.cache
@@ -130,7 +135,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return main() or DONE
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except (NotFiniteError, WorkerError) as e:
+    except (FailedError, NotFiniteError, WorkerError) as e:
       return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)
@@ -260,6 +265,8 @@ def _find(values: Mapping[str, Any], name: str) -> None:
 
 
 def _say(message: str, code: int) -> int:
-  """A message to stderr; gives the exit code back."""
-  print(message, file=sys.stderr)
+  """A message to stderr, if that can still be written to; gives the exit code back."""
+  if sys.stderr is not None:
+    with contextlib.suppress(OSError, ValueError):
+      print(message, file=sys.stderr, flush=True)
   return code

@@ -29,18 +29,9 @@ from sleep_jax.fast_weights import FastWeights
 from sleep_jax.sampling import SamplingConfig, sample
 
 __all__ = [
-  "ENDED",
-  "NotFiniteError",
-  "SamplingConfig",
-  "Session",
-  "draw",
-  "generate",
-  "read",
-  "read_parts",
-  "sample",
-  "start",
-  "state_bytes",
-]
+  "ENDED", "NotFiniteError", "SamplingConfig", "Session", "draw", "generate", "read", "read_parts", "sample",
+  "start", "state_bytes"
+]  # fmt: skip
 
 ENDED = -1  # in place of a token, in a row that has ended
 

@@ -1,7 +1,7 @@
 """How the next token is drawn from the logits.
 
-A draw depends on the logits, the key and the position alone, so that a sequence that is cut and resumed goes on
-as it would have.
+A draw depends on the logits, the key and the position alone, so a sequence that is cut and resumed goes on as
+it would have.
 """
 
 import dataclasses

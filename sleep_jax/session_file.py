@@ -174,12 +174,12 @@ def _load(
     "session",
     f"{path} is of format {version!r:.20}, this program reads {FORMAT}: read the text again",
   )
+  _check_places(entries, size - len(head))
   config.check(
     _digest(file, head, metadata[CHECKSUM]) == metadata[CHECKSUM],
     "session",
     f"{path} is damaged: its checksum is wrong",
   )
-  _check_places(entries, size - len(head))
   for name, now in _belongs_to(weights, cfg, sleep_cfg).items():
     _same(name, told.get(name), now, path)
   batch, filled, windows = (_whole(told[name]) for name in ("batch", "filled", "windows"))

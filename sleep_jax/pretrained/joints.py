@@ -1,10 +1,10 @@
 """Places where a text can be cut so that its parts have the same tokens as the whole.
 
-A joint lies between two characters x and y. It holds if every stage of the tokenizer (added tokens, normalizer,
-pre-tokenizer, model) treats the text before it and the text behind it independently, or if a pre-tokenizer
-splits there. This is decided from the stages' published behaviour and from the vocabulary, pair by pair, never
-by trying. The parts are tokenized with some text on either side, so that neither is at the beginning or the end
-of a text where the whole is not.
+A joint lies between two characters x and y. It holds if every stage of the tokenizer (added tokens,
+normalizer, pre-tokenizer, model) treats the text before it and the text behind it independently, or if a
+pre-tokenizer splits there. This is decided from the stages' published behaviour and from the vocabulary, pair
+by pair, never by trying. The parts are tokenized with some text on either side, so that neither is at the
+beginning or the end of a text where the whole is not.
 """
 
 import functools
@@ -17,9 +17,9 @@ import tokenizers
 from sleep_jax.pretrained.patterns import Pattern, UnknownPatternError
 
 SPACES = frozenset(" \n\t\r")
-# Characters beside the marks (category M) that join a neighbour in a grapheme or a composition: jamo, half-width
-# voice marks, vowel signs that decompose, and letters that stand in front of another (Grapheme_Cluster_Break
-# Prepend). Everything behind the basic plane is left out too.
+# Characters beside the marks (category M) that join a neighbour in a grapheme or a composition: jamo, voice
+# marks of half width, vowel signs that decompose, and letters that stand in front of another
+# (Grapheme_Cluster_Break = Prepend). Everything behind the basic plane is left out too.
 JOINING = frozenset(
   map(
     chr,
@@ -99,8 +99,8 @@ class Joints:
   def _no_token_spans(self, pair: Pair) -> bool:
     """Whether the model, given both characters in one piece of text, never joins them.
 
-    BPE joins only what is a token in the end, so that two sides which no token spans are merged independently.
-    A unigram model adds up scores along the whole piece, whose rounding may decide between equals: never sure.
+    BPE joins only what is a token in the end, so two sides that no token spans are merged independently. A
+    unigram model adds up scores along the whole piece, and rounding may decide between equals: not sure.
     """
     model = self._tokenizer.model
     if not isinstance(model, tokenizers.models.BPE):

@@ -1,9 +1,9 @@
 """Which characters a pattern of a `tokenizer.json` can match side by side.
 
-A pattern is read as a set of places, each of which takes one character, and of pairs of places that can follow
-each other (the position automaton of Glushkov, 1961). If no such pair takes x and then y, then no attempt to
-match gets from an x to a y behind it: what is matched on either side does not depend on the other. Text
-inside lookaheads and lookbehinds counts as matched, which can only add pairs.
+A pattern is read as a set of places, each of which takes one character, and of pairs of places that can
+follow each other (the position automaton of Glushkov, 1961). If no such pair takes x and then y, then no
+attempt to match gets from an x to a y behind it: what is matched on either side does not depend on the other.
+Text inside lookaheads and lookbehinds counts as matched, which can only add pairs.
 
 The syntax is that of Oniguruma, which the tokenizers library uses. What is not understood is refused.
 """
@@ -33,6 +33,7 @@ NOTHING = _Part(True)
 LOOKS = frozenset("AbBzZ")
 CLASSES = frozenset("dDhHsSwW")
 ESCAPED = frozenset("tnrfvae")
+ESCAPE = re.compile(r"\\(?:[pP]\{\^?\w+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.)", re.S)
 
 
 class Pattern:
@@ -43,7 +44,7 @@ class Pattern:
 
   Attributes:
     empty: whether it may match nothing.
-    single: whether it has one place, once or repeated, and no condition: what it takes is matched for certain.
+    single: whether it has one place, once or repeated, and no condition: what it takes it matches.
 
   Raises:
     UnknownPatternError: if it was not.
@@ -181,9 +182,7 @@ class Pattern:
     raise UnknownPatternError(f"{self._text!r}: a class is not closed")
 
   def _escape(self) -> _Part:
-    found = re.compile(
-      r"\\(?:[pP]\{\^?\w+\}|x\{[0-9A-Fa-f]+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.)", re.S
-    ).match(self._text, self._at)
+    found = ESCAPE.match(self._text, self._at)
     if found is None:
       raise UnknownPatternError(f"{self._text!r}: ends with a \\")
     self._at, letter = found.end(), found[0][1]

@@ -1,34 +1,16 @@
-"""Text of tokens that come one by one: the pieces, joined, are what decoding all tokens at once gives.
+"""Text of tokens that come one by one: the pieces, joined, are what decoding all tokens at once gives."""
 
-A `tokenizer.json` names a chain of decoders, list of tokens in, list of tokens out. Here each of them takes a
-piece at a time and passes on what no later token can change. The rest is held back: the bytes of a character
-that is not complete, or a space that the next token may need.
-"""
-
-import codecs
 import copy
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import tokenizers
-
 from sleep_jax.config import check
-from sleep_jax.pretrained.joints import LETTERS
+from sleep_jax.pretrained import decoders
 from sleep_jax.pretrained.tokenizer import Tokenizer
 
-Piece = tuple[str, bool]  # a piece of a token's text, and whether the token ends with it
 TAIL = 256  # tokens of a prompt that decide how the text behind it goes on
-BYTES = {c: b for b, c in enumerate(LETTERS)}
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 # C0, DEL and C1. Every sequence that drives a terminal begins with one of them.
 CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - set(map(ord, "\n\t")))
-
-CLEANED = (
-  (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-  (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
-)  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -49,7 +31,7 @@ class TextStream:
 
   def __init__(self, tokenizer: Tokenizer, state: dict[str, Any] | None = None):
     self._tokenizer = tokenizer
-    self._stages = _stages(tokenizer.decoder)
+    self._stages = decoders.of(tokenizer.decoder)
     self._known = ""  # text of the prompt that the stages have not passed on yet
     if state is not None:
       fresh = self.state()
@@ -60,7 +42,7 @@ class TextStream:
 
   def add(self, token: int) -> str:
     """The text that is certain now and was not before."""
-    return self._new(_through(self._stages, self._pieces(token)))
+    return self._new(decoders.through(self._stages, self._pieces(token)))
 
   def skip(self, tokens: Sequence[int]) -> str:
     """Takes tokens whose text is known to the reader, a prompt's; the text then goes on behind them.
@@ -72,9 +54,17 @@ class TextStream:
     """
     held = self.end()
     for token in [*tokens[:1], *tokens[max(1, len(tokens) - TAIL) :]]:
-      _through(self._stages, self._pieces(token))
+      decoders.through(self._stages, self._pieces(token))
     self._known = self._rest()
     return held
+
+  def show(self) -> str:
+    """The text that is still held back, if it is complete; what comes later goes on behind it."""
+    rest = self.end()
+    if decoders.UNKNOWN in rest:
+      return ""
+    self._known = self._rest()
+    return rest
 
   def end(self) -> str:
     """The text that is still held back, as it is if no token follows; the stream itself stays as it is."""
@@ -84,14 +74,14 @@ class TextStream:
     """What another stream needs to go on from here, as plain data."""
     return {"known": self._known, "stages": [copy.deepcopy(stage.state) for stage in self._stages]}
 
-  def _pieces(self, token: int) -> list[Piece]:
+  def _pieces(self, token: int) -> list[decoders.Piece]:
     text = self._tokenizer.text_of(token)
     return [] if text is None else [(text, True)]
 
   def _rest(self) -> str:
     """What the stages still hold; they keep it."""
     states = self.state()["stages"]
-    text = _through(self._stages, [], close=True)
+    text = decoders.through(self._stages, [], close=True)
     for stage, values in zip(self._stages, states, strict=True):
       stage.state = values
     return text
@@ -101,6 +91,28 @@ class TextStream:
     new = _behind(text, self._known)
     self._known = self._known[len(text) :] if not new else ""
     return new
+
+
+class StopStrings:
+  """Text in, text out, until one of some strings is complete; that one and what follows is left out.
+
+  The result does not depend on how the text is cut: what may be the beginning of a string is held back.
+  """
+
+  def __init__(self, strings: Sequence[str]):
+    self._strings = tuple(strings)
+    self.held = ""
+
+  def add(self, text: str) -> tuple[str, str | None]:
+    """The text that is certain now, and the string that ends it, if there is one."""
+    text, self.held = self.held + text, ""
+    found = [(at + len(s), at, s) for s in self._strings if (at := text.find(s)) >= 0]
+    if found:
+      _, at, string = min(found)
+      return text[:at], string
+    held = max((decoders.overlap(text, s) for s in self._strings), default=0)
+    self.held = text[len(text) - held :]
+    return text[: len(text) - held], None
 
 
 def _behind(text: str, known: str) -> str:
@@ -126,269 +138,3 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _same_stages(a: Any, b: Any) -> bool:
   return isinstance(a, list) and len(a) == len(b) and all(map(_alike, a, b))
-
-
-class _Stage:
-  """A decoder. `state` is plain data; here it is nothing, and every piece is passed on."""
-
-  def __init__(self) -> None:
-    self.state: dict[str, Any] = {}
-
-  def add(self, text: str, ends: bool) -> list[Piece]:
-    """Takes the next piece of the token that is open; the next piece is of the next token if this one ends."""
-    return [(text, ends)]
-
-  def close(self) -> list[Piece]:
-    """There are no more tokens."""
-    return []
-
-
-class _Whole(_Stage):
-  """A decoder that looks at whole tokens."""
-
-  def __init__(self) -> None:
-    self.state = {"part": ""}
-
-  def add(self, text: str, ends: bool) -> list[Piece]:
-    text = self.state["part"] + text
-    self.state["part"] = "" if ends else text
-    return self.token(text) if ends else []
-
-  def token(self, text: str) -> list[Piece]:
-    raise NotImplementedError
-
-
-class _Fuse(_Stage):
-  """Makes one token of all."""
-
-  def add(self, text: str, ends: bool) -> list[Piece]:
-    del ends
-    return [(text, False)]
-
-  def close(self) -> list[Piece]:
-    return [("", True)]
-
-
-class _ByteLevel(_Whole):
-  """One token of all, whose characters stand for bytes; one that has others is taken as it is."""
-
-  def __init__(self) -> None:
-    super().__init__()
-    self.state |= {"bytes": []}
-
-  def token(self, text: str) -> list[Piece]:
-    data = bytes(self.state["bytes"]) + _bytes_of(text)
-    known, used = codecs.utf_8_decode(data, "replace", False)
-    self.state["bytes"] = list(data[used:])
-    return [(known, False)]
-
-  def close(self) -> list[Piece]:
-    return [(bytes(self.state["bytes"]).decode("utf-8", "replace"), True)]
-
-
-class _ByteFallback(_Whole):
-  """A run of `<0xAB>` is text if all of it is UTF-8; if not, each is a replacement character."""
-
-  def __init__(self) -> None:
-    super().__init__()
-    self.state |= {"run": []}
-
-  def token(self, text: str) -> list[Piece]:
-    byte = re.fullmatch(r"<0x([+0-9A-Fa-f][0-9A-Fa-f])>", text)
-    if byte:
-      self.state["run"].append(int(byte[1], 16))
-      return []
-    return [*self.close(), (text, True)]
-
-  def close(self) -> list[Piece]:
-    run, self.state["run"] = bytes(self.state["run"]), []
-    try:
-      return [(run.decode("utf-8"), True)] if run else []
-    except UnicodeDecodeError:
-      return [(UNKNOWN, True)] * len(run)
-
-
-class _Replace(_Stage):
-  """Replaces a text in each token. The end of a piece that may be the beginning of one is held back."""
-
-  def __init__(self, pattern: str, content: str) -> None:
-    self._pattern, self._content = pattern, content
-    self.state = {"held": ""}
-
-  def add(self, text: str, ends: bool) -> list[Piece]:
-    *before, rest = (self.state["held"] + text).split(self._pattern)
-    held = 0 if ends else _overlap(rest, self._pattern)
-    self.state["held"] = rest[len(rest) - held :]
-    done = "".join(part + self._content for part in before) + rest[: len(rest) - held]
-    return [(done, ends)]
-
-
-class _Strip(_Stage):
-  """Takes up to `start` characters `content` from the front of each token, and up to `stop` from its end."""
-
-  def __init__(self, content: str, start: int, stop: int) -> None:
-    self._content, self._start, self._stop = content, start, stop
-    self.state = {"left": start, "held": ""}
-
-  def add(self, text: str, ends: bool) -> list[Piece]:
-    while text and self.state["left"]:
-      if text[0] != self._content:
-        self.state["left"] = 0
-      else:
-        text, self.state["left"] = text[1:], self.state["left"] - 1
-    text = self.state["held"] + text
-    held = min(self._stop, len(text) - len(text.rstrip(self._content)))
-    self.state["held"] = "" if ends else text[len(text) - held :]
-    self.state["left"] = self._start if ends else self.state["left"]
-    return [(text[: len(text) - held], ends)]
-
-
-class _Metaspace(_Stage):
-  """A mark stands for a space; in the first token for nothing, unless there never is one in front."""
-
-  def __init__(self, mark: str, first: str) -> None:
-    self._mark, self._first = mark, first
-    self.state = {"begun": False}
-
-  def add(self, text: str, ends: bool) -> list[Piece]:
-    text = text.replace(self._mark, " " if self.state["begun"] else self._first)
-    self.state["begun"] |= ends
-    return [(text, ends)]
-
-
-class _Spaced(_Whole):
-  """A space before each token but the first, unless it begins with `prefix`, which is taken away."""
-
-  def __init__(self, prefix: str | None, cleanup: bool) -> None:
-    super().__init__()
-    self._prefix, self._cleanup = prefix, cleanup
-    self.state |= {"begun": False}
-
-  def token(self, text: str) -> list[Piece]:
-    if self.state["begun"]:
-      inside = self._prefix is not None and text.startswith(self._prefix)
-      text = text[len(self._prefix or "") :] if inside else f" {text}"
-    self.state["begun"] = True
-    return [(_cleaned(text) if self._cleanup else text, True)]
-
-
-class _WordEnd(_Whole):
-  """A suffix stands for a space; in the last token for nothing."""
-
-  def __init__(self, suffix: str) -> None:
-    super().__init__()
-    self._suffix = suffix
-    self.state |= {"held": None}
-
-  def token(self, text: str) -> list[Piece]:
-    before = self._pass_on(" ")
-    if self._suffix not in text:
-      return [*before, (text, True)]
-    self.state["held"] = text
-    return before
-
-  def close(self) -> list[Piece]:
-    return self._pass_on("")
-
-  def _pass_on(self, space: str) -> list[Piece]:
-    held, self.state["held"] = self.state["held"], None
-    return [] if held is None else [(held.replace(self._suffix, space), True)]
-
-
-class _All(_Whole):
-  """Any other decoder: nothing is certain before the end.
-
-  Args:
-    decode: the library's decoder.
-    alone: it looks at each token alone, so that the end of one is enough.
-  """
-
-  def __init__(self, decode: Any, alone: bool = False) -> None:
-    super().__init__()
-    self._decode, self._alone = decode, alone
-    self.state |= {"tokens": []}
-
-  def token(self, text: str) -> list[Piece]:
-    if self._alone:
-      return [(self._decode([text]), True)]
-    self.state["tokens"].append(text)
-    return []
-
-  def close(self) -> list[Piece]:
-    tokens, self.state["tokens"] = self.state["tokens"], []
-    return [(self._decode(tokens), True)] if tokens else []
-
-
-def _stages(decoder: dict[str, Any] | None) -> list[_Stage]:
-  """The decoders of a `tokenizer.json`, in their order."""
-  if decoder is None:
-    return [_Spaced(None, cleanup=False)]
-  stages: list[_Stage] = []
-  for part in _flat(decoder):
-    stage = _stage(part)
-    if stage is None:
-      return [_All(_library(decoder))]
-    stages.append(stage)
-  return stages
-
-
-def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
-  if decoder["type"] != "Sequence":
-    return [decoder]
-  return [part for inner in decoder["decoders"] for part in _flat(inner)]
-
-
-def _stage(part: dict[str, Any]) -> _Stage | None:
-  match part:
-    case {"type": "Fuse"}:
-      return _Fuse()
-    case {"type": "ByteLevel"}:
-      return _ByteLevel()
-    case {"type": "ByteFallback"}:
-      return _ByteFallback()
-    case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
-      return _Replace(pattern, content)
-    case {"type": "Replace"}:
-      return _All(_library(part), alone=True)
-    case {"type": "Strip", "content": str(content), "start": int(start), "stop": int(stop)}:
-      return _Strip(content, start, stop)
-    case {"type": "Metaspace", "replacement": str(mark)}:
-      return _Metaspace(mark, " " if part.get("prepend_scheme") == "never" else "")
-    case {"type": "WordPiece", "prefix": str(prefix), "cleanup": bool(cleanup)}:
-      return _Spaced(prefix, cleanup)
-    case {"type": "BPEDecoder", "suffix": str(suffix)}:
-      return _WordEnd(suffix)
-  return None
-
-
-def _library(decoder: dict[str, Any]) -> Any:
-  """The library's own decoder of this kind, list of tokens to text."""
-  empty = json.loads(tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token="")).to_str())
-  return tokenizers.Tokenizer.from_str(json.dumps(empty | {"decoder": decoder})).decoder.decode
-
-
-def _through(stages: Iterable[_Stage], pieces: list[Piece], close: bool = False) -> str:
-  """What comes out behind the last stage."""
-  for stage in stages:
-    after = [out for piece in pieces for out in stage.add(*piece)]
-    pieces = after + stage.close() if close else after
-  return "".join(text for text, _ in pieces)
-
-
-def _bytes_of(token: str) -> bytes:
-  """The bytes that a byte-level token stands for."""
-  values = [BYTES.get(c) for c in token]
-  return token.encode() if None in values else bytes(values)
-
-
-def _overlap(text: str, pattern: str) -> int:
-  """The length of the longest end of a text that is a beginning of the pattern, and not all of it."""
-  longest = min(len(text), len(pattern) - 1)
-  return next((n for n in range(longest, 0, -1) if text.endswith(pattern[:n])), 0)
-
-
-def _cleaned(text: str) -> str:
-  """English as WordPiece's decoder writes it."""
-  for before, after in CLEANED:
-    text = text.replace(before, after)
-  return text

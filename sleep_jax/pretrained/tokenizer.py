@@ -73,8 +73,8 @@ class Tokenizer:
   ) -> Iterator[list[int]]:
     """Tokens of a text that comes in parts: joined, they are `encode` of the parts joined.
 
-    The text is cut where no token and no rule of the tokenizer can reach across, and memory does not grow with
-    it. Where a text has no such place, as much of it is tokenized at once as it takes.
+    The text is cut where no token and no rule of the tokenizer can reach across, and memory does not grow
+    with it. Where a text has no such place, as much of it is tokenized at once as it takes.
 
     Args:
       parts: of the text, cut anywhere.
