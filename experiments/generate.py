@@ -106,7 +106,8 @@ def run(
     except Exception:
       _store(session_path, made, writer, weights, checkpoint.model, cfg.sleep)
       raise
-    writer.output.write("" if as_json else "\n")
+    if not as_json:
+      writer.output.end_line()
     _store(session_path, made, writer, weights, checkpoint.model, cfg.sleep)
     if made.why not in ("", LENGTH):
       report.note(f"ended at {made.why}")

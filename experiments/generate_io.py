@@ -43,11 +43,20 @@ class Output:
     self._terminal = out is not None and not out.closed and out.isatty()
 
   def write(self, text: str) -> None:
+    """Writes a text now; one that cannot be written is kept."""
+    if not self._written(text):
+      self.unshown += text
+
+  def end_line(self) -> None:
+    """Writes a line end, which is no part of the text."""
+    self._written("\n")
+
+  def _written(self, text: str) -> bool:
     if self._out is not None and self.failure is None:
       try:
         self._out.write(printable(text) if self._terminal else text)
         self._out.flush()
-        return
+        return True
       except BrokenPipeError:
         self.failure = "its reader is gone"
       except UnicodeEncodeError as e:
@@ -56,7 +65,7 @@ class Output:
       except (OSError, ValueError) as e:
         self.failure = getattr(e, "strerror", None) or "it is closed"
       self._give_up()
-    self.unshown += text
+    return False
 
   def _give_up(self) -> None:
     """Python flushes stdout once more when it ends; what is left in it must not fail again."""
@@ -282,7 +291,7 @@ def _decoded(file: BinaryIO, where: str) -> Iterator[str]:
   try:
     for data in iter(lambda: file.read(READ), b""):
       if (nul := data.find(0)) >= 0:
-        raise ConfigError(f"{where} is no text: it holds a NUL (byte {at + nul})")
+        raise ConfigError(f"{where} is no UTF-8 text: it holds a NUL (byte {at + nul})")
       held = len(decoder.getstate()[0])
       yield decoder.decode(data)
       at += len(data)

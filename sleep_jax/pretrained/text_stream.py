@@ -34,11 +34,7 @@ class TextStream:
     self._stages = decoders.of(tokenizer.decoder)
     self._known = ""  # text of the prompt that the stages have not passed on yet
     if state is not None:
-      fresh = self.state()
-      check(_alike(state, fresh), "session", "its text state does not fit this tokenizer's decoder")
-      self._known = state["known"]
-      for stage, values in zip(self._stages, state["stages"], strict=True):
-        stage.state = copy.deepcopy(values)
+      check(self._goes_on(state), "session", "its text state does not fit this tokenizer's decoder")
 
   def add(self, token: int) -> str:
     """The text that is certain now and was not before."""
@@ -73,6 +69,19 @@ class TextStream:
   def state(self) -> dict[str, Any]:
     """What another stream needs to go on from here, as plain data."""
     return {"known": self._known, "stages": [copy.deepcopy(stage.state) for stage in self._stages]}
+
+  def _goes_on(self, state: dict[str, Any]) -> bool:
+    """Takes the state of another stream; whether it is one."""
+    if not _alike(state, self.state()):
+      return False
+    self._known = state["known"]
+    for stage, values in zip(self._stages, state["stages"], strict=True):
+      stage.state = copy.deepcopy(values)
+    try:
+      self.end()
+    except (TypeError, ValueError, OverflowError):  # bytes that are none
+      return False
+    return True
 
   def _pieces(self, token: int) -> list[decoders.Piece]:
     text = self._tokenizer.text_of(token)
