@@ -56,7 +56,7 @@ bench: setup ## time the kernels on this machine
 peers: $(VENV)/peers.txt ## add torch and transformers, the oracles of some tests and rivals in benchmarks
 
 lock: $(VENV)/lock.txt ## bring requirements/lock.txt up to date with setup.cfg (LOCK_FLAGS=--upgrade: newest versions)
-	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile setup.cfg --extra all --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --custom-compile-command "make lock" --quiet $(LOCK_FLAGS) -o requirements/lock.txt
 	@rm -rf sleep_jax.egg-info
 

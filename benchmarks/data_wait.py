@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--steps", type=int, default=40, help="of each run")
   parser.add_argument("--passes", type=measure.whole_numbers, default=(1, 2, 4), help="N, as 1,2,4")
   parser.add_argument("--batches", type=int, default=4, help="of each preset, without training")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))
   sections = {

@@ -26,7 +26,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.gsm_infinite_data", description=__doc__)
   parser.add_argument("--problems", type=int, default=400, help="for each number of operations")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   measure.pin(1)
   facts = tables.machine(("numpy", "tokenizers"))

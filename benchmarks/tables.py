@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jax
 
+import sleep_jax
+
 Row = Mapping[str, object]
 
 
@@ -133,6 +135,9 @@ def _load() -> str:
 
 
 def _commit() -> str:
+  if not (Path(__file__).parents[1] / ".git").exists():
+    return f"sleep_jax {sleep_jax.__version__}, not in its repository"
+
   def git(*args: str) -> str:
     done = subprocess.run(
       ["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False

@@ -7,48 +7,65 @@ overrides on the command line are data.
 import contextlib
 import dataclasses
 import functools
-import importlib.util
+import itertools
 import os
-import pathlib
 import sys
 import typing
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
 from sleep_jax import train
-from sleep_jax.config import Config, ConfigError, check, defaults_of, nearest, to_dict
+from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
-from sleep_jax.runtime import processes, workdir
+from sleep_jax.experiments import config_file, usage
+from sleep_jax.runtime import files, processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
+from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.metrics import MetricsError
 from sleep_jax.runtime.workdir import WorkdirError
 from sleep_jax.train import NotFiniteError, PreemptedError
 
 DONE, FAILED, USER_MISTAKE, STOPPED = 0, 1, 2, 3
-CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
-class FailedError(RuntimeError):
-  """Something failed that is nobody's mistake: one line, exit code 1."""
+class ConfigFlag:
+  """The flag --config=FILE.py:PRESET, and what --config.GROUP.FIELD=VALUE changes of it.
+
+  Attributes:
+    value: what the file says, changed; None where the flag was not given.
+    changes: what was changed, by dotted key.
+    texts: the same as it was typed, known also where the flag was not given.
+  """
+
+  def __init__(self):
+    self.value: config_dict.ConfigDict | None = None
+    self.changes: dict[str, Any] = {}
+    self.texts: dict[str, str | None] = {}
+    flags.DEFINE_string(
+      "config", None, "FILE.py:PRESET, executed; change fields with --config.GROUP.FIELD=VALUE"
+    )
+
+  @property
+  def path(self) -> str | None:
+    """FILE.py:PRESET as it was typed."""
+    return flags.FLAGS["config"].value
+
+  def read(self, texts: dict[str, str | None]) -> None:
+    """Executes the file, if one was named, and changes its fields."""
+    self.value, self.changes, self.texts = None, {}, texts
+    if self.path is not None:
+      self.value = config_file.read(self.path)
+      self.changes = config_file.change(self.value, texts)
 
 
 @functools.cache
-def define_config_flag() -> flags.FlagHolder:
-  """The flag --config=FILE.py:PRESET, with --config.GROUP.FIELD=VALUE; one for all mains of a process."""
-  return config_flags.DEFINE_config_file(
-    "config", None, "FILE.py:PRESET, executed; change fields with --config.GROUP.FIELD=VALUE"
-  )
-
-
-def config_as_given() -> tuple[str, dict[str, Any]]:
-  """FILE.py:PRESET of the flag --config, and the fields that the command line changes, by dotted key."""
-  flag = flags.FLAGS["config"]
-  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+def define_config_flag() -> ConfigFlag:
+  """The flag --config; one for all mains of a process."""
+  return ConfigFlag()
 
 
 @functools.cache
@@ -109,36 +126,35 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   def parse(argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # unless --verbosity says otherwise
     try:
-      for name, value in _flags_of(argv):
-        if name == "config":
-          _existing(value)
-      return flags.FLAGS(argv)
+      words, changes = config_file.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+      if usage.asked(words):
+        sys.exit(_help(usage.text(sys.modules[main.__module__], words)))
+      _refuse_repeated(words)
+      left = flags.FLAGS(words)
+      if "config" in flags.FLAGS:
+        define_config_flag().read(changes)
+      elif changes:
+        raise ConfigError(f"--config.{next(iter(changes))}: this command has no config")
     except ConfigError as e:
       sys.exit(_say(f"error: {e}", USER_MISTAKE))
-    except (
-      flags.Error,
-      KeyError,
-      AttributeError,
-      ValueError,
-      TypeError,
-      OSError,
-      ImportError,
-      SyntaxError,
-    ) as e:
-      sys.exit(_say(f"error: {_explain(argv, e)}", USER_MISTAKE))
+    except flags.Error as e:
+      sys.exit(_say(f"error: {str(e).strip().splitlines()[0]}", USER_MISTAKE))
+    return left
 
   def guarded(argv: list[str]) -> int:
     try:
       if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
+        raise ConfigError(f"unexpected argument {shown(argv[1])}: every option is a flag, --name=value")
       _join()
       return main() or DONE
+    except (NotFiniteError, WorkerError, RunFailedError) as e:
+      return _say(f"failed: {e}", FAILED)
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except (FailedError, NotFiniteError, WorkerError) as e:
-      return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)
+    except BrokenPipeError:
+      return _unread()
     except KeyboardInterrupt:
       return _say("stopped at once; what was saved before stays", FAILED)
 
@@ -147,25 +163,31 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def train_in_workdir(
-  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task]
+  cfg: Config,
+  make_task: Callable[[workdir.Workdir], train.Task],
+  check_task: Callable[[Config], None],
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
+
+  A complete run is made longer by a larger `train.steps`: it goes on where it ended.
 
   Args:
     cfg: of the run.
     make_task: called once the folder is taken.
+    check_task: raises `ConfigError` where the config does not fit the task, before anything is written.
 
   Returns:
     The last evaluation's row; None, and a line is printed, if there was nothing left to do.
 
   Raises:
-    What `train.check_fits`, `workdir.prepare`, `make_task` and `train.train` raise.
+    What `train.check_fits`, `check_task`, `workdir.prepare`, `make_task` and `train.train` raise.
   """
   folder = required("workdir", define_workdir_flag().value)
   train.check_fits(cfg)
-  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
-    if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
+  check_task(cfg)
+  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg), may_grow=("train.steps",)) as run:
+    if run.done_step is not None and run.done_step >= cfg.train.steps:
+      print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None
     return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)
 
@@ -186,6 +208,21 @@ def defaults(value: Any) -> config_dict.ConfigDict:
   return fields
 
 
+def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
+  """The values of a flag that takes several numbers from 1 on.
+
+  Raises:
+    ConfigError: if one is no such number.
+  """
+  for text in texts:
+    check(
+      text.strip().isdecimal() and int(text) >= 1,
+      f"--{name}",
+      f"must be numbers from 1 on, got {shown(text)}",
+    )
+  return [int(text) for text in texts]
+
+
 def required(name: str, value: Any) -> Any:
   """The flag's value.
 
@@ -197,76 +234,36 @@ def required(name: str, value: Any) -> Any:
   return value
 
 
-def load(path: str) -> tuple[ModuleType, str | None]:
-  """The module of a `FILE.py:PRESET`, executed, and the preset (None if there is none).
+def _refuse_repeated(words: Sequence[str]) -> None:
+  """Raises `ConfigError` where a flag is given twice: one of the two would have no effect."""
+  seen = set()
+  for word in itertools.takewhile(lambda w: w != "--", words[1:]):
+    name = word.lstrip("-").partition("=")[0]
+    name = name if name in flags.FLAGS else name.removeprefix("no")
+    if word.startswith("-") and name in flags.FLAGS:
+      check(name not in seen, f"--{name}", "is given twice; give it once")
+      seen.add(name)
 
-  Raises:
-    ConfigError: if there is no such file.
-  """
-  file, preset = _existing(path)
-  found = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-  if found is None:
-    raise ConfigError(f"--config: {file!r} is no Python file")
-  module = importlib.util.module_from_spec(found)
+
+def _help(text: str) -> int:
+  """Prints it; the exit code."""
   try:
-    found.loader.exec_module(module)
-  except SyntaxError as e:
-    raise ConfigError(f"--config: {file}, line {e.lineno}: {e.msg}") from e
-  return module, preset or None
+    print(text, flush=True)
+  except BrokenPipeError:  # whoever reads it has seen enough
+    _unread()
+  return DONE
 
 
-def _existing(path: str) -> tuple[str, str]:
-  """The two parts of FILE.py:PRESET, or `ConfigError` if there is no such file."""
-  file, _, preset = path.partition(":")
-  if not pathlib.Path(file).is_file():
-    there = sorted(f"{CONFIGS.parent.name}/{CONFIGS.name}/{p.name}" for p in CONFIGS.glob("[a-z]*.py"))
-    raise ConfigError(f"--config: there is no file {file!r}; there are {', '.join(there)}")
-  return file, preset
-
-
-def _flags_of(argv: list[str]) -> list[tuple[str, str]]:
-  """(name, value) of every --name=value and --name value."""
-  given = []
-  for word, after in zip(argv[1:], [*argv[2:], "-"], strict=False):
-    name, equals, value = word.lstrip("-").partition("=")
-    if word.startswith("-") and (equals or not after.startswith("-")):
-      given.append((name, value if equals else after))
-  return given
-
-
-def _explain(argv: list[str], error: Exception) -> str:
-  """One line for what went wrong while flags were parsed, with the nearest right name."""
-  given = _flags_of(argv)
-  files = [value for name, value in given if name == "config"]
-  try:
-    if files:
-      module, _ = load(files[-1])
-      _, *preset = files[-1].split(":", 1)
-      values = module.get_config(*preset)
-      for name, _ in given:
-        if name.startswith("config."):
-          _find(values, name)
-  except (ConfigError, ValueError) as e:
-    return str(e)
-  text = error.args[0] if isinstance(error, KeyError) and error.args else error
-  return str(text).strip().splitlines()[0]
-
-
-def _find(values: Mapping[str, Any], name: str) -> None:
-  """Raises `ConfigError` with the nearest name unless the dotted `name` is a field of the config."""
-  seen, keys = "config", name.split(".")[1:]
-  for key in keys:
-    if not isinstance(values, config_dict.ConfigDict):
-      raise ConfigError(f"--{name}: {seen} is a single value, not a group")
-    key = key.partition("[")[0]
-    if key not in values:
-      raise ConfigError(f"--{name}: {seen} has no field {key!r}; {nearest(key, values.keys())}")
-    seen, values = f"{seen}.{key}", values.get_ref(key).get()
+def _unread() -> int:
+  """Nobody reads stdout any more: what is still to come goes nowhere, without a traceback; the exit code."""
+  sys.stdout = open(os.devnull, "w")
+  return FAILED
 
 
 def _say(message: str, code: int) -> int:
-  """A message to stderr, if that can still be written to; gives the exit code back."""
-  if sys.stderr is not None:
+  """A message to stderr, on one line; gives the exit code back."""
+  line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+  if sys.stderr is not None:  # and if that can still be written to
     with contextlib.suppress(OSError, ValueError):
-      print(message, file=sys.stderr, flush=True)
+      print(line, file=sys.stderr, flush=True)
   return code

@@ -1,8 +1,8 @@
 """Reads a published checkpoint, or what a run made of one, checks it, and writes it in published format.
 
-    python -m experiments.convert --config=experiments/configs/convert.py:memory \
+    python -m experiments.convert --config=experiments/configs/convert.py:memory \\
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
-    python -m experiments.convert --config=experiments/configs/convert.py:export \
+    python -m experiments.convert --config=experiments/configs/convert.py:export \\
       --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
 
 Every tensor is compared with what was read, to the bit. On a mistake nothing is written.
@@ -12,13 +12,14 @@ import dataclasses
 import pathlib
 import shutil
 import tempfile
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
 from sleep_jax import config, model, params, pretrained
 from sleep_jax.config import ConfigError, FastConfig
+from sleep_jax.config.model import MOST_BLOCKS
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
@@ -32,26 +33,27 @@ class ConvertConfig:
     source: folder in published format, or the workdir of a run that began with one.
     target: folder to make; must not exist. None: only read and check.
     memory_layers: fast-weight layers to insert; 0 for none.
-    fast: their sizes.
-    seed: of their weights.
-    dtype: of what is written: `published`, to which trained weights are rounded, or `float32`, which loses
+    fast: sizes of the inserted layers.
+    seed: of the inserted layers' weights.
+    dtype: of what is written. `published`, to which trained weights are rounded, or `float32`, which loses
       nothing. Inserted layers are float32 always.
     ignore: fields of `config.json` that are known to change nothing; a run says itself which.
   """
 
   source: str | None = None
   target: str | None = None
-  memory_layers: int = 0
+  memory_layers: Annotated[int, config.Bounds(least=0), config.Bounds(most=MOST_BLOCKS)] = 0
   fast: FastConfig = FastConfig(num_heads=16, key_dim=128, value_dim=128)
-  seed: int = 0
-  dtype: str = "published"
+  seed: config.Seed = 0
+  dtype: Literal["published", "float32"] = "published"
   ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
+    config.check_fields(self)
     config.check(bool(self.source), "source", "is required: the folder with config.json")
-    config.at_least(self.memory_layers, 0, "memory_layers")
-    config.at_least(self.seed, 0, "seed")
-    config.one_of(self.dtype, ("published", "float32"), "dtype")
+
+
+FIELDS = {"": ConvertConfig}
 
 
 def convert(cfg: ConvertConfig) -> str:

@@ -20,6 +20,7 @@ from sleep_jax.experiments import cli
 from sleep_jax.scoring import by_group
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": depo.DepoConfig}
 cli.define_workdir_flag()
 cli.define_process_flags()
 
@@ -85,9 +86,15 @@ def table(row: dict[str, Any], hops: tuple[int, ...], nodes: int) -> str:
   return "\n".join(lines)
 
 
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, training.DeviceTask]:
+  """See `tasks.open_task`; nothing is kept in the folder."""
+  del folder
+  return build(values)
+
+
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: task)
+  row = cli.train_in_workdir(cfg, lambda run: task, task.check)
   if row is None:
     return cli.DONE
   print(table(row, cfg.data.test_hops, cfg.data.max_nodes))

@@ -29,6 +29,7 @@ from sleep_jax.experiments import cli, generate_many
 from sleep_jax.experiments.generate_io import LENGTH, Output, Reporter, Writer, prompt_pieces
 from sleep_jax.experiments.generate_model import Checkpoint, GenerateConfig
 from sleep_jax.pretrained.text_stream import TextStream, printable
+from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.signals import stop_signals
 from sleep_jax.train import PreemptedError
 
@@ -47,6 +48,8 @@ CHAT = flags.DEFINE_bool(
   "chat", False, "put the prompt into the checkpoint's chat template, as what a user says"
 )
 JSON = flags.DEFINE_bool("json", False, "print a JSON object in the end, with the text and what it took")
+
+FIELDS = {"": GenerateConfig}
 
 
 def run(
@@ -73,7 +76,7 @@ def run(
   Raises:
     ConfigError: for whatever is wrong with the config, the checkpoint, the text or the session.
     PreemptedError: if it was asked to stop while it generated; the session is stored.
-    FailedError: if a weight is not finite, or if `out` failed; the session is stored then.
+    RunFailedError: if a weight is not finite, or if `out` failed; the session is stored then.
     NotFiniteError, SessionError: if logits are not finite; if the session cannot be stored.
   """
   checkpoint, report = Checkpoint(cfg), Reporter(cfg.sleep.num_passes, told)
@@ -120,7 +123,7 @@ def run(
   where = f"the session is stored in {session_path}, the same command without a prompt goes on"
   if failure := writer.output.failure:
     rest = f"; {where}" if session_path is not None else ""
-    raise cli.FailedError(f"stdout cannot be written: {failure}; {made.count} tokens were made{rest}")
+    raise RunFailedError(f"stdout cannot be written: {failure}; {made.count} tokens were made{rest}")
   if stopped and not made.why:
     raise PreemptedError(f"stopped by {stopped[0]} after {made.count} tokens; {where}")
 
@@ -257,7 +260,7 @@ def main() -> int:
     with _prompt(PROMPT.value, PROMPT_FILE.value, path) as text:
       run(cfg, text, path, sys.stdout, sys.stderr, as_chat=CHAT.value, as_json=JSON.value)
   except (generate.NotFiniteError, session_file.SessionError) as e:
-    raise cli.FailedError(str(e)) from e
+    raise RunFailedError(str(e)) from e
   return cli.DONE
 
 

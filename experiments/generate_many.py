@@ -12,9 +12,9 @@ import numpy as np
 
 from sleep_jax import generate, model
 from sleep_jax.config import ConfigError
-from sleep_jax.experiments import cli
 from sleep_jax.experiments.generate_io import LENGTH, Output, Prompt, Reporter, Writer, prompt_lines
 from sleep_jax.experiments.generate_model import Checkpoint, GenerateConfig
+from sleep_jax.runtime.files import RunFailedError
 
 
 def run(cfg: GenerateConfig, file: str, out: TextIO | None, told: TextIO | None, *, statistics: bool) -> None:
@@ -29,7 +29,7 @@ def run(cfg: GenerateConfig, file: str, out: TextIO | None, told: TextIO | None,
 
   Raises:
     ConfigError: for whatever is wrong; of a prompt, before anything is generated.
-    FailedError: if a weight is not finite, or `out` failed.
+    RunFailedError: if a weight is not finite, or `out` failed.
     NotFiniteError: if logits are not finite.
   """
   checkpoint, output = Checkpoint(cfg), Output(out)
@@ -46,7 +46,7 @@ def run(cfg: GenerateConfig, file: str, out: TextIO | None, told: TextIO | None,
       output.write(json.dumps({"prompt": number, **row, **took}, ensure_ascii=False) + "\n")
     if output.failure:
       done = min(at + cfg.rows, len(prompts))
-      raise cli.FailedError(
+      raise RunFailedError(
         f"stdout cannot be written: {output.failure}; {done} of {len(prompts)} prompts were read"
       )
 

@@ -2,17 +2,16 @@
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 from sleep_jax import config, model, pretrained
 from sleep_jax.config import SleepConfig
-from sleep_jax.experiments import cli
 from sleep_jax.generate import SamplingConfig
 from sleep_jax.pretrained import chat
 from sleep_jax.pretrained.ends import end_tokens
 from sleep_jax.pretrained.finite import first_not_finite
 from sleep_jax.pretrained.tokenizer import Tokenizer
-
-SEEDS = 1 << 32  # JAX draws the same for two seeds that differ by this
+from sleep_jax.runtime.files import RunFailedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +36,24 @@ class GenerateConfig:
   """
 
   checkpoint: str | None = None
-  window: int | None = None
-  eviction: str = "hard"
-  predict_passes: int | None = None
-  dtype: str = "float32"
-  param_dtype: str = "float32"
+  window: config.Count | None = None
+  eviction: Literal["hard", "sliding"] = "hard"
+  predict_passes: config.Count | None = None
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
   sleep: SleepConfig = SleepConfig()
   sampling: SamplingConfig = SamplingConfig()
-  max_new_tokens: int = 200
+  max_new_tokens: config.Natural = 200
   stop: tuple[int, ...] = ()
   stop_strings: tuple[str, ...] = ()
-  rows: int = 8
-  seed: int = 0
+  rows: config.Count = 8
+  seed: config.Seed = 0
   ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
+    config.check_fields(self)
     config.check(bool(self.checkpoint), "checkpoint", "is required: the folder with config.json")
-    config.at_least(self.max_new_tokens, 0, "max_new_tokens")
     config.check("" not in self.stop_strings, "stop_strings", "must not be empty")
-    config.at_least(self.rows, 1, "rows")
-    config.check(0 <= self.seed < SEEDS, "seed", f"must lie in 0..{SEEDS - 1}, got {self.seed}")
 
   @property
   def changes(self) -> dict[str, object]:
@@ -93,14 +90,14 @@ class Checkpoint:
 
     Raises:
       ConfigError: if they do not fit.
-      FailedError: if one of them is NaN or infinite.
+      RunFailedError: if one of them is NaN or infinite.
     """
     cfg = self._cfg
     _, weights, _ = pretrained.load(
       self._folder, param_dtype=cfg.param_dtype, ignore=cfg.ignore, **cfg.changes
     )
     if (name := first_not_finite(self.model, weights)) is not None:
-      raise cli.FailedError(f"{self._folder}: tensor {name} holds NaN or infinity in {cfg.param_dtype}")
+      raise RunFailedError(f"{self._folder}: tensor {name} holds NaN or infinity in {cfg.param_dtype}")
     return weights
 
   def ending(self, token: int, sampling: SamplingConfig) -> str:

@@ -1,7 +1,7 @@
 """Trains and evaluates one model on GSM-Infinite: one run is one (N, seed).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
-    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \\
       --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
 
 Problems are made as they are needed, and every answer is one forward pass: no loop, no worked
@@ -13,13 +13,14 @@ and the number that a text gives most often. Rerunning the same command resumes;
 import functools
 from typing import Any
 
-from sleep_jax import config
+from sleep_jax import config, pretrained
 from sleep_jax.data.gsm_infinite import task as gsm
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.experiments import cli, fine_tuning
 from sleep_jax.train import host_steps
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": gsm.TaskConfig, "pretrained": pretrained.StartConfig}
 cli.define_workdir_flag()
 cli.define_process_flags()
 
@@ -126,9 +127,16 @@ def tables(row: dict[str, Any], data: gsm.TaskConfig) -> str:
   return "\n".join(table(row, groups, kind, f"{kind}_" if i else "") for i, kind in enumerate(data.held_out))
 
 
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, host_steps.HostTask]:
+  """See `tasks.open_task`; the folder has, or gets, the tokenizer."""
+  cfg = build(values)
+  return cfg, make_task(cfg, folder)
+
+
 def main() -> int:
   cfg = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: make_task(cfg, str(run.path)))
+  check = functools.partial(host_steps.check_size, cut=cfg.data.cut)
+  row = cli.train_in_workdir(cfg, lambda run: make_task(cfg, str(run.path)), check)
   if row is None:
     return cli.DONE
   print(tables(row, cfg.data))

@@ -1,6 +1,6 @@
 """Writes a GSM-Infinite data set and its statistics beside the original generator's.
 
-    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET
+    python -m experiments.gsm_infinite_data --config=experiments/configs/gsm_infinite_data.py:PRESET \\
       --workdir=D
 
 D gets train, held_out_balanced and held_out_faithful, each as JSON lines and as ArrayRecord (a record is
@@ -35,19 +35,25 @@ SHOWN_ANSWERS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is written: `num` training problems of the stream `seed`, and `held_out` of each kind."""
+  """What is written.
+
+  Attributes:
+    data: the problems.
+    seed: of the training problems.
+    num: training problems.
+    held_out: held-out problems of each kind.
+  """
 
   data: GsmInfiniteConfig
-  seed: int = 0
-  num: int = 77_000
+  seed: config.Seed = 0
+  num: config.Count = 77_000
   held_out: int = 1600
 
   def __post_init__(self):
-    config.at_least(self.seed, 0, "seed")
+    config.check_fields(self)
     config.check(
       self.seed != self.data.held_out_seed, "seed", f"must differ from data.held_out_seed, got {self.seed}"
     )
-    config.at_least(self.num, 1, "num")
     low, high = self.data.operations
     levels = high - low + 1
     config.check(
@@ -55,6 +61,9 @@ class Settings:
       "held_out",
       f"must be a multiple of the {levels} numbers of operations, got {self.held_out}",
     )
+
+
+FIELDS = {"": Settings}
 
 
 @dataclasses.dataclass

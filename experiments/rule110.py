@@ -14,6 +14,7 @@ from sleep_jax.data import rule110
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
+FIELDS = {"": config.Config, "data": rule110.Rule110Config}
 cli.define_workdir_flag()
 cli.define_process_flags()
 
@@ -42,9 +43,15 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   return cfg, task
 
 
+def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, training.DeviceTask]:
+  """See `tasks.open_task`; nothing is kept in the folder."""
+  del folder
+  return build(values)
+
+
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: task)
+  row = cli.train_in_workdir(cfg, lambda run: task, task.check)
   if row is None:
     return cli.DONE
   print(

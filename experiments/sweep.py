@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a --list
     python -m experiments.sweep --config=experiments/configs/rule110.py:fig2a --workdir=work/fig2a
-    python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:ouro_sliding \
+    python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:ouro_sliding \\
       --config.pretrained.folder='work/stage1/{run}' --workdir=work/stage2
 
 Rerun the same command until it says that all are done. --config.GROUP.FIELD=VALUE holds for every run; in it
@@ -27,9 +27,8 @@ LIST = flags.DEFINE_bool("list", False, "only say what there is to do")
 
 def main() -> int:
   cli.required("config", CONFIG.value)
-  file, changes = cli.config_as_given()
-  todo = runner.commands(file, cli.required("workdir", WORKDIR.value), SEEDS.value, changes)
-  states = {name: runner.status(pathlib.Path(WORKDIR.value, name)) for name in todo}
+  todo = runner.commands(CONFIG.path, cli.required("workdir", WORKDIR.value), SEEDS.value, CONFIG.changes)
+  states = {name: runner.status(pathlib.Path(WORKDIR.value, name), todo[name]) for name in todo}
   if LIST.value:
     for name, command in todo.items():
       print(f"{name:16} {states[name]:20} {shlex.join(command)}")

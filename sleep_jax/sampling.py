@@ -7,6 +7,7 @@ it would have.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +29,21 @@ class SamplingConfig:
     stop_at_end: end at the end tokens that the caller names. False: go on behind them.
   """
 
-  temperature: float = 0.0
-  top_k: int | None = None
-  top_p: float | None = None
+  PATH: ClassVar[str] = "sampling"
+
+  temperature: config.NotNegative = 0.0
+  top_k: config.Count | None = None
+  top_p: Annotated[float, config.Bounds(above=0, most=1)] | None = None
   stop_at_end: bool = True
 
   def __post_init__(self):
+    config.check_fields(self)
     low, high = TEMPERATURES
-    config.at_least(self.temperature, 0, "sampling.temperature")
     config.check(
       self.temperature == 0 or low <= self.temperature <= high,
       "sampling.temperature",
       f"must be 0 or lie in [{low}, {high:.0f}], got {self.temperature}",
     )
-    if self.top_k is not None:
-      config.at_least(self.top_k, 1, "sampling.top_k")
-    if self.top_p is not None:
-      config.check(0 < self.top_p <= 1, "sampling.top_p", f"must lie in (0, 1], got {self.top_p}")
 
 
 def draw(

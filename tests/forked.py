@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # that a fork of it is as good as a new process.
 _SERVER = """
 import importlib, json, os, sys, traceback
-from experiments import cli
+from sleep_jax.experiments import cli
 module = importlib.import_module(sys.argv[1])
 print(flush=True)
 for line in sys.stdin:

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sleep_jax import config, flax_module, train, windows
+from sleep_jax import config, flax_module, generate, model, train, windows
 from tests import hybrids
 
 CFG = hybrids.model_config(("attn", "jet"))
@@ -68,3 +68,58 @@ def test_the_optimizer_of_nnx_takes_it_as_it_is():
 def test_it_wants_a_key_or_weights():
   with pytest.raises(ValueError, match="a key or weights"):
     flax_module.SleepingHybrid(CFG, SLEEP)
+
+
+@pytest.mark.parametrize(("kept", "caches"), [("each", 3), ("last", 1)])
+def test_the_state_has_as_many_caches_as_the_sleep_config_says(kept, caches):
+  """Without it a model with a cache a pass would silently sleep with one."""
+  cfg = hybrids.model_config(("attn", "gdn"), eviction="sliding")
+  module = flax_module.SleepingHybrid(
+    cfg, config.SleepConfig(num_passes=3, kept=kept), weights=hybrids.random_params(cfg)
+  )
+  assert module.init_state(2).kept["0"].k.shape[0] == caches
+  hybrids.assert_same(module.init_state(2), model.init_state(cfg, 2, module.sleep_cfg))
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_each_method_is_the_pure_function_with_masks(eviction):
+  cfg = hybrids.model_config(("attn", "gdn"), eviction=eviction)
+  sleep_cfg = config.SleepConfig(num_passes=2, kept="each")
+  weights = hybrids.random_params(cfg)
+  module = flax_module.SleepingHybrid(cfg, sleep_cfg, weights=weights)
+  tokens, valid = hybrids.random_tokens(2, 4), np.array([[True] * 4, [False, False, True, True]])
+  state = module.consolidate(tokens, module.init_state(2), valid=valid)
+  want = model.consolidate(weights, tokens, model.init_state(cfg, 2, sleep_cfg), cfg, sleep_cfg, valid=valid)
+  hybrids.assert_same(state, want)
+  unmasked = module.consolidate(tokens, module.init_state(2))
+  assert hybrids.distance(unmasked.fast["1"].S, state.fast["1"].S) > 1e-3
+  hybrids.assert_same(
+    module.predict(tokens, state, valid=valid), model.predict(weights, tokens, state, cfg, valid=valid)
+  )
+
+
+def test_reads_and_generates_as_the_pure_functions_do():
+  weights, tokens, key = model.init(CFG, jax.random.key(0)), hybrids.random_tokens(1, 6), jax.random.key(0)
+  module = flax_module.SleepingHybrid(CFG, SLEEP, weights=weights)
+  session = generate.read(weights, tokens, generate.start(CFG, SLEEP, 1), CFG, SLEEP)
+  want = [t for t, _ in generate.generate(weights, session, CFG, SLEEP, count=5, key=key)]
+  got = [t for t, _ in module.generate(module.read(tokens, module.start(1)), count=5, key=key)]
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+def test_remat_of_the_sleep_config_changes_memory_not_gradients():
+  batch, layout = hybrids.random_batch(12, [10, 11])
+  segments, weights = windows.plan(layout, CFG.window), model.init(CFG, jax.random.key(0))
+
+  def run(remat):
+    sleep_cfg = config.SleepConfig(num_passes=4, remat=remat)
+    module = flax_module.SleepingHybrid(CFG, sleep_cfg, weights=weights)
+    graph, held = nnx.split(module)
+    grad = hybrids.jit(lambda held: nnx.grad(lambda m: m.loss(batch, segments))(nnx.merge(graph, held)))
+    compiled = grad.lower(held).compile()
+    return nnx.to_pure_dict(grad(held))["weights"], compiled.memory_analysis().temp_size_in_bytes
+
+  (plain, large), (recomputed, small) = run("none"), run("window")
+  hybrids.assert_near(recomputed, plain, 1e-4)
+  assert small < large

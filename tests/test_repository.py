@@ -1,6 +1,6 @@
 """Rules that hold for the repository as a whole: who imports whom, what importing does, what is never used.
 
-The layers are `launch -> experiments -> sleep_jax -> kernels`; see the section on design in the README.
+The layers are `launch, benchmarks -> experiments -> sleep_jax -> kernels`; docs/design.md says why.
 """
 
 import ast
@@ -21,14 +21,52 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("kernels", "sleep_jax", "experiments", "launch")
+PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 
-# What each package must not import; a name stands for itself and for all below it.
-FORBIDDEN = {
-  "kernels": ("sleep_jax", "experiments", "launch", "tests"),
-  "sleep_jax": ("experiments", "launch", "tests", "absl.flags", "absl.app", "argparse"),
-  "experiments": ("launch", "tests"),
-  "launch": ("tests",),
+# The method, at the top of sleep_jax; everything else there is a package.
+METHOD = (
+  *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
+  *("params", "sharding", "optim", "generate", "session_file", "flax_module"),
+)
+
+# What each layer and each room of sleep_jax may import of this repository, beside itself; a name stands for
+# itself and for all below it.
+_LIBRARY = (*METHOD, "config", "cost", "data", "kernels", "pretrained", "runtime", "scoring")
+ALLOWED = {
+  "kernels": (),
+  "config": (),
+  "runtime": (),  # knows no model
+  "data": ("config", "windows"),
+  "report": ("runtime.metrics",),  # reads what runs have written; knows no jax
+  "cost": ("config", *METHOD),
+  "scoring": ("config", "data", "runtime.processes", *METHOD),  # scores are summed over processes
+  "pretrained": ("config", "data", "runtime", *METHOD),
+  "train": _LIBRARY,
+  "experiments": (*_LIBRARY, "report", "train"),
+  "benchmarks": (*_LIBRARY, "experiments", "report", "train"),
+  "launch": (*_LIBRARY, "experiments", "report", "train"),
+  "": ("config", "kernels", *METHOD),  # a module of the method
+  "names": (
+    "config",
+    "flax_module",
+    "pretrained",
+  ),  # the __init__ of sleep_jax; when they are first asked for
+}
+# Who opens workdirs and checkpoints: beside the rooms above, one file, which reads the weights of a run.
+RUNTIME_READERS = ("pretrained.from_run",)
+
+# Which extras of setup.cfg a module may need, by the longest name that fits.
+EXTRAS = {
+  "sleep_jax.kernels.gpu_check": ("peers",),
+  "sleep_jax.kernels.measure": ("figures", "peers"),
+  "sleep_jax.data": ("train",),
+  "sleep_jax.data.gsm_infinite": ("tokenizers",),
+  "sleep_jax.pretrained": ("tokenizers",),
+  "sleep_jax.report": ("figures",),
+  "sleep_jax.runtime.metrics": ("train",),
+  "sleep_jax.experiments": ("train",),
+  "sleep_jax.experiments.figures": ("figures",),
+  "sleep_jax.benchmarks": ("peers",),
 }
 
 # Modules that run code while they read data, and calls that do. `eval` means the builtin only.
@@ -42,8 +80,20 @@ def modules(package: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
+  """The name under which a file is imported: all of them lie in sleep_jax."""
   parts = path.relative_to(ROOT).with_suffix("").parts
-  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+  parts = parts[:-1] if parts[-1] == "__init__" else parts
+  return ".".join(parts if parts[0] == "sleep_jax" else ("sleep_jax", *parts))
+
+
+def room_of(path: Path) -> str:
+  """A key of `ALLOWED`."""
+  top, *rest = path.relative_to(ROOT).parts
+  if path == ROOT / "sleep_jax" / "__init__.py":
+    return "names"
+  if top != "sleep_jax":
+    return top
+  return rest[0] if len(rest) > 1 else ""
 
 
 def parse(path: Path) -> ast.Module:
@@ -146,34 +196,89 @@ class DetectorTest(parameterized.TestCase):
     self.assertEmpty(list(code_uses(ast.parse(source))))
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_point_down_the_layers(package: str):
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_what_it_may(room: str):
+  files = [path for package in PACKAGES for path in modules(package) if room_of(path) == room]
+  assert files, room
+  tops = tuple(package for package in PACKAGES if package != "sleep_jax")
+  roots = tuple(f"sleep_jax.{name}" for name in (*ALLOWED[room], *filter(None, [room])))
   wrong = {
     module_name(path): bad
-    for path in modules(package)
-    if (bad := [name for name in imports_of(path) if within(name, FORBIDDEN[package])])
+    for path in files
+    if (bad := [name for name in imports_of(path) if not _may_import(name, roots, tops)])
   }
   assert not wrong
 
 
-def test_what_is_imported_is_installed_with_the_package():
-  """Every import names the standard library, this repository or a requirement of setup.cfg.
+def _may_import(name: str, roots: tuple[str, ...], tops: tuple[str, ...]) -> bool:
+  """Whether a name is none of ours, or one of `roots`; the names of folders in a clone are not installed."""
+  if within(name, (*tops, "tests")):
+    return False
+  return (
+    not within(name, ("sleep_jax",)) or name in ("sleep_jax", "sleep_jax.__version__") or within(name, roots)
+  )
 
-  torch and transformers may be asked for by benchmarks alone (`bench*.py`), inside a function; on a GPU
-  `gpu_check.py` may ask for fla, which runs there only and which nothing here installs.
+
+def test_only_experiments_know_of_command_lines():
+  """The library has neither flags nor a main; programs that measure have parsers of their own."""
+  flags = ("absl.flags", "absl.app", "argparse")
+  bad = [
+    module_name(path)
+    for path in modules("sleep_jax")
+    if any(within(name, flags) for name in imports_of(path))
+  ]
+  assert not bad
+
+
+def test_one_file_outside_of_training_opens_the_checkpoints_of_runs():
+  runtime = ("sleep_jax.runtime",)
+  readers = [
+    module_name(path).removeprefix("sleep_jax.")
+    for path in modules("sleep_jax/pretrained")
+    if any(within(name, runtime) for name in imports_of(path))
+  ]
+  assert set(readers) <= set(RUNTIME_READERS)
+
+
+def test_the_method_is_alone_at_the_top():
+  files = {path.stem for path in (ROOT / "sleep_jax").glob("*.py")} - {"__init__"}
+  assert files <= set(METHOD)
+
+
+def test_reports_are_drawn_without_jax():
+  """Nor anything that imports it, over any number of steps."""
+  program = """
+import importlib, sys
+for name in sys.argv[1:]:
+  importlib.import_module(name)
+sys.exit(", ".join(name for name in ("jax", "jaxlib", "flax", "orbax") if name in sys.modules) or 0)
+"""
+  names = [module_name(path) for path in modules("sleep_jax/report")]
+  assert len(names) > 3
+  done = subprocess.run(
+    [sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_what_is_imported_is_installed_with_the_package():
+  """Every import names the standard library, this repository, or a requirement that its room may have.
+
+  On a GPU `gpu_check.py` may ask for fla, which runs there only and which nothing here installs.
   """
   installed_by = metadata.packages_distributions()
-  required = {canonicalize_name(r.name) for r in declared("options", "install_requires")} | {"jaxlib"}
-  peers = {canonicalize_name(r.name) for r in declared("options.extras_require", "peers")}
+  core = {canonicalize_name(r.name) for r in declared("options", "install_requires")} | {"jaxlib"}
   unknown = {}
   for path in (path for package in PACKAGES for path in modules(package)):
-    tops = {name.partition(".")[0] for name in imports_of(path)} - set(PACKAGES) - sys.stdlib_module_names
-    allowed = required | (peers if path.stem.startswith("bench") else set())
-    allowed |= peers | {"fla"} if path.stem == "gpu_check" else set()
+    name = module_name(path)
+    allowed = core | {"fla"} if path.stem == "gpu_check" else set(core)
+    for extra in (extra for root, extras in EXTRAS.items() if within(name, (root,)) for extra in extras):
+      allowed |= {canonicalize_name(r.name) for r in declared("options.extras_require", extra)}
+    tops = {name.partition(".")[0] for name in imports_of(path)} - {"sleep_jax"} - sys.stdlib_module_names
     # A module that nothing here installs counts under its own name.
     bad = [top for top in tops if not allowed & set(map(canonicalize_name, installed_by.get(top, [top])))]
     if bad:
-      unknown[module_name(path)] = bad
+      unknown[name] = bad
   assert not unknown
 
 
@@ -206,7 +311,8 @@ for module in sys.argv[1:]:
     delattr(flags.FLAGS, flag)
 sys.exit(failed > 0)
 """
-  names = [module_name(path) for package in PACKAGES for path in modules(package)]
+  files = [path for package in PACKAGES for path in modules(package)]
+  names = [module_name(path) for path in files if path.stem != "torch_model"]  # the rival, where torch is
   environment = os.environ | {"JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(ROOT)}
   result = subprocess.run(
     [sys.executable, "-c", program, *names],
@@ -253,8 +359,10 @@ def test_the_lock_holds_one_fitting_version_of_each_requirement(python: str):
       (version,) = pin.specifier
       pins.setdefault(canonicalize_name(pin.name), []).append(version.version)
 
-  wanted = declared("options", "install_requires") + declared("options.extras_require", "dev")
-  assert len(wanted) >= 12, "setup.cfg was not read"
+  wanted = declared("options", "install_requires")
+  for extra in ("train", "tokenizers", "figures", "dev"):
+    wanted += declared("options.extras_require", extra)
+  assert len(wanted) >= 20, "setup.cfg was not read"
   for requirement in wanted:
     versions = pins.get(canonicalize_name(requirement.name), [])
     assert len(versions) == 1, f"{requirement.name}: {versions} in the lock for Python {python}"

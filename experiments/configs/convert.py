@@ -1,17 +1,20 @@
 """A checkpoint in published format, read, checked and written again.
 
-    python -m experiments.convert --config=experiments/configs/convert.py \
+    python -m experiments.convert --config=experiments/configs/convert.py \\
       --config.source=checkpoints/Jet-Nemotron-2B                        # reads and checks, writes nothing
-    python -m experiments.convert --config=experiments/configs/convert.py:memory \
+    python -m experiments.convert --config=experiments/configs/convert.py:memory \\
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
-    python -m experiments.convert --config=experiments/configs/convert.py:export \
+    python -m experiments.convert --config=experiments/configs/convert.py:export \\
       --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
 
-`memory` inserts six Jet layers without MLP (16 heads of 128 x 128): 9.9 % more parameters for Ouro-1.4B, the
-same logits until they are trained. `export` writes the newest weights of a run that began with a checkpoint,
-under the names and in the files of that checkpoint, its tokenizer beside them; in float32, so that nothing is
-lost (`--config.dtype=published` rounds to the checkpoint's dtypes). Needs host memory for the weights in
-float32: 4 bytes a parameter.
+    plain   reads and checks a checkpoint; with `target`, writes it again
+    memory  inserts six Jet layers without MLP (16 heads of 128 x 128): 9.9 % more parameters for Ouro-1.4B,
+            the same logits until they are trained
+    export  writes the newest weights of a run that began with a checkpoint, under the names and in the files
+            of that checkpoint, its tokenizer beside them. In float32, so that nothing is lost
+            (`--config.dtype=published` rounds to the checkpoint's dtypes)
+
+Needs host memory for the weights in float32: 4 bytes a parameter.
 """
 
 from ml_collections import config_dict

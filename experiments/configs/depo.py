@@ -31,7 +31,7 @@ from sleep_jax import config
 from sleep_jax.data import depo
 from sleep_jax.experiments import cli
 
-EXPERIMENT = "experiments.depo"
+EXPERIMENT = "sleep_jax.experiments.depo"
 PRESETS = ("smoke", "tiny", "small", "paper")
 JET = (*("jet",) * 5, "attn", "jet", "attn", "jet", "jet")  # after Jet-Nemotron's 28
 

@@ -1,14 +1,17 @@
 """Text from a checkpoint in published format, asleep whenever the window is full.
 
-    python -m experiments.generate --config=experiments/configs/generate.py:jet \
+    python -m experiments.generate --config=experiments/configs/generate.py:jet \\
       --config.checkpoint=checkpoints/Jet-Nemotron-2B --prompt_file=book.txt --session=book.session
-    python -m experiments.generate --config=experiments/configs/generate.py:ouro \
-      --config.checkpoint=checkpoints/Ouro-1.4B-memory --prompt='Once upon a time' \
+    python -m experiments.generate --config=experiments/configs/generate.py:ouro \\
+      --config.checkpoint=checkpoints/Ouro-1.4B-memory --prompt='Once upon a time' \\
       --config.sampling.temperature=0.8
 
-`jet` loops the middle 14 of 28 blocks, `ouro` all of them, both four times, as in the paper; `plain` reads
-every window once, with any checkpoint. A checkpoint that was not trained to sleep should not be expected to
-profit from it. In bfloat16 a 2B model needs about 4 GB (`param_dtype`).
+    plain  reads every window once; for any checkpoint
+    jet    loops the middle 14 of 28 blocks four times, as in the paper
+    ouro   loops all blocks four times, as in the paper
+
+A checkpoint that was not trained to sleep should not be expected to profit from it. In bfloat16 a 2B model
+needs about 4 GB (`param_dtype`).
 """
 
 from ml_collections import config_dict

@@ -1,7 +1,7 @@
 """GSM-Infinite: word problems among noise, the question first and long evicted (arXiv 2605.26099, figure 4).
 
     python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:tiny --workdir=work/gsm/n2
-    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \
+    python -m experiments.gsm_infinite --config=experiments/configs/gsm_infinite.py:jet_2b \\
       --config.pretrained.folder=checkpoints/Jet-Nemotron-2B --workdir=work/jet/n4
     python -m experiments.sweep --config=experiments/configs/gsm_infinite.py:scratch --workdir=work/gsm --list
     python -m experiments.figures --runs='work/gsm/*' --figure=4 --out=figures
@@ -49,7 +49,7 @@ from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import task
 from sleep_jax.experiments import cli
 
-EXPERIMENT = "experiments.gsm_infinite"
+EXPERIMENT = "sleep_jax.experiments.gsm_infinite"
 PRETRAINED = ("jet_2b", "ouro", "ouro_memory", "ouro_sliding")
 PRESETS = ("tiny", "small", "scratch", *PRETRAINED)
 

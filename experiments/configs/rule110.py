@@ -21,7 +21,7 @@ from sleep_jax import config
 from sleep_jax.data import rule110
 from sleep_jax.experiments import cli
 
-EXPERIMENT = "experiments.rule110"
+EXPERIMENT = "sleep_jax.experiments.rule110"
 PRESETS = ("tiny", "demo", "demo_rates", "fig2a", "fig2b")
 DEMO_STEPS = 3200  # of N = 1; the others take as many passes, and so about as much compute, in fewer steps
 

@@ -2,10 +2,23 @@
 
 `ml_collections` lives at the command line only. One line later `from_dict` turns what it holds
 into these dataclasses, which are hashable (so they can be static arguments of `jax.jit`) and
-are all that the library ever sees. `run` has a run's config and its parts, `model` the model's, `schema`
-checks and conversion, `baselines` what sleep is compared with.
+are all that the library ever sees. `run` has a run's config and its parts, `model` the model's, `fields` what
+a field may hold, `schema` the way from plain data and back, `baselines` what sleep is compared with.
 """
 
+from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest, one_of, shown
+from sleep_jax.config.fields import (
+  Bounds,
+  Count,
+  Natural,
+  NotNegative,
+  Positive,
+  Seed,
+  annotations,
+  check_fields,
+  check_seed,
+  documentation,
+)
 from sleep_jax.config.model import (
   ATTENTION,
   AttentionConfig,
@@ -16,21 +29,12 @@ from sleep_jax.config.model import (
   register_block,
 )
 from sleep_jax.config.run import Config, MeshConfig, OptimConfig, SleepConfig, TrainConfig, check_sleep
-from sleep_jax.config.schema import (
-  ConfigError,
-  above,
-  at_least,
-  check,
-  defaults_of,
-  from_dict,
-  nearest,
-  one_of,
-  replace,
-  to_dict,
-)
+from sleep_jax.config.schema import defaults_of, from_dict, replace, to_dict
 
 __all__ = [
-  "ATTENTION", "AttentionConfig", "Config", "ConfigError", "FastConfig", "MeshConfig", "ModelConfig",
-  "OptimConfig", "RopeScaling", "SleepConfig", "TrainConfig", "above", "at_least", "block_names", "check",
-  "check_sleep", "defaults_of", "from_dict", "nearest", "one_of", "register_block", "replace", "to_dict"
+  "ATTENTION", "AttentionConfig", "Bounds", "Config", "ConfigError", "Count", "FastConfig", "MeshConfig",
+  "ModelConfig", "Natural", "NotNegative", "OptimConfig", "Positive", "RopeScaling", "Seed",
+  "SleepConfig", "TrainConfig", "above", "annotations", "at_least", "block_names", "check",
+  "check_fields", "check_seed", "check_sleep", "defaults_of", "documentation", "from_dict", "nearest",
+  "one_of", "register_block", "replace", "shown", "to_dict"
 ]  # fmt: skip

@@ -4,11 +4,15 @@ A part of `config`, which names all of this again.
 """
 
 import dataclasses
+from typing import Annotated, ClassVar, Literal
 
-from sleep_jax.config.schema import ConfigError, above, at_least, check, nearest, one_of
+from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest
+from sleep_jax.config.fields import Bounds, Count, Natural, Positive, check_fields
 
 ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
 _FAST = {"gdn": None, "hebbian": None, "jet": None, "delta": None, "kda": None, "gdn2": None}  # in order
+MOST_BLOCKS = 4096  # each of them is declared and traced by itself
+MOST_PASSES_AWAKE = 64  # each of them is written out in the compiled program
 
 
 def block_names() -> tuple[str, ...]:
@@ -26,25 +30,26 @@ class RopeScaling:
   """How rotary angles are stretched for contexts longer than those trained on first.
 
   Attributes:
-    kind: `none`; `linear`: all are divided by `factor`; `llama3`: those of pairs that turn less than `low`
-      times in `original` tokens are divided by `factor`, those that turn more than `high` times are not, and
-      between the two the share of either goes linearly with the number of turns.
-    factor, low, high: as said.
-    original: tokens, of the first training.
+    kind: `none`; `linear`: all angles are divided by `factor`; `llama3`: those of pairs that turn less than
+      `low` times in `original` tokens are divided by `factor`, those of pairs that turn more than `high`
+      times stay, and between the two the share of either goes linearly with the number of turns.
+    factor: by which angles are divided.
+    low: turns in `original` tokens below which an angle is divided by all of `factor`.
+    high: turns in `original` tokens above which an angle stays.
+    original: tokens of a sequence in the first training.
   """
 
-  kind: str = "none"
-  factor: float = 1.0
-  low: float = 1.0
+  PATH: ClassVar[str] = "model.attention.rope_scaling"
+
+  kind: Literal["none", "linear", "llama3"] = "none"
+  factor: Annotated[float, Bounds(least=1.0)] = 1.0
+  low: Positive = 1.0
   high: float = 4.0
-  original: int = 8192
+  original: Count = 8192
 
   def __post_init__(self):
-    one_of(self.kind, ("none", "linear", "llama3"), "model.attention.rope_scaling.kind")
-    at_least(self.factor, 1.0, "model.attention.rope_scaling.factor")
-    above(self.low, 0, "model.attention.rope_scaling.low")
-    above(self.high, self.low, "model.attention.rope_scaling.high")
-    at_least(self.original, 1, "model.attention.rope_scaling.original")
+    check_fields(self)
+    above(self.high, self.low, f"{self.PATH}.high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,38 +61,34 @@ class AttentionConfig:
     num_kv_heads: key and value heads; query heads share them in groups. None: as many as `num_heads`.
     head_dim: width of a head. None: `embed_dim / num_heads`, which must divide.
     rope_theta: base of the rotary angles.
-    rope_scaling: of these angles.
+    rope_scaling: how the rotary angles are stretched.
     qk_norm: RMSNorm on queries and keys, per head.
     bias: added to queries, keys and values.
     out_bias: added to what the output projection gives.
     swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
   """
 
-  num_heads: int = 4
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  rope_theta: float = 10_000.0
+  PATH: ClassVar[str] = "model.attention"
+
+  num_heads: Count = 4
+  num_kv_heads: Count | None = None
+  head_dim: Annotated[int, Bounds(least=2)] | None = None
+  rope_theta: Positive = 10_000.0
   rope_scaling: RopeScaling = RopeScaling()
   qk_norm: bool = True
   bias: bool = False
   out_bias: bool = False
-  swa_window: int | None = None
+  swa_window: Count | None = None
 
   def __post_init__(self):
-    at_least(self.num_heads, 1, "model.attention.num_heads")
-    if self.num_kv_heads is not None:
-      at_least(self.num_kv_heads, 1, "model.attention.num_kv_heads")
-      check(
-        self.num_heads % self.num_kv_heads == 0,
-        "model.attention.num_kv_heads",
-        f"must divide num_heads = {self.num_heads}, got {self.num_kv_heads}",
-      )
-    if self.head_dim is not None:
-      at_least(self.head_dim, 2, "model.attention.head_dim")
-      check(self.head_dim % 2 == 0, "model.attention.head_dim", f"must be even for RoPE, got {self.head_dim}")
-    above(self.rope_theta, 0, "model.attention.rope_theta")
-    if self.swa_window is not None:
-      at_least(self.swa_window, 1, "model.attention.swa_window")
+    check_fields(self)
+    kv_heads, width = self.num_kv_heads, self.head_dim
+    check(
+      kv_heads is None or self.num_heads % kv_heads == 0,
+      f"{self.PATH}.num_kv_heads",
+      f"must divide num_heads = {self.num_heads}, got {kv_heads}",
+    )
+    check(width is None or width % 2 == 0, f"{self.PATH}.head_dim", f"must be even for RoPE, got {width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,25 +114,22 @@ class FastConfig:
       `pallas_tpu_fused` the short convolution, SiLU, norms and gates of a `gdn` block run inside the kernel.
   """
 
-  num_heads: int = 4
-  key_dim: int = 64
-  value_dim: int = 64
-  conv_size: int = 4
-  generator_reduction: int = 8
-  conv_context: str = "carry"
+  PATH: ClassVar[str] = "model.fast"
+
+  num_heads: Count = 4
+  key_dim: Count = 64
+  value_dim: Count = 64
+  conv_size: Natural = 4
+  generator_reduction: Count = 8
+  conv_context: Literal["carry", "reset"] = "carry"
   decay_init: tuple[float, float] = (1.0, 16.0)
-  out_norm_eps: float = 1e-5
+  out_norm_eps: Positive = 1e-5
   kernel: str | None = None
 
   def __post_init__(self):
-    for name in ("num_heads", "key_dim", "value_dim"):
-      at_least(getattr(self, name), 1, f"model.fast.{name}")
-    at_least(self.conv_size, 0, "model.fast.conv_size")
-    at_least(self.generator_reduction, 1, "model.fast.generator_reduction")
-    one_of(self.conv_context, ("carry", "reset"), "model.fast.conv_context")
-    above(self.out_norm_eps, 0, "model.fast.out_norm_eps")
+    check_fields(self)
     low, high = self.decay_init
-    check(0 < low <= high, "model.fast.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
+    check(0 < low <= high, f"{self.PATH}.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +151,7 @@ class ModelConfig:
       token sees the newest L, itself included.
     embed_std: standard deviation of the embedding at the start. Loops train soonest with 1.0.
     norm_eps: epsilon of the RMSNorms on the residual stream.
-    norm_placement: `pre`: of what a mixer or MLP reads; `sandwich`: of what it adds, too.
+    norm_placement: `pre`: a norm on what a mixer or MLP reads; `sandwich`: also one on what it adds.
     norm_cast: when an RMSNorm rounds to the activation dtype: `last`, after the product with its weight, or
       `first`, before it.
     loop_norm: the final norm after every pass; the next pass reads what it gives.
@@ -165,103 +163,100 @@ class ModelConfig:
     exit_threshold: a token leaves after the first pass at which the exit probabilities sum up to this.
       None: after the last one.
     dtype: of activations, `float32` or `bfloat16`. S, gates, norms and logits are float32 always.
+    attention: the attention blocks.
+    fast: the fast-weight blocks.
   """
 
-  vocab_size: int
-  embed_dim: int = 256
-  mlp_dim: int | None = None
+  PATH: ClassVar[str] = "model"
+
+  vocab_size: Count
+  embed_dim: Count = 256
+  mlp_dim: Count | None = None
   mlp_bias: bool = False
   blocks: tuple[str, ...] = ("attn", "gdn", "attn", "gdn")
   without_mlp: tuple[int, ...] = ()
-  window: int = 24
-  eviction: str = "hard"
-  embed_std: float = 1.0
-  norm_eps: float = 1e-6
-  norm_placement: str = "pre"
-  norm_cast: str = "last"
+  window: Count = 24
+  eviction: Literal["hard", "sliding"] = "hard"
+  embed_std: Positive = 1.0
+  norm_eps: Positive = 1e-6
+  norm_placement: Literal["pre", "sandwich"] = "pre"
+  norm_cast: Literal["last", "first"] = "last"
   loop_norm: bool = False
   tied_embeddings: bool = False
-  predict_passes: int = 1
-  pass_cache: str = "own"
+  predict_passes: Annotated[int, Bounds(least=1), Bounds(most=MOST_PASSES_AWAKE)] = 1
+  pass_cache: Literal["own", "shared"] = "own"
   exit_gate: bool = False
   exit_threshold: float | None = None
-  dtype: str = "float32"
+  dtype: Literal["float32", "bfloat16"] = "float32"
   attention: AttentionConfig = AttentionConfig()
   fast: FastConfig = FastConfig()
 
   def __post_init__(self):
-    at_least(self.vocab_size, 1, "model.vocab_size")
-    at_least(self.embed_dim, 1, "model.embed_dim")
-    if self.mlp_dim is not None:
-      at_least(self.mlp_dim, 1, "model.mlp_dim")
-    at_least(len(self.blocks), 1, "model.blocks")
-    for i, kind in enumerate(self.blocks):
-      if kind not in (known := block_names()):
-        raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
-    at_least(self.window, 1, "model.window")
-    one_of(self.eviction, ("hard", "sliding"), "model.eviction")
-    above(self.embed_std, 0, "model.embed_std")
-    above(self.norm_eps, 0, "model.norm_eps")
-    one_of(self.dtype, ("float32", "bfloat16"), "model.dtype")
-    one_of(self.norm_placement, ("pre", "sandwich"), "model.norm_placement")
-    one_of(self.norm_cast, ("last", "first"), "model.norm_cast")
-    for i in self.without_mlp:
-      last = len(self.blocks) - 1
-      check(0 <= i <= last, "model.without_mlp", f"must be numbers of blocks, 0..{last}, got {i}")
+    check_fields(self)
+    self._check_blocks()
     self._check_passes()
+    if set(self.blocks) & set(ATTENTION) and self.attention.head_dim is None:
+      self._check_heads()
+
+  def _check_blocks(self) -> None:
+    at_least(len(self.blocks), 1, "model.blocks")
+    check(len(self.blocks) <= MOST_BLOCKS, "model.blocks", f"must be at most {MOST_BLOCKS}")
+    known = block_names()
+    for i, kind in enumerate(self.blocks):
+      if kind not in known:
+        raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
+    last = len(self.blocks) - 1
+    for i in self.without_mlp:
+      check(0 <= i <= last, "model.without_mlp", f"must be numbers of blocks, 0..{last}, got {i}")
     if "swa" in self.blocks:
-      near = self.attention.swa_window
-      check(near is not None, "model.attention.swa_window", "is required where model.blocks has `swa`")
+      reach = self.attention.swa_window
+      check(reach is not None, "model.attention.swa_window", "is required where model.blocks has `swa`")
       check(
-        self.window >= near,
+        self.window >= reach,
         "model.window",
-        f"must be at least model.attention.swa_window = {near}, got {self.window}",
+        f"must be at least model.attention.swa_window = {reach}, got {self.window}",
       )
     if "jet" in self.blocks:
-      check(
-        self.fast.conv_size >= 1, "model.fast.conv_size", "must be at least 1 where model.blocks has `jet`"
-      )
+      at_least_one = "must be at least 1 where model.blocks has `jet`"
+      check(self.fast.conv_size >= 1, "model.fast.conv_size", at_least_one)
       width, divisor = self.fast.num_heads * self.fast.value_dim, self.fast.generator_reduction
       check(
         divisor <= width,
         "model.fast.generator_reduction",
         f"must be at most {width} (num_heads * value_dim), got {divisor}",
       )
-    if set(self.blocks) & set(ATTENTION) and self.attention.head_dim is None:
-      heads = self.attention.num_heads
-      check(
-        self.embed_dim % heads == 0,
-        "model.embed_dim",
-        f"must be a multiple of model.attention.num_heads = {heads} (or set head_dim), got {self.embed_dim}",
-      )
-      check(
-        self.embed_dim // heads % 2 == 0,
-        "model.attention.head_dim",
-        f"must be even for RoPE, got {self.embed_dim} / {heads}",
-      )
+
+  def _check_heads(self) -> None:
+    width, heads = self.embed_dim, self.attention.num_heads
+    check(
+      width % heads == 0,
+      "model.embed_dim",
+      f"must be a multiple of model.attention.num_heads = {heads} (or set head_dim), got {width}",
+    )
+    check(
+      width // heads % 2 == 0, "model.attention.head_dim", f"must be even for RoPE, got {width} / {heads}"
+    )
 
   def _check_passes(self) -> None:
-    at_least(self.predict_passes, 1, "model.predict_passes")
-    one_of(self.pass_cache, ("own", "shared"), "model.pass_cache")
+    passes, threshold = self.predict_passes, self.exit_threshold
     memory = [kind for kind in self.blocks if kind not in ATTENTION]
     check(
-      self.predict_passes == 1 or not memory,
+      passes == 1 or not memory,
       "model.predict_passes",
       f"must be 1 beside fast weights ({', '.join(dict.fromkeys(memory))}): in a second pass awake a token"
-      f" would read what later tokens wrote in the first; got {self.predict_passes}",
+      f" would read what later tokens wrote in the first; got {passes}",
     )
     check(
-      self.predict_passes == 1 or self.eviction == "hard",
+      passes == 1 or self.eviction == "hard",
       "model.predict_passes",
-      f"must be 1 under sliding eviction, which keeps one pass awake; got {self.predict_passes}",
+      f"must be 1 under sliding eviction, which keeps one pass awake; got {passes}",
     )
-    if self.exit_threshold is not None:
-      check(self.exit_gate, "model.exit_threshold", "needs model.exit_gate")
-      check(
-        0 < self.exit_threshold <= 1,
-        "model.exit_threshold",
-        f"must lie in (0, 1] or be left out, got {self.exit_threshold}",
-      )
+    check(threshold is None or self.exit_gate, "model.exit_threshold", "needs model.exit_gate")
+    check(
+      threshold is None or 0 < threshold <= 1,
+      "model.exit_threshold",
+      f"must lie in (0, 1] or be left out, got {threshold}",
+    )
 
   @property
   def head_dim(self) -> int:

@@ -1,10 +1,14 @@
 """A run's config: how it sleeps, learns, trains and is spread over devices. A part of `config`."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from sleep_jax.config.checks import above, check
+from sleep_jax.config.fields import Bounds, Count, Natural, NotNegative, Positive, Seed, check_fields
 from sleep_jax.config.model import ModelConfig
-from sleep_jax.config.schema import above, at_least, check, one_of
+
+Share = Annotated[float, Bounds(least=0, below=1)]
+MOST_PASSES_UNROLLED = 256  # each of them is written out in the compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +18,9 @@ class SleepConfig:
   Attributes:
     num_passes: N, passes over the window; 1 is the plain hybrid.
     backprop_passes: k, gradients flow through the last k passes only. None: through all of them.
-    first_block, last_block: blocks first_block .. last_block - 1 are repeated; those before run once
-      (prelude), those after run once (coda); all of them write. None: up to the last block.
+    first_block: number of the first block that is repeated; those before it run once (prelude) and write too.
+    last_block: number of the first block behind those that are repeated; it and the rest run once (coda) and
+      write too. None: there is none, all from `first_block` on are repeated.
     state: what a pass starts from: `carry`, the S that the pass before left, or `reset`, the S that the
       window began with, so that only the last pass's write survives (LT2, arXiv 2605.20670).
     kept: whose keys and values stay under sliding eviction: those of the `last` pass, which all passes
@@ -26,31 +31,32 @@ class SleepConfig:
       compile, faster to run on a CPU.
   """
 
-  num_passes: int = 1
+  PATH: ClassVar[str] = "sleep"
+
+  num_passes: Count = 1
   backprop_passes: int | None = None
-  first_block: int = 0
+  first_block: Natural = 0
   last_block: int | None = None
-  state: str = "carry"
-  kept: str = "last"
-  remat: str = "none"
-  loops: str = "scan"
+  state: Literal["carry", "reset"] = "carry"
+  kept: Literal["last", "each"] = "last"
+  remat: Literal["none", "block", "pass", "window"] = "none"
+  loops: Literal["scan", "unroll"] = "scan"
 
   def __post_init__(self):
-    at_least(self.num_passes, 1, "sleep.num_passes")
-    if self.backprop_passes is not None:
-      k = self.backprop_passes
-      check(
-        1 <= k <= self.num_passes,
-        "sleep.backprop_passes",
-        f"must lie in 1..{self.num_passes} (sleep.num_passes), got {k}",
-      )
-    at_least(self.first_block, 0, "sleep.first_block")
+    check_fields(self)
+    n, k = self.num_passes, self.backprop_passes
+    check(
+      k is None or 1 <= k <= n,
+      "sleep.backprop_passes",
+      f"must lie in 1..{n} (sleep.num_passes), got {k}",
+    )
     if self.last_block is not None:
       above(self.last_block, self.first_block, "sleep.last_block")
-    one_of(self.state, ("carry", "reset"), "sleep.state")
-    one_of(self.kept, ("last", "each"), "sleep.kept")
-    one_of(self.remat, ("none", "block", "pass", "window"), "sleep.remat")
-    one_of(self.loops, ("scan", "unroll"), "sleep.loops")
+    check(
+      self.loops == "scan" or n <= MOST_PASSES_UNROLLED,
+      "sleep.num_passes",
+      f"must be at most {MOST_PASSES_UNROLLED} where sleep.loops = unroll writes each pass out, got {n}",
+    )
 
   def looped(self, num_blocks: int) -> tuple[int, int]:
     """First block that is repeated, and the one behind the last, of a model of `num_blocks` blocks."""
@@ -70,45 +76,42 @@ class OptimConfig:
   learning rates, the global norm is clipped before both, and weight decay is decoupled.
 
   Attributes:
-    muon_lr, adam_lr: peak learning rates.
-    muon_momentum: of the exponential average; Nesterov.
+    muon_lr: Muon's peak learning rate.
+    adam_lr: AdamW's peak learning rate.
+    muon_momentum: how much of Muon's exponential average a step keeps; Nesterov.
     newton_schulz_steps: orthogonalisation steps.
     newton_schulz_dtype: `bfloat16` as the recipe has it, or `float32` (faster on a CPU).
-    adam_b1, adam_b2, adam_eps: AdamW's.
+    adam_b1: how much of AdamW's average of gradients a step keeps.
+    adam_b2: how much of AdamW's average of squared gradients a step keeps.
+    adam_eps: AdamW's epsilon.
     weight_decay: for both groups; a weight declared without decay is left alone.
-    clip_norm: global norm of all gradients.
-    warmup_steps: linear from 0.
+    clip_norm: the most that the global norm of all gradients may be.
+    warmup_steps: the learning rates rise from 0 over so many steps.
     decay_steps: cosine down to `final_scale` over the last so many steps; 0 for a constant rate.
-    final_scale: last multiplier.
+    final_scale: what the learning rates are multiplied by at the end.
     trained: patterns of the names of weights that are trained, as in a shell (`blocks/2/*`). All others are
       frozen: they have no gradient, no optimizer state and no decay.
   """
 
-  muon_lr: float = 2e-3
-  adam_lr: float = 5e-5
-  muon_momentum: float = 0.95
-  newton_schulz_steps: int = 5
-  newton_schulz_dtype: str = "bfloat16"
-  adam_b1: float = 0.9
-  adam_b2: float = 0.95
-  adam_eps: float = 1e-10
-  weight_decay: float = 1e-4
-  clip_norm: float = 1.0
-  warmup_steps: int = 0
-  decay_steps: int = 0
-  final_scale: float = 1e-3
+  PATH: ClassVar[str] = "optim"
+
+  muon_lr: Positive = 2e-3
+  adam_lr: Positive = 5e-5
+  muon_momentum: Share = 0.95
+  newton_schulz_steps: Annotated[int, Bounds(least=1), Bounds(most=100)] = 5
+  newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  adam_b1: Share = 0.9
+  adam_b2: Share = 0.95
+  adam_eps: Positive = 1e-10
+  weight_decay: NotNegative = 1e-4
+  clip_norm: Positive = 1.0
+  warmup_steps: Natural = 0
+  decay_steps: Natural = 0
+  final_scale: NotNegative = 1e-3
   trained: tuple[str, ...] = ("*",)
 
   def __post_init__(self):
-    for name in ("muon_lr", "adam_lr", "adam_eps", "clip_norm"):
-      above(getattr(self, name), 0, f"optim.{name}")
-    for name in ("muon_momentum", "adam_b1", "adam_b2"):
-      value = getattr(self, name)
-      check(0 <= value < 1, f"optim.{name}", f"must lie in [0, 1), got {value}")
-    at_least(self.newton_schulz_steps, 1, "optim.newton_schulz_steps")
-    one_of(self.newton_schulz_dtype, ("bfloat16", "float32"), "optim.newton_schulz_dtype")
-    for name in ("weight_decay", "warmup_steps", "decay_steps", "final_scale"):
-      at_least(getattr(self, name), 0, f"optim.{name}")
+    check_fields(self)
     check(bool(self.trained), "optim.trained", "must have at least 1 pattern, got none")
 
 
@@ -122,7 +125,9 @@ class TrainConfig:
     microbatches: parts that a batch is cut into. Their gradients are added up, so that the activations of one
       part alone are held; the same step but for rounding.
     steps_per_dispatch: steps that the device runs before the host looks again; data is made inside.
-    log_every, eval_every, save_every: in steps.
+    log_every: steps from one row of the log to the next.
+    eval_every: steps from one evaluation to the next.
+    save_every: steps from one checkpoint to the next.
     eval_sequences: held-out sequences; a fixed set, from a seed of its own.
     eval_batch_size: sequences a device call of the evaluation.
     keep_checkpoints: newest ones that stay.
@@ -130,23 +135,23 @@ class TrainConfig:
     init_ignore: fields of that checkpoint's `config.json` that are known to change nothing.
   """
 
-  steps: int = 100
-  batch_size: int = 128
-  microbatches: int = 1
-  steps_per_dispatch: int = 10
-  log_every: int = 10
-  eval_every: int = 50
-  save_every: int = 100
-  eval_sequences: int = 4096
-  eval_batch_size: int = 1024
-  keep_checkpoints: int = 3
+  PATH: ClassVar[str] = "train"
+
+  steps: Count = 100
+  batch_size: Count = 128
+  microbatches: Count = 1
+  steps_per_dispatch: Count = 10
+  log_every: Count = 10
+  eval_every: Count = 50
+  save_every: Count = 100
+  eval_sequences: Count = 4096
+  eval_batch_size: Count = 1024
+  keep_checkpoints: Count = 3
   init_from: str | None = None
   init_ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if not field.name.startswith("init_"):
-        at_least(getattr(self, field.name), 1, f"train.{field.name}")
+    check_fields(self)
     check(
       self.batch_size % self.microbatches == 0,
       "train.microbatches",
@@ -161,22 +166,36 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices: `data` splits the batch and (FSDP) the weights, `model` splits heads, MLP and vocabulary.
+  """Devices, as a mesh of `data` x `model`.
 
-  `data` = -1 takes all devices that `model` leaves.
+  Attributes:
+    data: devices that split the batch and (FSDP) the weights; -1: all that `model` leaves.
+    model: devices that split heads, MLP and vocabulary.
   """
 
+  PATH: ClassVar[str] = "mesh"
+
   data: int = -1
-  model: int = 1
+  model: Count = 1
 
   def __post_init__(self):
+    check_fields(self)
     check(self.data == -1 or self.data >= 1, "mesh.data", f"must be -1 or at least 1, got {self.data}")
-    at_least(self.model, 1, "mesh.model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One run. `data` is the task's own config."""
+  """One run.
+
+  Attributes:
+    data: the task's own config.
+    model: the model.
+    sleep: how it sleeps.
+    optim: how it learns.
+    train: the loop.
+    mesh: the devices.
+    seed: of the weights and of the training data. Runs that are compared share it.
+  """
 
   data: Any
   model: ModelConfig
@@ -184,10 +203,10 @@ class Config:
   optim: OptimConfig = OptimConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
-  seed: int = 0
+  seed: Seed = 0
 
   def __post_init__(self):
-    at_least(self.seed, 0, "seed")
+    check_fields(self)
     check_sleep(self.sleep, self.model)
 
 

@@ -20,14 +20,13 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from sleep_jax.config import at_least, check
+from sleep_jax.config import Bounds, Count, at_least, check, check_fields
 from sleep_jax.data import limits
-from sleep_jax.data.limits import within
 
 PAD = 0
 
@@ -96,15 +95,16 @@ class CutConfig:
     bucket_batches: batches in a group, whose examples are sorted by length together.
   """
 
-  max_tokens: int
-  answer_tokens: int = 8
+  PATH: ClassVar[str] = "data.cut"
+
+  max_tokens: Annotated[int, Bounds(most=limits.LENGTH)]
+  answer_tokens: Count = 8
   tails: tuple[int, ...] = ()
-  bucket_batches: int = 8
+  bucket_batches: Annotated[int, Bounds(least=1), Bounds(most=limits.GROUPED)] = 8
 
   def __post_init__(self):
-    at_least(self.answer_tokens, 1, "data.cut.answer_tokens")
-    within(self.max_tokens, self.answer_tokens + 1, limits.LENGTH, "data.cut.max_tokens")
-    within(self.bucket_batches, 1, limits.GROUPED, "data.cut.bucket_batches")
+    check_fields(self)
+    at_least(self.max_tokens, self.answer_tokens + 1, "data.cut.max_tokens")
     for tail in self.tails:
       at_least(tail, self.answer_tokens, "data.cut.tails")
 

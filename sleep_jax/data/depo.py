@@ -1,15 +1,15 @@
-"""Depo: which node comes k edges further on a directed cycle whose shuffled edges are long evicted.
+"""Depo: the node that comes k edges further on a directed cycle whose shuffled edges are long evicted.
 
-The task of Allen-Zhu (arXiv 2512.17351, after its released generator) as arXiv 2605.26099 uses it: one
-cycle a sequence, at most 75 nodes, its edges in 300 tokens, then ten questions in 60.
+The task of Allen-Zhu (arXiv 2512.17351, after its released generator) as arXiv 2605.26099 uses it. A sequence
+is one cycle of at most 75 nodes, its edges in 300 tokens, then ten questions in 60.
 
     tokens   PAD PAD ... src dst src dst ... src dst | Q(k) start ANS node  Q(k) start ANS node ... PAD
     targets                                          |            ANS node             ANS node
 
-A name is one or more tokens, the last of them from a range of its own, so that names need no separator.
-The context ends and the questions begin at `context_length` exactly. Names, sizes, edge order, starts and k
-follow the released generator; what arXiv 2605.26099 leaves open is a field here, and its default the reading
-that fits all numbers that the paper gives. Labels are shifted inside the window that answers: position i
+A name is one or more tokens. The last of them comes from a range of its own, so names need no separator. The
+context ends and the questions begin at `context_length` exactly. Names, sizes, edge order, starts and k
+follow the released generator. Whatever arXiv 2605.26099 leaves open is a field here; the default is the
+reading that fits all numbers in the paper. Labels are shifted inside the window that answers: position i
 predicts targets[i].
 """
 
@@ -17,17 +17,19 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Annotated, ClassVar, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, Count, Seed, at_least, check, check_fields, shown
+from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
 PAD = 0
 MOST_NAMES = 1 << 16  # names are drawn from a table of all of them
+NameLength = Annotated[int, Bounds(least=1), Bounds(most=64)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,60 +38,68 @@ class DepoConfig:
 
   Attributes:
     max_nodes: N, nodes of the largest cycle, and of every held-out one.
-    min_nodes: of the smallest in training; with at least `num_pairs`, every sequence has all its questions.
+    min_nodes: nodes of the smallest cycle in training. With at least `num_pairs` every sequence has all its
+      questions.
     sizes: how n is drawn in training: `original`: with weight 1 / (n + sqrt(N)), as released; `uniform`;
       `largest`: always N (the first switch to try where figure 3 is not reproduced).
-    max_hops: K; in training k is even over 1..K, whatever n is: the walk may go round more than once.
-    test_hops: a held-out set for each of these k, over the same graphs and starts.
-    num_pairs: questions; min(n, num_pairs) are asked, from different starts.
-    mini_vocab: V; names use tokens 1..V, and V + 1..2 V for their last one.
-    min_name, max_name: tokens of a name; the length is drawn evenly, a name that is taken is drawn again.
-    separator: a SEP token before each edge.
-    bos: a BOS token before the edges (left out of a context that is full to the brim).
+    max_hops: K. In training k is even over 1..K, whatever n is, so a walk may go round more than once.
+    test_hops: one held-out set for each of these k, over the same graphs and starts.
+    num_pairs: questions of a sequence; min(n, num_pairs) are asked, from different starts.
+    mini_vocab: V. Names use tokens 1..V, and V + 1..2 V for their last one.
+    min_name, max_name: tokens of a name. The length is drawn evenly; a name that is taken is drawn again.
+    separator: whether a SEP token stands before each edge.
+    bos: whether a BOS token stands before the edges. A context without room for it has none.
     label_ans: whether the loss counts the (trivial) ANS beside the answer, as released.
-    pads: `ordinary`: PAD is a token like any other, embedded, attended and written; `masked`: nobody
-      attends to it and it leaves S as it was. The paper does not say which.
-    context_length, query_length: tokens of the two parts; the first is padded on the left, the second
-      on the right.
-    held_out_seed: of the evaluation sets, which are the same for every run.
+    pads: `ordinary`: PAD is a token like any other, embedded, attended and written; `masked`: no token
+      attends to it and it leaves S unchanged. The paper does not say which.
+    context_length, query_length: tokens of the two parts. The first is padded on the left, the second on the
+      right.
+    held_out_seed: seed of the evaluation sets, which are the same for every run.
   """
 
+  PATH: ClassVar[str] = "data"
+
   max_nodes: int = 75
-  min_nodes: int = 3
-  sizes: str = "original"
-  max_hops: int = 16
+  min_nodes: Annotated[int, Bounds(least=2)] = 3
+  sizes: Literal["original", "uniform", "largest"] = "original"
+  max_hops: Annotated[int, Bounds(least=1), Bounds(most=limits.HOPS)] = 16
   test_hops: tuple[int, ...] = (1, 2, 4, 8, 16)
-  num_pairs: int = 10
-  mini_vocab: int = 50
-  min_name: int = 1
-  max_name: int = 2
+  num_pairs: Count = 10
+  mini_vocab: Count = 50
+  min_name: NameLength = 1
+  max_name: NameLength = 2
   separator: bool = False
   bos: bool = False
   label_ans: bool = True
-  pads: str = "ordinary"
-  context_length: int = 300
-  query_length: int = 60
-  held_out_seed: int = 1_000_003
+  pads: Literal["ordinary", "masked"] = "ordinary"
+  context_length: Annotated[int, Bounds(most=limits.LENGTH)] = 300
+  query_length: Annotated[int, Bounds(most=limits.LENGTH)] = 60
+  held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):
-    at_least(self.min_nodes, 2, "data.min_nodes")
-    for name in ("max_hops", "num_pairs", "mini_vocab", "min_name"):
-      at_least(getattr(self, name), 1, f"data.{name}")
+    check_fields(self)
     at_least(self.max_name, self.min_name, "data.max_name")
-    at_least(self.held_out_seed, 0, "data.held_out_seed")
-    one_of(self.sizes, ("original", "uniform", "largest"), "data.sizes")
-    one_of(self.pads, ("ordinary", "masked"), "data.pads")
     at_least(self.max_nodes, self.min_nodes, "data.max_nodes")
+    self._check_names()
+    self._check_hops()
+    self._check_lengths()
+
+  def _check_names(self) -> None:
     names = sum(self.mini_vocab**length for length in self.name_lengths)
+    check(
+      names <= MOST_NAMES,
+      "data.mini_vocab",
+      f"allows {shown(names)} names, at most {MOST_NAMES} can be drawn from; make it or data.max_name"
+      " smaller",
+    )
     check(
       self.max_nodes <= names,
       "data.max_nodes",
       f"must be at most {names}, the names that data.mini_vocab, min_name and max_name allow,"
       f" got {self.max_nodes}",
     )
-    check(
-      names <= MOST_NAMES, "data.mini_vocab", f"allows {names} names, at most {MOST_NAMES} can be drawn from"
-    )
+
+  def _check_hops(self) -> None:
     check(len(self.test_hops) > 0, "data.test_hops", "must name at least one k")
     for k in self.test_hops:
       check(
@@ -102,6 +112,8 @@ class DepoConfig:
       "data.test_hops",
       f"names a k twice: {self.test_hops}",
     )
+
+  def _check_lengths(self) -> None:
     edges = self.max_nodes * (2 * self.max_name + self.separator)
     check(
       self.context_length >= edges,
@@ -117,7 +129,7 @@ class DepoConfig:
 
   @property
   def name_lengths(self) -> range:
-    """How many tokens a name may have."""
+    """The numbers of tokens that a name may have."""
     return range(self.min_name, self.max_name + 1)
 
   @property
@@ -146,7 +158,7 @@ class DepoConfig:
 
 
 def layout(cfg: DepoConfig) -> np.ndarray:
-  """Where the loss may be: [T] bool, whatever the names' lengths."""
+  """Returns where the loss may be: [T] bool, whatever the lengths of the names."""
   i = np.arange(cfg.length)
   first = cfg.context_length + cfg.min_name + (0 if cfg.label_ans else 1)
   return (i >= first) & (i < cfg.length - 1)
@@ -168,9 +180,10 @@ def check_window(cfg: DepoConfig, window: int) -> None:
 
 
 def answer_of(cfg: DepoConfig, targets: jax.Array, mask: jax.Array) -> jax.Array:
-  """Which question each target answers.
+  """Returns which question each target answers.
 
   Args:
+    cfg: the task.
     targets, mask: [B, M], at the positions of `layout`.
 
   Returns:
@@ -182,14 +195,17 @@ def answer_of(cfg: DepoConfig, targets: jax.Array, mask: jax.Array) -> jax.Array
 
 
 def batch(cfg: DepoConfig, key: jax.Array, step: jax.Array, size: int, hops: int | None = None) -> Batch:
-  """Batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1.
+  """Makes batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1.
 
   Args:
+    cfg: the task.
     key: typed PRNG key of the stream; a sequence is a pure function of it and of its index.
-    hops: k of every question, on cycles of `max_nodes`: a held-out set. None: training.
+    step: whole number; (step + 1) * size must not exceed 2^31.
+    size: B, sequences.
+    hops: None: training. Otherwise a held-out set: k of every question, on cycles of `max_nodes`.
 
   Returns:
-    B sequences of T tokens; `valid` marks pads where `pads` is `masked`, else it is None.
+    B sequences of T tokens; `valid` marks the pads if `pads` is `masked`, else it is None.
 
   Raises:
     ConfigError: if `hops` is outside the trained range.
@@ -203,59 +219,19 @@ def batch(cfg: DepoConfig, key: jax.Array, step: jax.Array, size: int, hops: int
   return Batch(inputs, jnp.where(mask, shifted, 0), mask.astype(jnp.float32), valid)
 
 
-def dataset(cfg: DepoConfig, seed: int, num_sequences: int, hops: int | None = None) -> grain.MapDataset:
-  """The same stream for a grain pipeline: item i is sequence i of the stream that `seed` names.
-
-  Items are dicts of NumPy arrays with the fields of `Batch` (`valid` only where pads are masked), [T] each.
-
-  Args:
-    hops: as in `batch`.
-
-  Raises:
-    ConfigError: if `hops` is outside the trained range, or there is no sequence.
-  """
-  at_least(seed, 0, "seed")
-  at_least(num_sequences, 1, "num_sequences")
-  _check_hops(cfg, hops)
-  return grain.MapDataset.source(_Source(cfg, seed, num_sequences, hops))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-  """Random access to the stream; holds no state but its arguments, so that any process may have its own."""
-
-  cfg: DepoConfig
-  seed: int
-  num_sequences: int
-  hops: int | None
-
-  def __len__(self) -> int:
-    return self.num_sequences
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    if not 0 <= index < self.num_sequences:
-      raise IndexError(f"sequence {index} of {self.num_sequences}")
-    made = _jitted(self.cfg, jax.random.key(self.seed), index, 1, self.hops)
-    arrays = {name: getattr(made, name) for name in ("inputs", "targets", "loss_mask", "valid")}
-    return {name: np.asarray(x)[0] for name, x in arrays.items() if x is not None}
-
-
 def _check_hops(cfg: DepoConfig, hops: int | None) -> None:
   if hops is not None:
     check(1 <= hops <= cfg.max_hops, "hops", f"must lie in 1..{cfg.max_hops} (data.max_hops), got {hops}")
 
 
-_jitted = jax.jit(batch, static_argnums=(0, 3, 4))
-
-
 def _sequence(cfg: DepoConfig, key: jax.Array, hops: int | None) -> tuple[jax.Array, jax.Array]:
-  """One sequence: tokens [T] int32, and which of them are labels, [T] bool."""
+  """Draws one sequence: tokens [T] int32, and which of them are labels, [T] bool."""
   size_key, name_key, cycle_key, edge_key, start_key, hop_key = jax.random.split(key, 6)
   N, slots = cfg.max_nodes, jnp.arange(cfg.max_nodes)
   n = _size(cfg, size_key) if hops is None else jnp.int32(N)
   tokens, weights = (jnp.asarray(x) for x in _names(cfg))
-  # The n largest of log(weight) + Gumbel are n different names in the order in which successive draws, taken
-  # ones thrown away, would bring them.
+  # The n largest of log(weight) + Gumbel noise are n different names, in the order of successive draws in
+  # which names that are taken are drawn again.
   drawn = jax.lax.top_k(weights + jax.random.gumbel(name_key, weights.shape), N)[1]
   cycle = tokens[drawn[_shuffled(cycle_key, n, N)]]  # [N, max_name]; names from n on are not used
   order = _shuffled(edge_key, n, N)
@@ -279,7 +255,7 @@ def _sequence(cfg: DepoConfig, key: jax.Array, hops: int | None) -> tuple[jax.Ar
 
 
 def _size(cfg: DepoConfig, key: jax.Array) -> jax.Array:
-  """n of a training sequence."""
+  """Draws n of a training sequence."""
   n = np.arange(cfg.min_nodes, cfg.max_nodes + 1)
   if cfg.sizes == "largest":
     return jnp.int32(cfg.max_nodes)
@@ -290,7 +266,7 @@ def _size(cfg: DepoConfig, key: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def _names(cfg: DepoConfig) -> tuple[np.ndarray, np.ndarray]:
-  """All names there are: tokens [names, max_name], PAD behind the last one, and log weights [names]."""
+  """Returns all possible names, [names, max_name] with PAD behind the last token, and log weights [names]."""
   V, tokens, weights = cfg.mini_vocab, [], []
   for length in cfg.name_lengths:
     for name in itertools.product(range(1, V + 1), repeat=length):
@@ -300,7 +276,7 @@ def _names(cfg: DepoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shuffled(key: jax.Array, count: jax.Array, size: int) -> jax.Array:
-  """Slots 0 .. size - 1: the first `count` of them in random order, then the others."""
+  """Returns slots 0 .. size - 1: the first `count` of them in random order, then the others."""
   order = jax.random.bits(key, (size,), jnp.uint32) >> 1
   return jnp.argsort(jnp.where(jnp.arange(size) < count, order, order | jnp.uint32(1 << 31)))
 
@@ -308,11 +284,11 @@ def _shuffled(key: jax.Array, count: jax.Array, size: int) -> jax.Array:
 def _packed(
   tokens: jax.Array, labels: jax.Array, length: int, *, to_the_right: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """Tokens without the pads between them, and their labels, pushed to one end of [length]."""
-  there = tokens != PAD
-  place = jnp.cumsum(there) - 1
+  """Removes the pads between tokens and pushes tokens and labels to one end of [length]."""
+  is_token = tokens != PAD
+  place = jnp.cumsum(is_token) - 1
   if to_the_right:
-    place = place + length - jnp.sum(there)
-  place = jnp.where(there & (place >= 0), place, length)  # out of bounds: dropped
+    place = place + length - jnp.sum(is_token)
+  place = jnp.where(is_token & (place >= 0), place, length)  # out of bounds: dropped
   packed = jnp.zeros((length,), jnp.int32).at[place].set(tokens.astype(jnp.int32), mode="drop")
   return packed, jnp.zeros((length,), bool).at[place].set(labels, mode="drop")

@@ -1,24 +1,25 @@
-"""Rule 110: what becomes of a string of cells after t steps.
+"""Rule 110: the first cell of a string of cells after t steps of a cellular automaton.
 
-A sequence is `num_strings` independent random strings of cells, one token a cell, each of which fills
-a window and is evicted before the next; then one answer per string: its *first* cell after
-`rollout_steps` steps. The depth of reasoning is t; the memory load does not depend on it.
+A sequence is `num_strings` independent random strings of cells, one token a cell. Each fills a window and is
+evicted before the next. Then follows one answer for each string: its *first* cell after `rollout_steps`
+steps. The depth of reasoning is t, and the amount to remember does not depend on it.
 
     tokens   cells of string 0 | cells of string 1 | ...      | ASK  label 0  label 1 ...
     targets                                                   | label 0  label 1  label 2 ...
 
-The last window predicts from itself: `ASK` predicts the first label. Strings are independent, so that
-an earlier label, which the next prediction sees, says nothing about it.
+The last window predicts from itself: `ASK` predicts the first label. The strings are independent, so an
+earlier label, which the next prediction sees, carries no information about it.
 """
 
 import dataclasses
+from typing import Annotated, ClassVar, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, Count, Seed, check, check_fields
+from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
 ASK = 2
@@ -30,26 +31,27 @@ class Rule110Config:
   """The task.
 
   Attributes:
-    num_strings: strings, and labels.
+    num_strings: strings, and labels, of a sequence.
     num_cells: cells of a string, at most 32.
-    rollout_steps: t.
-    boundary: `periodic`: the last cell is the first one's left neighbour. `zero`: cells outside are 0;
-      then a constant answers t = 8 with 99 %, so that the paper cannot have meant it.
-    held_out_seed: of the evaluation set, which is the same for every run.
+    rollout_steps: t, steps of the rule.
+    boundary: `periodic`: the last cell is the first one's left neighbour. `zero`: cells outside are 0; then a
+      constant answers t = 8 with 99 %, so the paper cannot have meant it.
+    held_out_seed: seed of the evaluation set, which is the same for every run.
   """
 
-  num_strings: int = 4
-  num_cells: int = 24
-  rollout_steps: int = 32
-  boundary: str = "periodic"
-  held_out_seed: int = 1_000_003
+  PATH: ClassVar[str] = "data"
+
+  num_strings: Count = 4
+  num_cells: Annotated[int, Bounds(least=3, most=32)] = 24
+  rollout_steps: Annotated[int, Bounds(least=0), Bounds(most=limits.STEPS)] = 32
+  boundary: Literal["periodic", "zero"] = "periodic"
+  held_out_seed: Seed = 1_000_003
 
   def __post_init__(self):
-    at_least(self.num_strings, 1, "data.num_strings")
-    check(3 <= self.num_cells <= 32, "data.num_cells", f"must lie in 3..32, got {self.num_cells}")
-    at_least(self.rollout_steps, 0, "data.rollout_steps")
-    one_of(self.boundary, ("periodic", "zero"), "data.boundary")
-    at_least(self.held_out_seed, 0, "data.held_out_seed")
+    check_fields(self)
+    longest = limits.LENGTH // (self.num_cells + 1)
+    at_most = f"must be at most {longest} of {self.num_cells} cells, got {self.num_strings}"
+    check(self.num_strings <= longest, "data.num_strings", at_most)
 
   @property
   def length(self) -> int:
@@ -58,7 +60,7 @@ class Rule110Config:
 
 
 def layout(cfg: Rule110Config) -> np.ndarray:
-  """Where the loss is: [T] bool, the last `num_strings` positions."""
+  """Returns where the loss is: [T] bool, the last `num_strings` positions."""
   return np.arange(cfg.length) >= cfg.num_strings * cfg.num_cells
 
 
@@ -79,13 +81,15 @@ def check_window(cfg: Rule110Config, window: int) -> None:
 
 
 def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
-  """Strings after t steps.
+  """Runs the rule for t steps.
 
   Args:
     cells: uint32, any shape; bit i is cell i, bits from `num_cells` on are 0.
+    cfg: the task.
 
   Returns:
-    The same shape and form. A cell becomes (c or r) and not (l and c and r).
+    The strings after t steps, in the same shape and form. A cell c with neighbours l and r becomes
+    (c or r) and not (l and c and r).
   """
   cells = jnp.asarray(cells, jnp.uint32)
   n = cfg.num_cells
@@ -102,11 +106,12 @@ def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
 
 
 def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
-  """The strings of sequences, evenly random: a pure function of (key, index).
+  """Draws the strings of sequences, each cell evenly: a pure function of (key, index).
 
   Args:
+    cfg: the task.
     key: typed PRNG key of the stream.
-    index: [B] whole numbers.
+    index: [B] whole numbers below 2^31.
 
   Returns:
     [B, num_strings] uint32, bit i is cell i.
@@ -116,10 +121,11 @@ def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
-  """Token sequences of given strings.
+  """Writes given strings and their labels as token sequences.
 
   Args:
-    packed: [B, num_strings] uint32.
+    cfg: the task.
+    packed: [B, num_strings] uint32, bit i is cell i.
 
   Returns:
     B sequences of T tokens; no pads.
@@ -135,40 +141,5 @@ def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
 
 
 def batch(cfg: Rule110Config, key: jax.Array, step: jax.Array, size: int) -> Batch:
-  """Batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1."""
+  """Makes batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1."""
   return sequences(cfg, strings(cfg, key, step * size + jnp.arange(size)))
-
-
-def dataset(cfg: Rule110Config, seed: int, num_sequences: int) -> grain.MapDataset:
-  """The same stream for a grain pipeline: item i is sequence i of the stream that `seed` names.
-
-  Items are dicts of NumPy arrays with the fields of `Batch` (without `valid`), [T] each.
-  """
-  return grain.MapDataset.source(_Source(cfg, seed, num_sequences))
-
-
-class _Source:
-  """Random access to the stream; holds no state but its arguments."""
-
-  def __init__(self, cfg: Rule110Config, seed: int, num_sequences: int):
-    self.cfg, self.seed, self.num_sequences = cfg, seed, num_sequences
-
-  def __len__(self) -> int:
-    return self.num_sequences
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    if not 0 <= index < self.num_sequences:
-      raise IndexError(f"sequence {index} of {self.num_sequences}")
-    made = _one(self.cfg, self.seed, index)
-    return {name: np.asarray(getattr(made, name))[0] for name in ("inputs", "targets", "loss_mask")}
-
-
-def _one(cfg: Rule110Config, seed: int, index: int) -> Batch:
-  return _jitted(cfg, jax.random.key(seed), jnp.asarray([index]))
-
-
-def _made(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> Batch:
-  return sequences(cfg, strings(cfg, key, index))
-
-
-_jitted = jax.jit(_made, static_argnames="cfg")

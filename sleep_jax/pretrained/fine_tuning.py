@@ -4,12 +4,13 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 
 from sleep_jax import config, model
 from sleep_jax.config import ATTENTION, FastConfig, ModelConfig
+from sleep_jax.config.model import MOST_BLOCKS
 from sleep_jax.pretrained import from_run, loading, memory
 
 # How a model is run, which a checkpoint does not say.
@@ -24,20 +25,21 @@ class StartConfig:
   Attributes:
     folder: in published format, with its `tokenizer.json`; or the workdir of a run that began with one.
     memory_layers: fast-weight layers to insert; a checkpoint with inserted ones must have as many. 0: none.
-    fast: their sizes.
+    fast: sizes of inserted layers.
     trained: `all` weights, or the inserted `memory` alone.
     ignore: fields of the checkpoint's `config.json` that are known to change nothing.
   """
 
+  PATH: ClassVar[str] = "pretrained"
+
   folder: str | None = None
-  memory_layers: int = 0
+  memory_layers: Annotated[int, config.Bounds(least=0), config.Bounds(most=MOST_BLOCKS)] = 0
   fast: FastConfig = memory.MEMORY
-  trained: str = "all"
+  trained: Literal["all", "memory"] = "all"
   ignore: tuple[str, ...] = ()
 
   def __post_init__(self):
-    config.at_least(self.memory_layers, 0, "pretrained.memory_layers")
-    config.one_of(self.trained, ("all", "memory"), "pretrained.trained")
+    config.check_fields(self)
 
 
 def start_model(start: StartConfig, how: Mapping[str, Any]) -> ModelConfig:

@@ -10,7 +10,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import tokenizers
+import sleep_jax
+
+try:
+  import tokenizers
+except ImportError:
+  sleep_jax.require("tokenizers", "tokenizers")
+  raise
 
 from sleep_jax.config import ModelConfig
 from sleep_jax.pretrained.fields import PretrainedError

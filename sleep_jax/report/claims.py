@@ -1,10 +1,13 @@
-"""What the numbers allow one to say: sentences made from runs, so that no page claims more than was found."""
+"""What the numbers allow one to say: sentences made from runs, so that no page claims more than they show."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from sleep_jax.report.runs import Run, amount, budgets, constant, is_number, reached, seconds, settings
+from sleep_jax.report import intervals
+from sleep_jax.report.curves import constant, settings
+from sleep_jax.report.load import Run, is_number
+from sleep_jax.report.tables import amount, budgets, reached, seconds
 
 # Percentage points under which two accuracies count as the same: about two standard errors of the
 # difference of two rates on some thousand held-out sequences.
@@ -85,6 +88,8 @@ def _claim(runs: Sequence[Run]) -> str:
       f"After the same {after}, more passes of sleep gave more exact answers ({order}): {values} ({basis})."
     )
   ends = f"{values} ({basis}); {', and '.join(v for v in verdicts if v)}."
+  if all(b.mean - a.mean >= TOLERANCE for a, b in itertools.pairwise(found)):
+    return f"After the same {after}, the means rise with N ({order}): {ends}"
   if max(s.mean for s in found) - min(s.mean for s in found) < TOLERANCE:
     return f"After the same {after}, sleep made no clear difference: {ends}"
   return f"After the same {after}, the order {order} does not hold: {ends}"
@@ -93,11 +98,27 @@ def _claim(runs: Sequence[Run]) -> str:
 def _compare(less: Standing, more: Standing) -> str:
   """Empty if `more` sleep is clearly better, else what is the case."""
   gain = more.mean - less.mean
+  unsettled = _unsettled(less, more)
+  if unsettled and abs(gain) >= TOLERANCE:
+    return f"{unsettled} do not tell N = {less.num_passes} and N = {more.num_passes} apart"
   if gain >= TOLERANCE:
     return ""
   if gain <= -TOLERANCE:
     return f"N = {more.num_passes} is {-gain:.1f} points below N = {less.num_passes}"
   return f"N = {less.num_passes} and N = {more.num_passes} are less than {TOLERANCE:g} points apart"
+
+
+def _gains(less: Standing, more: Standing) -> list[float]:
+  """Points by which `more` is above `less`, in each seed that both were run with."""
+  before = {r.seed: y for r, y in zip(less.runs, less.exact, strict=True)}
+  return [y - before[r.seed] for r, y in zip(more.runs, more.exact, strict=True) if r.seed in before]
+
+
+def _unsettled(less: Standing, more: Standing) -> str:
+  """ "3 seeds" if the 95 % interval of the gain in so many seeds holds 0; "" if not, and for one seed."""
+  gains = _gains(less, more)
+  low, high = intervals.of_mean(gains)
+  return f"{len(gains)} seeds" if low <= 0.0 <= high else ""
 
 
 def compute_claim(runs: Sequence[Run]) -> str:
@@ -113,7 +134,9 @@ def compute_claim(runs: Sequence[Run]) -> str:
   tasks = _tasks(runs)
   for name, members in tasks:
     plain = [r for r in members if r.num_passes == 1]
-    verdicts: dict[str, list[str]] = {"is behind": [], "is level with": [], "is ahead of": []}
+    verdicts: dict[str, list[str]] = {
+      "is behind": [], "is level with": [], "is ahead of": [], "is not clearly apart from": [],
+    }  # fmt: skip
     tokens_saved = False
     for passes in sorted({r.num_passes for r in members if r.num_passes and r.num_passes > 1}):
       pair = plain + [r for r in members if r.num_passes == passes]
@@ -125,7 +148,9 @@ def compute_claim(runs: Sequence[Run]) -> str:
       if gains["cpu_s"] is None or _is_guessing(both):
         continue
       verdict = "is behind"
-      if gains["cpu_s"] < TOLERANCE:
+      if abs(gains["cpu_s"]) >= TOLERANCE and _unsettled(*both):
+        verdict = "is not clearly apart from"
+      elif gains["cpu_s"] < TOLERANCE:
         verdict = "is ahead of" if gains["cpu_s"] <= -TOLERANCE else "is level with"
         tokens_saved |= gains["tokens"] is not None and gains["tokens"] >= TOLERANCE
       values = f"{_percent(both[0].mean)} against {_percent(both[1].mean)} at {seconds(budget)} CPU s"
@@ -156,6 +181,7 @@ def caveats(runs: Sequence[Run]) -> list[str]:
     before = f"{name}: " if len(tasks) > 1 else ""
     if len(found) > 1:
       notes.append(before + _seed_note(found))
+      notes += [before + note for note in _differences(found)]
       labels = [label for label, _ in settings([s.runs[0] for s in found])]
       if any("," in label for label in labels):
         notes.append(f"{before}The runs compared differ in more than N: {'; '.join(labels)}.")
@@ -183,17 +209,33 @@ def _seed_note(found: Sequence[Standing]) -> str:
   return f"Accuracy rises with every step of N in {rising} of {len(seeds)} seeds."
 
 
+def _differences(found: Sequence[Standing]) -> list[str]:
+  """How far each N is from the smallest in the same seeds, with the mean's interval; [] for one seed."""
+  parts = []
+  for standing in found[1:]:
+    gains = _gains(found[0], standing)
+    if len(gains) > 1:
+      low, high = intervals.of_mean(gains, -100.0, 100.0)
+      mean = sum(gains) / len(gains)
+      parts.append(f"N = {standing.num_passes}: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
+  if not parts:
+    return []
+  return [
+    f"Distance to N = {found[0].num_passes} in the same seeds, with its 95 % interval: {'; '.join(parts)}."
+  ]
+
+
 def _tasks(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-  """Runs that were evaluated, by task, with a name for each: "t = 4" where that tells the tasks apart."""
+  """Runs that were evaluated, by task, with a name for each: "t = 4" where their depths tell them apart."""
   groups: dict[tuple, list[Run]] = {}
   for run in runs:
     if run.evals:
       groups.setdefault(run.task, []).append(run)
-  depths = [members[0].rollout_steps for members in groups.values()]
+  depths = [members[0].depth for members in groups.values()]
   clear = None not in depths and len(set(depths)) == len(depths)
   return [
-    (f"t = {t}" if clear else f"Task {i}", members)
-    for i, (t, members) in enumerate(zip(depths, groups.values(), strict=True), 1)
+    (f"{members[0].experiment.letter} = {depth}" if clear else f"Task {i}", members)
+    for i, (depth, members) in enumerate(zip(depths, groups.values(), strict=True), 1)
   ]
 
 

@@ -9,23 +9,15 @@ import html
 import json
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sleep_jax.report import claims, figures
-from sleep_jax.report.runs import (
-  MISSING,
-  Run,
-  RunError,
-  cells,
-  equal_compute_table,
-  flatten,
-  is_number,
-  settings,
-  summary_table,
-)
+from sleep_jax.report import claims, diagram
+from sleep_jax.report.curves import settings
+from sleep_jax.report.drawing import Drawing
+from sleep_jax.report.load import Run, RunError, command_line, flatten, is_number, is_whole, public_env
+from sleep_jax.report.tables import MISSING, cells, equal_compute_table, summary_table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1d21; --page: #fff; --quiet: #5d636e; --line: #d9dce1;
@@ -58,23 +50,21 @@ pre { background: var(--box); padding: 0.8rem 1rem; border-radius: 6px; overflow
   font-size: 0.84rem; }
 pre.command { white-space: pre-wrap; }
 summary { cursor: pointer; }
-svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--ink); }
-svg .small { font-size: 11.5px; fill: var(--quiet); }
-svg .box { fill: var(--box); stroke: var(--line); }
-svg .cell { fill: var(--line); }
-svg .line { fill: none; stroke: var(--quiet); stroke-width: 1.4; }
-svg .fast { fill: var(--page); stroke: var(--accent); stroke-width: 2; }
-svg .strong { fill: none; stroke: var(--accent); stroke-width: 2; }
-svg .name { fill: var(--accent); font-weight: 600; }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# Of env.json: what a reader needs to repeat a run, and not whose machine it was.
-ENV_KEYS = ("versions", "git", "platform", "backend", "devices", "processes", "started")
+CAPTIONS = {  # of a drawing, by its name
+  "sleep_changes": "Relative change of S in each pass over each window, |S after - S before| / |S after|, at "
+  "the end of training. 0: the pass changed nothing. 1: its write is as large as S. More: it also undid what "
+  "was there.",
+  "costs": "Measured at the end of training, one sequence at a time.",
+}
 
 
 def write_html(
   path: str | os.PathLike,
   runs: Sequence[Run],
+  curves: Sequence[Drawing] = (),
+  about_sleep: Sequence[Drawing] = (),
   *,
   title: str = "Does sleep help? Runs compared",
   command: str | None = None,
@@ -84,6 +74,8 @@ def write_html(
   Args:
     path: of the file; its folder is made if absent.
     runs: finished or not, one or many. Every sentence and number comes from them.
+    curves: figures of accuracy.
+    about_sleep: figures of what sleep does and costs, beside its diagram.
     title: of the page.
     command: how to make these runs. None: the command that the first run recorded.
 
@@ -95,12 +87,19 @@ def write_html(
   """
   if not runs:
     raise RunError("a report needs at least one run")
-  sections = [_head(title, runs), _curves(runs), _tables(runs), _sleep(runs), _repeat(runs, command)]
+  sections = [
+    _head(title, runs),
+    _method(runs),
+    _curves(curves),
+    _tables(runs),
+    _sleep(about_sleep),
+    _repeat(runs, command),
+  ]
   page = (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-    f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+    f"<title>{_text(title)}</title>\n<style>{STYLE}{diagram.style()}</style>\n</head>\n<body>\n"
     + "\n".join(filter(None, sections))
     + "\n</body>\n</html>\n"
   )
@@ -122,46 +121,17 @@ def _head(title: str, runs: Sequence[Run]) -> str:
   ))  # fmt: skip
 
 
-def _curves(runs: Sequence[Run]) -> str:
-  drawn = drawings(runs)
+def _curves(drawn: Sequence[Drawing]) -> str:
   if not drawn:
     return ""
-  return (
-    "<section>\n<h2>Accuracy against what training took</h2>\n"
-    + "\n".join(map(_figure, drawn))
-    + "\n</section>"
-  )
+  images = "\n".join(map(_figure, drawn))
+  return f"<section>\n<h2>Accuracy against what training took</h2>\n{images}\n</section>"
 
 
-def drawings(runs: Sequence[Run]) -> list[figures.Drawing]:
-  """The curves that these runs allow, none if no run has been evaluated.
-
-  Figure 2a for the tasks that N = 1 alone was run on, if they differ in their depth t; figure 2b for the
-  paper's layout at t = 32; the plain curves for every other task.
-  """
-  tasks: dict[tuple, list[Run]] = {}
-  for run in runs:
-    if run.evals:
-      tasks.setdefault(run.task, []).append(run)
-  rest = list(tasks.values())
-  result = []
-  plain = [members for members in rest if {r.num_passes for r in members} == {1}]
-  if len({members[0].rollout_steps for members in plain} - {None}) > 1:
-    result.append(figures.figure_2a([r for members in plain for r in members]))
-    rest = [members for members in rest if members not in plain]
-  other = [members for members in rest if not figures.on_paper_layout(members[0])]
-  result += [figures.figure_2b(members) for members in rest if figures.on_paper_layout(members[0])]
-  for number, members in enumerate(other, 1):
-    name = f"demo_curves_{number}" if len(other) > 1 else "demo_curves"
-    result.append(figures.demo_curves(members, name))
-    if not any(r.accelerated for r in members) and all("cpu_s" in row for r in members for row in r.evals):
-      result.append(figures.demo_curves(members, name.replace("curves", "compute"), by="cpu_s"))
-  return result
-
-
-def _figure(drawing: figures.Drawing, caption: str = "") -> str:
+def _figure(drawing: Drawing) -> str:
   data = base64.b64encode(drawing.svg().encode()).decode()
   image = f'<img alt="{_text(drawing.alt)}" src="data:image/svg+xml;base64,{data}">'
+  caption = CAPTIONS.get(drawing.name, "")
   return f"<figure>\n{image}\n{f'<figcaption>{_text(caption)}</figcaption>' if caption else ''}\n</figure>"
 
 
@@ -194,102 +164,43 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
   )
 
 
-def _sleep(runs: Sequence[Run]) -> str:
+def _method(runs: Sequence[Run]) -> str:
   first = runs[0]
-  counted = [r.last("sleep").get("windows") for r in runs] + [r.get("data.num_strings") for r in runs]
-  windows = next((w for w in counted if isinstance(w, int) and w > 0), 3)
+  counted = [r.last("sleep").get("windows") for r in runs]
+  windows = next((w for w in counted if is_whole(w) and w > 0), None)
   passes = sorted({r.num_passes for r in runs if r.num_passes})
   times = f"{passes[0]}" if len(passes) == 1 else "N"
-  parts = ["<section>\n<h2>What happens when the model sleeps</h2>", _diagram(windows, times)]
+  picture = diagram.inline(windows or 3, times)
+  parts = ["<section>\n<h2>What happens when the model sleeps</h2>", f'<div class="scroll">{picture}</div>']
   width = first.get("model.window")
-  where = f"{windows} windows" + (f" of {width} tokens" if is_number(width) else "")
+  where = f"{windows} windows" if windows else "one window after the other"
+  where += f" of {width} tokens" if windows and is_number(width) else ""
   often = "once" if passes == [1] else f"{times} times"
   here = f" (here N = {_listed(passes)})" if len(passes) > 1 else ""
   parts.append(
     f"<p>The model reads {where}. Before a window is evicted, its blocks run over it {often}{here} and "
     "write into the fast weights S. Hidden states and attention cache are then dropped: only S goes on. The "
-    "answer is one ordinary pass, awake, which finds the windows in S alone. N = 1 is the plain hybrid.</p>"
+    "answer is one ordinary pass, awake, which reads the windows from S alone. N = 1 is the plain hybrid.</p>"
   )
-  try:
-    drawing = figures.sleep_changes(runs)
-  except RunError:
-    parts.append('<p class="quiet">How much S changed in each pass: not measured.</p>')
-  else:
-    parts.append(_figure(drawing, CHANGE_CAPTION))
   return "\n".join([*parts, "</section>"])
 
 
-CHANGE_CAPTION = (
-  "Relative change of S in each pass over each window, |S after - S before| / |S after|, at the end of "
-  "training (first run of each N). 1: the pass wrote all there is. 0: it changed nothing."
-)
-TIP = '<path d="M0 0 L8 4 L0 8 z" fill="var(--{colour})"/>'
-MARKER = (
-  '<marker id="{colour}" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
-)
-LOOP = "h9 a6 6 0 0 0 6 -6 v-6 a6 6 0 0 0 -6 -6 h-6"
-# One column: what is read, the blocks, and an arrow down to them. `x` is its middle.
-COLUMN = """
-<text x="{x}" y="16" text-anchor="middle">{title}</text>
-<rect class="box" x="{left}" y="25" width="140" height="28" rx="5"/>{content}
-<path class="line" d="M{x} 54 V79" marker-end="url(#quiet)"/>
-<rect class="box" x="{blocks}" y="82" width="100" height="34" rx="5"/>
-<text x="{x}" y="104" text-anchor="middle">blocks</text>
-<rect class="fast" x="{state}" y="153" width="34" height="34" rx="4"/>
-<text class="name" x="{x}" y="175" text-anchor="middle">S</text>"""
-
-
-def _diagram(windows: int, times: str) -> str:
-  """The method as inline SVG: windows in a row, blocks looped over each, S from left to right, the answer."""
-  shown = list(range(1, windows + 1)) if windows <= 3 else [1, 2, windows]
-  step, parts = 210, []
-
-  def column(x: int, title: str, content: str) -> str:
-    return COLUMN.format(x=x, left=x - 70, blocks=x - 50, state=x - 17, title=title, content=content)
-
-  for place, window in enumerate(shown):
-    x = 71 + place * step
-    cells = (
-      f'<rect class="cell" x="{x - 61 + 15.5 * i}" y="32" width="11" height="14" rx="2"/>' for i in range(8)
-    )
-    skipped = place + 1 < len(shown) and shown[place + 1] != window + 1
-    parts += [
-      column(x, f"window {window}", "".join(cells)),
-      f'<path class="line" d="M{x + 51} 108 {LOOP}" marker-end="url(#quiet)"/>',
-      f'<text class="name" x="{x + 74}" y="104">&#215; {html.escape(times)}</text>',
-      f'<path class="strong" d="M{x} 117 V149" marker-end="url(#accent)"/>',
-      f'<text class="small" x="{x + 8}" y="137">writes</text>',
-      f'<path class="strong" d="M{x + 18} 170 H{x + step - 21}" marker-end="url(#accent)"/>',
-      f'<text x="{x + step // 2}" y="44" text-anchor="middle">&#8230;</text>' if skipped else "",
-    ]
-  x = 71 + len(shown) * step
-  parts += [
-    column(x, "question", f'<text class="small" x="{x}" y="43" text-anchor="middle">windows are gone</text>'),
-    f'<path class="strong" d="M{x} 152 V120" marker-end="url(#accent)"/>',
-    f'<text class="small" x="{x + 8}" y="140">reads</text>',
-    f'<path class="line" d="M{x + 51} 99 H{x + 76}" marker-end="url(#quiet)"/>',
-    f'<text x="{x + 82}" y="104">answer</text>',
-    f'<text class="small" x="{x}" y="210" text-anchor="middle">awake: one pass</text>',
-    '<text class="small" x="1" y="210">asleep: h and the cache</text>',
-    '<text class="small" x="1" y="225">are dropped, S stays</text>',
-  ]
-  heads = "".join(f"{MARKER}{TIP}</marker>".format(colour=colour) for colour in ("quiet", "accent"))
-  return (
-    f'<div class="scroll"><svg viewBox="0 0 {x + 135} 232" width="{x + 135}" role="img" aria-label="Windows '
-    "are read one after the other; over each the blocks run N times and write into S; S alone reaches the "
-    f'question, which is answered in one pass."><defs>{heads}</defs>{"".join(parts)}\n</svg></div>'
-  )
+def _sleep(drawn: Sequence[Drawing]) -> str:
+  parts = ["<section>\n<h2>What each pass changed, and what it cost</h2>", *map(_figure, drawn)]
+  if not any(drawing.name == "sleep_changes" for drawing in drawn):
+    parts.append('<p class="quiet">How much S changed in each pass: not measured.</p>')
+  return "\n".join([*parts, "</section>"])
 
 
 def _repeat(runs: Sequence[Run], command: str | None) -> str:
   first = runs[0]
-  recorded = command or _command(first)
+  recorded = command or command_line(first)
   typed = f'<pre class="command">{_text(recorded)}</pre>' if recorded else ""
   labels = "".join(
     f"<li>{_text(label)}: {_text(_listed([r.name for r in members]))}</li>"
     for label, members in settings(runs)
   )
-  env = {key: first.env[key] for key in ENV_KEYS if key in first.env}
+  env = {key: value for key, value in public_env(first).items() if key != "command"}
   versions = "\n".join(f"{key}: {value}" for key, value in flatten(env).items() if value != "null")
   made_with = f"<pre>{_text(versions)}</pre>" if versions else '<p class="quiet">Not recorded.</p>'
   return "\n".join((
@@ -301,20 +212,6 @@ def _repeat(runs: Sequence[Run], command: str | None) -> str:
     f"<details open><summary>Versions</summary>\n{made_with}</details>",
     "</section>",
   ))  # fmt: skip
-
-
-def _command(run: Run) -> str:
-  """What the run recorded, as one would type it; "" if it did not."""
-  words = run.env.get("command")
-  if isinstance(words, str):
-    return words
-  if not isinstance(words, list) or not words:
-    return ""
-  words = [str(word) for word in words]
-  script = Path(words[0])
-  if script.suffix == ".py" and script.parent.name == "experiments":  # started with -m, which Python replaces
-    words[:1] = ["python", "-m", f"experiments.{script.stem}"]
-  return shlex.join(words)
 
 
 def _listed(items: Sequence[Any]) -> str:

@@ -16,6 +16,7 @@ from sleep_jax import model, sharding, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.data import batching
 from sleep_jax.runtime import processes
+from sleep_jax.scoring.intervals import wilson
 
 Sums = dict[str, Any]
 
@@ -95,16 +96,6 @@ def rates(sums: Sums, groups: Sequence[str]) -> dict[str, Any]:
       "exact": [_ratio(*x) for x in zip(s["right"][g], s["asked"][g], strict=True)],
     }
   return row | {"by_answer": by_answer}
-
-
-def wilson(right: float, asked: float, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's interval for a rate (95 % by default); (0, 1) if nothing was asked."""
-  if asked == 0:
-    return 0.0, 1.0
-  p, n = right / asked, asked
-  centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-  reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return min(p, max(0.0, centre - reach)), max(p, min(1.0, centre + reach))
 
 
 def majority(

@@ -10,6 +10,7 @@ import numpy as np
 from sleep_jax import model, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.runtime import processes
+from sleep_jax.scoring.intervals import wilson
 
 
 def score(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -36,11 +37,16 @@ def score(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, j
 
 
 def rates(sums: dict[str, Any]) -> dict[str, float]:
-  """Rates from summed scores: loss (nats an answer), exact, bit, string_0 .. string_{M-1}."""
+  """Rates from summed scores.
+
+  Returns:
+    loss (nats an answer), exact with its 95 % interval `low`, `high` (Wilson), bit, string_0 .. string_{M-1}.
+  """
   right, asked = np.asarray(sums["right"], float), np.asarray(sums["asked"], float)
   return {
     "loss": float(sums["nats"]) / asked.sum(),
     "exact": float(sums["exact"]) / float(sums["sequences"]),
+    **dict(zip(("low", "high"), wilson(float(sums["exact"]), float(sums["sequences"])), strict=True)),
     "bit": right.sum() / asked.sum(),
     **{f"string_{i}": r / a for i, (r, a) in enumerate(zip(right, asked, strict=True))},
   }

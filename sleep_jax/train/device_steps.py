@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from sleep_jax import model, windows
-from sleep_jax.config import Config
-from sleep_jax.cost import flops
+from sleep_jax.config import Config, check
+from sleep_jax.cost import flops, need
+from sleep_jax.data import limits
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_position
 from sleep_jax.train.recorder import Load, Recorder
@@ -39,8 +40,14 @@ class DeviceTask:
   describe: Callable[[Row], str] = against_constant
 
   def check(self, cfg: Config) -> None:
-    """See `task.Task`. Every config fits that `train.check_fits` lets pass."""
-    del cfg
+    """See `task.Task`. The index of a sequence is an int32, so that a longer stream would repeat itself."""
+    need.check(cfg, len(self.layout))
+    sequences = cfg.train.steps * cfg.train.batch_size
+    check(
+      sequences <= limits.STREAM,
+      "train.steps",
+      f"times train.batch_size must be at most {limits.STREAM} sequences, got {sequences}",
+    )
 
   def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> "DeviceSteps":
     """See `task.Task`."""

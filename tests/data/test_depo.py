@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,53 +138,13 @@ class StreamTest(parameterized.TestCase):
     self.assertLen(set.union(*rows), 3 * 256)
 
 
-class DatasetTest(parameterized.TestCase):
-  """The grain `MapDataset`, like the other tasks'."""
-
-  def test_grain_gives_the_batches_of_the_device_from_any_step(self):
-    data = depo.dataset(SMALL, seed=5, num_sequences=32)
-    self.assertIsInstance(data, grain.MapDataset)
-    for start in (0, 2):
-      stream = data.batch(8)[start:].to_iter_dataset(grain.ReadOptions(num_threads=2))
-      for step, made in enumerate(stream, start):
-        want = draw(SMALL, seed=5, size=8, step=step)
-        self.assertEqual(set(made), {"inputs", "targets", "loss_mask"})
-        for name, x in made.items():
-          np.testing.assert_array_equal(x, getattr(want, name))
-          self.assertEqual(x.dtype, getattr(want, name).dtype)
-      self.assertEqual(step, 3)
-
-  def test_an_item_is_a_function_of_seed_and_index(self):
-    data, again = (depo.dataset(SMALL, seed=5, num_sequences=9) for _ in range(2))
-    for i in (7, 0, 7, 3):
-      np.testing.assert_array_equal(data[i]["inputs"], again[i]["inputs"])
-    other = depo.dataset(SMALL, seed=6, num_sequences=9)
-    self.assertFalse(np.array_equal(data[0]["inputs"], other[0]["inputs"]))
-    self.assertLen({tuple(data[i]["inputs"]) for i in range(9)}, 9)
-
-  def test_held_out_items_and_masked_pads(self):
+class HeldOutTest(parameterized.TestCase):
+  def test_masked_pads(self):
     cfg = DepoConfig(**{**vars(SMALL), "pads": "masked"})
-    data = depo.dataset(cfg, seed=cfg.held_out_seed, num_sequences=4, hops=8)
-    for i in range(4):
-      item = data[i]
-      found = depo_reader.read(list(map(int, item["inputs"])), depo_reader.ours(cfg))
+    made = draw(cfg, seed=cfg.held_out_seed, size=4, hops=8)
+    for found in read(cfg, made):
       self.assertEqual((depo_reader.verify(found), {k for k, _, _ in found.queries}), (6, {8}))
-      np.testing.assert_array_equal(item["valid"], item["inputs"] != depo.PAD)
-
-  def test_hosts_slices_are_the_global_batch(self):
-    data = depo.dataset(SMALL, seed=1, num_sequences=8)
-    whole = data.batch(4)[1]["inputs"]
-    parts = [data[4:8][host::2].batch(2)[0]["inputs"] for host in range(2)]
-    self.assertEqual({tuple(r) for part in parts for r in part}, {tuple(r) for r in whole})
-
-  def test_what_is_no_data_set(self):
-    for arguments, message in (
-      ({"num_sequences": 0}, "num_sequences: must be at least 1, got 0"),
-      ({"seed": -1}, "seed: must be at least 0, got -1"),
-      ({"hops": 9}, "hops: must lie in 1..8"),
-    ):
-      with self.assertRaisesRegex(ConfigError, message):
-        depo.dataset(SMALL, **{"seed": 0, "num_sequences": 1, **arguments})
+    np.testing.assert_array_equal(made.valid, made.inputs != depo.PAD)
 
 
 class StatisticsTest(parameterized.TestCase):
@@ -272,6 +231,11 @@ class MistakesTest(parameterized.TestCase):
     ({"min_nodes": 1}, "data.min_nodes: must be at least 2, got 1"),
     ({"max_name": 0}, "data.max_name: must be at least 1, got 0"),
     ({"max_name": 4}, "data.mini_vocab: allows 6377550 names, at most 65536 can be drawn from"),
+    ({"max_name": 2**31}, "data.max_name: must be at most 64, got 2147483648"),
+    ({"max_hops": 2**31}, "data.max_hops: must be at most 65536, got 2147483648"),
+    ({"mini_vocab": 10**400}, "data.mini_vocab: must be at most 2147483647, got a number of 401 digits"),
+    ({"context_length": 2**31}, "data.context_length: must be at most 1048576, got 2147483648"),
+    ({"held_out_seed": 2**32}, "data.held_out_seed: must be at most 4294967295, got 4294967296"),
     ({"sizes": "largst"}, "data.sizes: unknown value 'largst'; did you mean \"largest\"?"),
     ({"pads": "skip"}, "data.pads: unknown value 'skip'"),
   )

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,8 @@ from sleep_jax import windows
 from sleep_jax.config import ConfigError
 from sleep_jax.data import rule110
 from sleep_jax.data.rule110 import ASK, Rule110Config
+from sleep_jax.experiments import rule110 as experiment
+from sleep_jax.experiments.configs import rule110 as presets
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "rule110_reference.jsonl"
 SMALL = Rule110Config(num_strings=3, num_cells=7, rollout_steps=2)
@@ -191,18 +192,24 @@ class StreamTest(parameterized.TestCase):
     # and one sequence says nothing of the next
     self.assertLess(np.abs(signs[:-1].T @ signs[1:] / size).max(), 5 * 2 * deviation)
 
-  def test_grain_gives_the_batches_of_the_device(self):
-    data = rule110.dataset(SMALL, seed=5, num_sequences=32)
-    self.assertLen(data, 32)
-    for step, made in enumerate(data.batch(8).to_iter_dataset(grain.ReadOptions(num_threads=1))):
-      want = draw(SMALL, seed=5, size=8, step=step)
-      for name in ("inputs", "targets", "loss_mask"):
-        np.testing.assert_array_equal(made[name], getattr(want, name))
-    self.assertEqual(step, 3)
+  @parameterized.parameters(
+    ({"num_strings": 0}, "data.num_strings: must be at least 1, got 0"),
+    ({"num_strings": 2**20}, "data.num_strings: must be at most 41943 of 24 cells, got 1048576"),
+    ({"num_cells": 33}, "data.num_cells: must lie in 3..32, got 33"),
+    ({"rollout_steps": 2**31}, "data.rollout_steps: must be at most 65536, got 2147483648"),
+    ({"held_out_seed": 2**32}, "data.held_out_seed: must be at most 4294967295, got 4294967296"),
+    ({"boundary": "zeros"}, "data.boundary: unknown value 'zeros'; did you mean \"zero\"?"),
+  )
+  def test_what_cannot_be_is_one_line(self, changes, message):
+    with self.assertRaises(ConfigError) as caught:
+      Rule110Config(**changes)
+    self.assertEqual(message, str(caught.exception))
 
-  def test_hosts_that_slice_a_global_batch_read_it_all_in_order(self):
-    whole = rule110.dataset(SMALL, seed=5, num_sequences=16).batch(8)
-    halves = [rule110.dataset(SMALL, seed=5, num_sequences=16).batch(8) for _ in range(2)]
-    for step in range(2):
-      rows = [host[step]["inputs"][4 * h : 4 * h + 4] for h, host in enumerate(halves)]
-      np.testing.assert_array_equal(np.concatenate(rows), whole[step]["inputs"])
+  def test_a_stream_that_would_repeat_itself_is_refused(self):
+    cfg = presets.get_config("tiny")
+    cfg.train.update(steps=2**20, batch_size=2**12)
+    built, task = experiment.build(cfg.to_dict())
+    with self.assertRaisesRegex(
+      ConfigError, "^train.steps: times train.batch_size must be at most 2147483648"
+    ):
+      task.check(built)

@@ -14,9 +14,10 @@ from absl.testing import parameterized
 
 from sleep_jax import config, train, windows
 from sleep_jax.config import ConfigError
-from sleep_jax.experiments import depo
+from sleep_jax.experiments import depo, figures
 from sleep_jax.experiments.configs import depo as presets
-from sleep_jax.report import figures_depo, runs
+from sleep_jax.experiments.figures import depo as depo_figures
+from sleep_jax.report.load import RunError
 from sleep_jax.runtime import metrics, workdir
 
 
@@ -84,11 +85,13 @@ def test_a_short_run_reports_every_k_and_is_drawn():
     assert len(depo.table(row, cfg.data.test_hops, 6).splitlines()) == 3
     evals = [r for r in metrics.read(path / "metrics.jsonl") if r["kind"] == "eval"]
     assert [r["step"] for r in evals] == [0, 5, 10]
-    drawing = figures_depo.figure_3(runs.load_runs(path))
+    drawing = depo_figures.figure_3(figures.load_runs(path))
     drawing.save(pathlib.Path(folder, "figures"))
     written = list(csv.DictReader(open(pathlib.Path(folder, "figures", "figure_3.csv"))))
-    assert len(written) == 2 * 3
-    assert float(written[-1]["answer_loss"]) == evals[-1]["k2_answer_loss"]
+    points = [row for row in written if row["kind"] == "curve"]
+    assert len(points) == 2 * 2 * 3  # loss and accuracy, two k, three evaluations
+    assert (points[-1]["measure"], points[-1]["k"]) == ("answer_loss", "2")
+    assert float(points[-1]["value"]) == evals[-1]["k2_answer_loss"]
 
 
 @pytest.mark.slow
@@ -122,5 +125,5 @@ def test_a_shrunk_copy_of_the_papers_model_trains():
 
 
 def test_runs_of_another_task_are_refused():
-  with pytest.raises(runs.RunError, match="figure 3"):
-    figures_depo.figure_3([])
+  with pytest.raises(RunError, match="figure 3"):
+    depo_figures.figure_3([])

@@ -15,9 +15,10 @@ from sleep_jax.config import ConfigError
 from sleep_jax.data import batching
 from sleep_jax.data import gsm_infinite as generator
 from sleep_jax.data.gsm_infinite import shortcut, task, tokenizer
-from sleep_jax.experiments import gsm_infinite
+from sleep_jax.experiments import figures, gsm_infinite
 from sleep_jax.experiments.configs import gsm_infinite as presets
-from sleep_jax.report import figures_gsm_infinite, runs
+from sleep_jax.experiments.figures import gsm_infinite as gsm_figures
+from sleep_jax.report.load import RunError
 from sleep_jax.runtime import metrics, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -79,12 +80,12 @@ class PresetTest(parameterized.TestCase):
     ({"data__cut__max_tokens": 105}, "data.cut.max_tokens: must be at least 109"),
     ({"data__noise": False}, "data.noise: must be on"),
     ({"data__subset": "symbolic"}, "data.cut.answer_tokens: must be at least 24, the tokens of the longest"),
-    ({"data__modulus": 100_000, "data__cut__answer_tokens": 5}, "data.cut.answer_tokens: must be at least 6"),
+    ({"data__modulus": 1001, "data__cut__answer_tokens": 4}, "data.cut.answer_tokens: must be at least 5"),
     ({"data__modulus": 3}, r"data.modulus: must be -1 \(none\) or at least data.number_range = 10, got 3"),
     ({"model__vocab_size": 1023}, "model.vocab_size: must be at least 1024"),
     ({"data__held_out": ()}, "data.held_out: needs at least one of balanced, faithful"),
     ({"data__held_out": ("faithful", "faithful")}, "data.held_out: names a set twice"),
-    ({"data__held_out": ("faithfull",)}, "data.held_out: unknown value 'faithfull'"),
+    ({"data__held_out": ("faithfull",)}, r"data.held_out\[0\]: unknown value 'faithfull'"),
     ({"seed": 1_000_003}, "seed: must differ from data.held_out_seed"),
     (
       {"train__eval_sequences": 129, "train__eval_batch_size": 129},
@@ -148,17 +149,17 @@ def test_the_figure_has_a_panel_an_operation_count_and_a_curve_an_n(tmp_path):
   for n in (1, 2):
     with workdir.prepare(tmp_path / f"n{n}", values_of(sleep__num_passes=n)) as run:
       run.metrics.write_text("".join(metrics.dumps(row) + "\n" for row in faked_rows(n)))
-  read = runs.load_runs(str(tmp_path / "n*"))
-  assert figures_gsm_infinite.operations(read) == [2, 4]
-  figures_gsm_infinite.figure_4(read).save(tmp_path / "figures")
+  read = figures.load_runs(str(tmp_path / "n*"))
+  assert gsm_figures.operations(read) == [2, 4]
+  gsm_figures.figure_4(read).save(tmp_path / "figures")
   rows = list(csv.DictReader(open(tmp_path / "figures" / "figure_4.csv")))
-  drawn = {(r["operations"], r["series"], r["step"]): float(r["exact_percent"]) for r in rows}
+  drawn = {(r["operations"], r["series"], r["step"]): float(r["value"]) for r in rows}
   assert drawn["4", "N = 2", "10"] == pytest.approx(100 * 14 / 200)
   assert drawn["2", "commonest answer", ""] == pytest.approx(30.0)
   assert drawn["2", "commonest number", ""] == pytest.approx(40.0)
   assert len(drawn) == 2 * 2 * 2 + 2
-  with pytest.raises(runs.RunError, match="figure 4"):
-    figures_gsm_infinite.figure_4([])
+  with pytest.raises(RunError, match="figure 4"):
+    gsm_figures.figure_4([])
 
 
 @pytest.mark.slow

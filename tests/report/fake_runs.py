@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sleep_jax.report import load
+
+EXPERIMENT = load.Experiment("Rule 110", "data.rollout_steps", "t")
 TOKENS_PER_STEP = 3328
 CPU_S_PER_STEP = {1: 0.075, 2: 0.14, 3: 0.21, 4: 0.275}
 
@@ -30,6 +33,7 @@ def evaluation(step: int, exact: float, passes: int, **values: Any) -> dict[str,
     "cpu_s": step * CPU_S_PER_STEP[passes],
   }
   row |= {"wall_s": row["cpu_s"], "loss": 0.5, "exact": exact, "bit": exact**0.5}
+  row |= {"low": max(0.0, exact - 0.02), "high": min(1.0, exact + 0.02)}
   return row | {"const_exact": 0.278, "const_bit": 0.527} | values
 
 
@@ -63,3 +67,8 @@ def write(
   rows = [evaluation(step, exact, passes, **(per_eval or {})) for step, exact in points]
   (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *extra]) + tail)
   return path
+
+
+def read(*paths: Path | str) -> list[load.Run]:
+  """Reads workdirs, or globs of them, as runs of Rule 110."""
+  return load.load_runs(paths, [EXPERIMENT])

@@ -4,10 +4,11 @@ import html
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
-from sleep_jax.report import claims, page, runs
+from sleep_jax.report import accuracy, changes, claims, diagram, load, page, tables
 from tests.report import fake_runs
 
 ENV = {
@@ -18,12 +19,12 @@ ENV = {
 }
 
 
-def load(tmp_path, *specs, **settings):
+def runs_of(tmp_path, *specs, **settings):
   """Writes and reads runs given as (N, final exact, seed); `settings` go to all of them."""
   for i, (passes, exact, *seed) in enumerate(specs):
     points = [(200, exact / 2), (400, exact)]
     fake_runs.write(tmp_path / f"run{i}", passes, points, seed=seed[0] if seed else 0, **settings)
-  return runs.load_runs(tmp_path / "run*")
+  return fake_runs.read(tmp_path / "run*")
 
 
 def written(tmp_path, found, **options) -> str:
@@ -39,7 +40,7 @@ def visible(text: str) -> str:
 
 
 def test_the_order_holds(tmp_path):
-  said = claims.claim(load(tmp_path, (1, 0.38), (2, 0.92), (4, 0.98)))
+  said = claims.claim(runs_of(tmp_path, (1, 0.38), (2, 0.92), (4, 0.98)))
   assert said == (
     "After the same 1.33 M training tokens, more passes of sleep gave more exact answers (N = 1 < 2 < 4): "
     "N = 1: 38.0 %, N = 2: 92.0 %, N = 4: 98.0 % (best constant answer 27.8 %; one seed)."
@@ -47,39 +48,39 @@ def test_the_order_holds(tmp_path):
 
 
 def test_the_order_does_not_hold(tmp_path):
-  said = claims.claim(load(tmp_path, (1, 0.38), (2, 0.92), (4, 0.76)))
+  said = claims.claim(runs_of(tmp_path, (1, 0.38), (2, 0.92), (4, 0.76)))
   assert "the order N = 1 < 2 < 4 does not hold" in said
   assert said.endswith("N = 4 is 16.0 points below N = 2.")
   assert "more passes of sleep gave more" not in said
 
 
 def test_a_small_difference_is_none(tmp_path):
-  said = claims.claim(load(tmp_path, (1, 0.38), (2, 0.975), (4, 0.98)))
+  said = claims.claim(runs_of(tmp_path, (1, 0.38), (2, 0.975), (4, 0.98)))
   assert "does not hold" in said and "N = 2 and N = 4 are less than 2 points apart" in said
-  said = claims.claim(load(tmp_path / "b", (1, 0.970), (2, 0.975), (4, 0.98)))
+  said = claims.claim(runs_of(tmp_path / "b", (1, 0.970), (2, 0.975), (4, 0.98)))
   assert "sleep made no clear difference" in said
 
 
 def test_more_sleep_is_worse(tmp_path):
-  said = claims.claim(load(tmp_path, (1, 0.9), (2, 0.5)))
+  said = claims.claim(runs_of(tmp_path, (1, 0.9), (2, 0.5)))
   assert "does not hold" in said and "N = 2 is 40.0 points below N = 1" in said
 
 
 def test_nobody_beats_the_constant(tmp_path):
-  found = load(tmp_path, (1, 0.27), (2, 0.285))
+  found = runs_of(tmp_path, (1, 0.27), (2, 0.285))
   said = claims.claim(found)
   assert "no N is clearly above guessing" in said and "27.8 %" in said
   assert claims.compute_claim(found) == ""
 
 
 def test_sleep_that_gains_nothing_saves_no_tokens(tmp_path):
-  compute = claims.compute_claim(load(tmp_path, (1, 0.9), (2, 0.5)))
+  compute = claims.compute_claim(runs_of(tmp_path, (1, 0.9), (2, 0.5)))
   assert "N = 1, with the only Muon learning rate tried, is ahead of N = 2" in compute
   assert "saves" not in compute
 
 
 def test_a_single_run_says_nothing_about_sleep(tmp_path):
-  found = load(tmp_path, (4, 0.98))
+  found = runs_of(tmp_path, (4, 0.98))
   assert claims.claim(found).startswith(
     "Only N = 4 was run, so nothing can be said about the effect of sleep"
   )
@@ -88,7 +89,7 @@ def test_a_single_run_says_nothing_about_sleep(tmp_path):
 
 def test_runs_without_an_evaluation_claim_nothing(tmp_path):
   fake_runs.write(tmp_path / "a", 4, [])
-  found = runs.load_runs(tmp_path / "a")
+  found = fake_runs.read(tmp_path / "a")
   assert "claims nothing" in claims.claim(found)
   assert "claims nothing" in visible(written(tmp_path, found))
 
@@ -96,15 +97,20 @@ def test_runs_without_an_evaluation_claim_nothing(tmp_path):
 def test_tokens_are_equal_though_one_run_went_on(tmp_path):
   fake_runs.write(tmp_path / "n1", 1, [(400, 0.38), (1600, 0.99)], steps=1600)
   fake_runs.write(tmp_path / "n4", 4, [(400, 0.98)])
-  said = claims.claim(runs.load_runs(tmp_path / "n*"))
+  said = claims.claim(fake_runs.read(tmp_path / "n*"))
   assert "1.33 M" in said and "N = 1: 38.0 %" in said and "99.0" not in said
 
 
 def test_seeds_are_averaged_and_counted(tmp_path):
-  found = load(tmp_path, (1, 0.36, 0), (1, 0.48, 1), (4, 0.98, 0), (4, 0.46, 1))
+  found = runs_of(tmp_path, (1, 0.36, 0), (1, 0.48, 1), (4, 0.98, 0), (4, 0.46, 1))
   assert "N = 1: 42.0 %, N = 4: 72.0 %" in claims.claim(found)
   assert "means over 2 seeds" in claims.claim(found)
-  assert "Accuracy rises with every step of N in 1 of 2 seeds." in claims.caveats(found)
+  notes = claims.caveats(found)
+  assert "Accuracy rises with every step of N in 1 of 2 seeds." in notes
+  apart = (
+    "Distance to N = 1 in the same seeds, with its 95 % interval: N = 4: +30.0 points (-100.0 to +100.0)."
+  )
+  assert apart in notes  # two seeds, 62 and -2 points: nothing is settled
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_equal_compute_takes_the_best_learning_rate_of_the_plain_model(tmp_path,
   fake_runs.write(tmp_path / "n1_bad", 1, [(400, 0.38), (1600, 0.40)], steps=1600)
   fake_runs.write(tmp_path / "n1", 1, [(400, 0.42), (1450, plain_at_110_s), (1600, 1.0)], lr=0.01, steps=1600)
   fake_runs.write(tmp_path / "n4", 4, [(100, 0.4), (400, last)])
-  found = runs.load_runs(tmp_path / "n*")
+  found = fake_runs.read(tmp_path / "n*")
   compute = claims.compute_claim(found)
   assert "with the best of 2 Muon learning rates" in compute and said in compute
   assert ("saves there is training tokens, not compute" in compute) == (plain_at_110_s > 0.9)
@@ -129,15 +135,15 @@ def test_equal_compute_takes_the_best_learning_rate_of_the_plain_model(tmp_path,
 
 
 def test_cpu_seconds_are_not_compared_on_an_accelerator(tmp_path):
-  found = load(tmp_path, (1, 0.38), (4, 0.98), env={"backend": "gpu"})
-  assert claims.compute_claim(found) == "" and runs.equal_compute_table(found) == []
+  found = runs_of(tmp_path, (1, 0.38), (4, 0.98), env={"backend": "gpu"})
+  assert claims.compute_claim(found) == "" and tables.equal_compute_table(found) == []
   assert "CPU seconds do not measure their compute" in visible(written(tmp_path, found))
 
 
 def test_what_else_was_changed_is_said(tmp_path):
   fake_runs.write(tmp_path / "n1", 1, [(400, 0.38)], lr=0.01)
   fake_runs.write(tmp_path / "n4", 4, [(400, 0.98)], extra=[{"kind": "done", "step": 400}])
-  notes = claims.caveats(runs.load_runs(tmp_path / "n*"))
+  notes = claims.caveats(fake_runs.read(tmp_path / "n*"))
   assert "One seed: another may order the runs differently." in notes
   assert "The runs compared differ in more than N: N = 1, Muon lr 0.01; N = 4, Muon lr 0.003." in notes
   assert "Not finished, or stopped: n1." in notes
@@ -146,9 +152,9 @@ def test_what_else_was_changed_is_said(tmp_path):
 def test_tasks_are_never_mixed(tmp_path):
   fake_runs.write(tmp_path / "a1", 1, [(400, 0.9)], t=2)
   fake_runs.write(tmp_path / "a2", 1, [(400, 0.3)], t=8)
-  assert "t = 2: 90.0 %; t = 8: 30.0 %" in claims.claim(runs.load_runs(tmp_path / "a*"))
+  assert "t = 2: 90.0 %; t = 8: 30.0 %" in claims.claim(fake_runs.read(tmp_path / "a*"))
   fake_runs.write(tmp_path / "a3", 4, [(400, 0.8)], t=8)
-  said = claims.claim(runs.load_runs(tmp_path / "a*"))
+  said = claims.claim(fake_runs.read(tmp_path / "a*"))
   assert said.startswith("t = 2: Only N = 1 was run") and "t = 8: After the same" in said
   assert "N = 1: 30.0 %, N = 4: 80.0 %" in said
 
@@ -188,17 +194,22 @@ def test_the_page_is_self_contained(tmp_path):
   for passes in (1, 4):
     extra = [fake_runs.sleep_row(400, 2, passes)]
     fake_runs.write(tmp_path / f"n{passes}", passes, [(200, 0.3), (400, 0.2 * passes)], extra=extra, env=ENV)
-  text = written(tmp_path, runs.load_runs(tmp_path / "n*"))
+  found = fake_runs.read(tmp_path / "n*")
+  drawn = {"curves": [accuracy.demo_curves(found)], "about_sleep": [changes.sleep_changes(found)]}
+  text = written(tmp_path, found, **drawn)
   parsed = Loads()
   parsed.feed(text)
-  assert parsed.fetched == [] and parsed.open == [] and parsed.images == 3
+  assert parsed.fetched == [] and parsed.open == [] and parsed.images == 2
+  assert (
+    "Windows are read one after the other" in text and "not measured." not in text
+  )  # the diagram of sleep
   assert not re.search(r"https?://|url\((?!#)|@import", text)
   assert "default-src 'none'" in text
   assert "prefers-color-scheme: dark" in text
 
 
 def test_the_page_shows_what_is_needed_to_repeat_the_runs(tmp_path):
-  found = load(tmp_path, (1, 0.38), (4, 0.98), env=ENV)
+  found = runs_of(tmp_path, (1, 0.38), (4, 0.98), env=ENV)
   text = visible(written(tmp_path, found))
   assert "python -m experiments.rule110 --config=a.py:tiny '--workdir=work/a b'" in text
   assert re.sub(r"\s+", " ", json.dumps(found[0].config, indent=2)) in text
@@ -209,7 +220,7 @@ def test_the_page_shows_what_is_needed_to_repeat_the_runs(tmp_path):
 
 
 def test_what_was_not_recorded_is_said(tmp_path):
-  text = visible(written(tmp_path, load(tmp_path, (1, 0.38), (4, 0.98))))
+  text = visible(written(tmp_path, runs_of(tmp_path, (1, 0.38), (4, 0.98))))
   assert "The command was not recorded." in text
   assert "How much S changed in each pass: not measured." in text
   assert text.count("not measured") > 3
@@ -221,23 +232,25 @@ def test_values_are_escaped(tmp_path):
     tmp_path / evil.replace("/", "_"), 1, [(400, 0.4)], boundary=evil, env={"versions": {evil: evil}}
   )
   (path,) = [p for p in tmp_path.iterdir() if p.is_dir()]
-  text = written(tmp_path, runs.load_runs([path]), title=evil, command=evil)
+  text = written(tmp_path, fake_runs.read(path), title=evil, command=evil)
   assert "<script" not in text
   assert html.escape(evil) in text
 
 
 def test_no_runs_are_an_error(tmp_path):
-  with pytest.raises(runs.RunError):
+  with pytest.raises(load.RunError):
     page.write_html(tmp_path / "page.html", [])
 
 
-def test_every_task_gets_its_figure(tmp_path):
-  paper = {"num_strings": 4, "num_cells": 24}
-  for t in (4, 8):
-    fake_runs.write(tmp_path / f"a{t}", 1, [(400, 0.9)], t=t, **paper)
-  for passes in (1, 2):
-    fake_runs.write(tmp_path / f"b{passes}", passes, [(400, 0.1)], t=32, **paper)
-    fake_runs.write(tmp_path / f"c{passes}", passes, [(400, 0.1)], t=3)
-  drawn = {drawing.name: drawing.rows for drawing in page.drawings(runs.load_runs(tmp_path / "*"))}
-  assert list(drawn) == ["figure_2a", "figure_2b", "demo_curves", "demo_compute"]
-  assert {row["rollout_steps"] for row in drawn["figure_2a"] if row["kind"] == "curve"} == {4, 8}
+@pytest.mark.parametrize("windows", [1, 2, 3, 9])
+def test_the_diagram_shows_each_window_asleep_and_the_question_awake(windows):
+  text = diagram.standalone(windows, "4")
+  root = ElementTree.fromstring(text)
+  said = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+  shown = [1, 2, windows] if windows > 3 else list(range(1, windows + 1))
+  assert [s for s in said if s.startswith("window ")] == [f"window {w}" for w in shown]
+  assert said.count("\N{MULTIPLICATION SIGN} 4") == said.count("writes") == len(shown)
+  assert said.count("S") == len(shown) + 1 and said.count("reads") == 1
+  assert text.count('marker-end="url(#accent)"') == 2 * len(shown) + 1  # S goes on once from each window
+  assert "var(" not in text and "url(#" in text and not re.search(r"https?://(?!www\.w3\.org)", text)
+  assert "var(--accent)" in diagram.inline(windows, "4")

@@ -39,6 +39,10 @@ class ScoreTest(parameterized.TestCase):
     got = by_position.rates(by_position.score(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask)))
     right, wrong = np.log(np.exp(3) + 2) - 3, np.log(np.exp(3) + 2)
     self.assertAlmostEqual(got.pop("loss"), (4 * right + wrong) / 5, places=6)
+    low, high = got.pop("low"), got.pop("high")
+    for rate in (low, high):  # Wilson's ends are where the rate lies 1.96 standard errors from 2 of 3
+      self.assertAlmostEqual(abs(2 / 3 - rate) / np.sqrt(rate * (1 - rate) / 3), 1.96, places=3)
+    self.assertTrue(0 < low < 2 / 3 < high < 1)
     want = {"exact": 2 / 3, "bit": 4 / 5, "string_0": 1.0, "string_1": 1 / 2}
     self.assertSameElements(got, want)
     for name, value in want.items():
@@ -98,7 +102,9 @@ class EvaluateTest(parameterized.TestCase):
     }
     for name, value in want.items():
       self.assertAlmostEqual(got[name], value, places=6, msg=name)
-    self.assertEqual(set(got), {"loss", *want})
+    self.assertLess(got["low"], got["exact"])
+    self.assertGreater(got["high"], got["exact"])
+    self.assertEqual(set(got), {"loss", "low", "high", *want})
     self.assertEqual(test(self.weights), got)  # the set is fixed
 
   def test_changes_of_each_pass_and_window(self):
@@ -126,9 +132,12 @@ class EvaluateTest(parameterized.TestCase):
 
   def test_cost_is_measured_and_the_state_counted(self):
     got = measured.cost(self.weights, CONFIG, SleepConfig(num_passes=2, backprop_passes=1))
-    self.assertEqual(set(got), {"wake_ms_per_answer", "sleep_ms_per_window", "state_bytes"})
-    self.assertGreater(got["wake_ms_per_answer"], 0)
-    self.assertGreater(got["sleep_ms_per_window"], 0)
+    times = ("wake_ms_per_answer", "sleep_ms_per_window")
+    self.assertEqual(set(got), {t + end for t in times for end in ("", "_p10", "_p90")} | {"state_bytes"})
+    for name in times:
+      self.assertGreater(got[f"{name}_p10"], 0)
+      self.assertLessEqual(got[f"{name}_p10"], got[name])
+      self.assertLessEqual(got[name], got[f"{name}_p90"])
     self.assertEqual(got["state_bytes"], measured.state_bytes(CONFIG))
 
   @parameterized.parameters(("float32", 3, 4), ("bfloat16", 3, 2), ("float32", 0, 4))

@@ -42,7 +42,10 @@ SETTINGS = {
   "train.eval_sequences": 512,
   "train.eval_batch_size": 512,
 }
-TIMES = ("wall_s", "cpu_s", "tokens_per_s", "wake_ms_per_answer", "sleep_ms_per_window")
+MILLISECONDS = ("wake_ms_per_answer", "sleep_ms_per_window")
+TIMES = (
+  *("wall_s", "cpu_s", "tokens_per_s"), *(name + end for name in MILLISECONDS for end in ("", "_p10", "_p90"))
+)  # fmt: skip
 
 # Runs the experiment with something changed in it: the third word is the step from which it happens.
 CHANGED = """

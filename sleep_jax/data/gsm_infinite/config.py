@@ -2,14 +2,10 @@
 
 import dataclasses
 import math
+from typing import Annotated, ClassVar, Literal
 
-from sleep_jax.config import at_least, check, one_of
-from sleep_jax.data import limits
+from sleep_jax.config import Bounds, Natural, Seed, check, check_fields
 from sleep_jax.data.gsm_infinite.words import TEMPLATES
-from sleep_jax.data.limits import within
-
-SUBSETS = ("medium", "hard", "both", "mixed", "symbolic")
-MODES = ("forward", "reverse", "both")
 
 # Operation budget of an attempt at `op` operations, the benchmark's own; it decides how large the core is.
 BUDGETS = {1: 3, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 10, 8: 10, 9: 10, 10: 15, 11: 15}
@@ -38,31 +34,35 @@ class GsmInfiniteConfig:
     modulus: every value is taken modulo this (forward mode; at least R, so that the numbers in sentences are
       values). -1, the authors' own setting, is none. No text mentions it: a reader has to know.
     noise: fill up with sentences that nothing depends on. Without noise a text is as long as its core.
-    min_tokens, max_tokens: bounds of the tokens of question, line break and context. Lengths are even between
-      them, whatever the number of operations.
+    min_tokens: the fewest tokens of question, line break and context.
+    max_tokens: the most of them. Lengths are even between the two, whatever the number of operations.
     tokenizer: path of a tokenizer.json, which counts the tokens. Empty: Qwen2.5's counts, without a file.
     held_out_seed: the seed whose problems are held out. The hash of a problem's text decides whether it may
       be held out or trained on, so that no text is ever on both sides.
     held_out_share: 1 in so many texts may be held out.
   """
 
-  subset: str = "mixed"
+  PATH: ClassVar[str] = "data"
+
+  subset: Literal["medium", "hard", "both", "mixed", "symbolic"] = "mixed"
   operations: tuple[int, int] = (1, 8)
-  mode: str = "forward"
+  mode: Literal["forward", "reverse", "both"] = "forward"
   templates: tuple[float, float, float] = (0.5, 0.25, 0.25)
-  number_range: int = 5
+  number_range: Annotated[int, Bounds(least=3), Bounds(most=MOST_VALUE)] = 5
   modulus: int = -1
   noise: bool = True
-  min_tokens: int = 2000
-  max_tokens: int = 3300
+  min_tokens: Natural = 2000
+  max_tokens: Annotated[int, Bounds(least=1), Bounds(most=MOST_TOKENS)] = 3300
   tokenizer: str = ""
-  held_out_seed: int = 1_000_003
-  held_out_share: int = 8
+  held_out_seed: Seed = 1_000_003
+  held_out_share: Annotated[int, Bounds(least=2), Bounds(most=MOST_SHARE)] = 8
 
   def __post_init__(self):
-    one_of(self.subset, SUBSETS, "data.subset")
-    one_of(self.mode, MODES, "data.mode")
-    check(len(self.operations) == 2, "data.operations", f"needs (lowest, highest), got {self.operations}")
+    check_fields(self)
+    self._check_problems()
+    self._check_lengths()
+
+  def _check_problems(self) -> None:
     low, high = self.operations
     most = MOST_SYMBOLIC if self.subset == "symbolic" else max(BUDGETS)
     check(
@@ -82,7 +82,6 @@ class GsmInfiniteConfig:
       "data.templates",
       f"needs three weights that are finite, not negative and not all 0, got {self.templates}",
     )
-    within(self.number_range, 3, MOST_VALUE, "data.number_range")
     if self.modulus != -1:
       check(
         self.modulus >= self.number_range,
@@ -94,24 +93,23 @@ class GsmInfiniteConfig:
         "data.modulus",
         f"needs data.mode = forward and word problems, got {self.mode} and {self.subset}; -1 is none",
       )
-      within(self.modulus, self.number_range, MOST_VALUE + 1, "data.modulus")
-    at_least(self.min_tokens, 0, "data.min_tokens")
-    within(self.max_tokens, 1, MOST_TOKENS, "data.max_tokens")
+      most = MOST_VALUE + 1
+      check(self.modulus <= most, "data.modulus", f"must be at most {most}, got {self.modulus}")
+
+  def _check_lengths(self) -> None:
+    high, shortest = self.operations[1], self.shortest
     check(
       self.max_tokens >= self.min_tokens + SENTENCE or not self.noise,
       "data.max_tokens",
       f"must exceed data.min_tokens = {self.min_tokens} by at least {SENTENCE}, a sentence, got"
       f" {self.max_tokens}",
     )
-    shortest = self.shortest
     check(
       self.max_tokens >= shortest or not self.noise,
       "data.max_tokens",
       f"must be at least {shortest}, the length of a short problem of up to {high} operations without noise,"
       f" got {self.max_tokens}",
     )
-    within(self.held_out_seed, 0, limits.SEED, "data.held_out_seed")
-    within(self.held_out_share, 2, MOST_SHARE, "data.held_out_share")
 
   @property
   def shortest(self) -> int:

@@ -10,17 +10,17 @@ import dataclasses
 import os
 import pathlib
 import socket
+from typing import Annotated, Literal
 
 import numpy as np
 
-from sleep_jax.config import at_least, check, one_of
+from sleep_jax.config import Bounds, at_least, check
 from sleep_jax.data import batching
 from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import problems, shortcut
 from sleep_jax.data.gsm_infinite import tokenizer as tokens
 from sleep_jax.data.gsm_infinite.config import MOST_VALUE, GsmInfiniteConfig
 from sleep_jax.data.gsm_infinite.problems import HELD_OUT_KINDS, Problem, problem
-from sleep_jax.data.limits import within
 
 TOKENIZER_SEED = 2_000_003  # of the problems that a tokenizer is trained on: the same for every run
 MARGIN = 4  # tokens of a problem beside its text and its answer: the request for the answer
@@ -46,12 +46,12 @@ class TaskConfig(GsmInfiniteConfig):
   """
 
   cut: CutConfig = CutConfig(max_tokens=3312, tails=(256, 512, 1024), bucket_batches=4)
-  vocab_size: int = 1024
-  tokenizer_texts: int = 256
-  problems: int = 0
-  held_out: tuple[str, ...] = HELD_OUT_KINDS
-  threads: int = 1
-  workers: int = 0
+  vocab_size: Annotated[int, Bounds(least=tokens.LEAST_VOCAB), Bounds(most=tokens.MOST_VOCAB)] = 1024
+  tokenizer_texts: Annotated[int, Bounds(least=1), Bounds(most=MOST_TEXTS)] = 256
+  problems: Annotated[int, Bounds(least=0), Bounds(most=MOST_PROBLEMS)] = 0
+  held_out: tuple[Literal["balanced", "faithful"], ...] = HELD_OUT_KINDS
+  threads: Annotated[int, Bounds(least=1), Bounds(most=MOST_MAKERS)] = 1
+  workers: Annotated[int, Bounds(least=0), Bounds(most=MOST_MAKERS)] = 0
 
   def __post_init__(self):
     super().__post_init__()
@@ -75,18 +75,17 @@ class TaskConfig(GsmInfiniteConfig):
       "data.held_out_seed",
       f"must differ from {TOKENIZER_SEED}, the seed of the tokenizer's texts",
     )
-    within(self.held_out_share, 2, MOST_HELD_OUT_SHARE, "data.held_out_share")
-    within(self.vocab_size, tokens.LEAST_VOCAB, tokens.MOST_VOCAB, "data.vocab_size")
-    within(self.tokenizer_texts, 1, MOST_TEXTS, "data.tokenizer_texts")
-    within(self.problems, 0, MOST_PROBLEMS, "data.problems")
+    share, most = self.held_out_share, MOST_HELD_OUT_SHARE
+    check(share <= most, "data.held_out_share", f"must be at most {most}, got {share}")
     check(len(self.held_out) > 0, "data.held_out", f"needs at least one of {', '.join(HELD_OUT_KINDS)}")
-    for kind in self.held_out:
-      one_of(kind, HELD_OUT_KINDS, "data.held_out")
     check(
       len(set(self.held_out)) == len(self.held_out), "data.held_out", f"names a set twice: {self.held_out}"
     )
-    within(self.threads, 1, MOST_MAKERS, "data.threads")
-    within(self.workers, 0, MOST_MAKERS, "data.workers")
+
+  @property
+  def length(self) -> int:
+    """T, tokens of the longest sequence."""
+    return self.cut.max_tokens
 
   @property
   def longest_answer(self) -> str:

@@ -15,8 +15,14 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+import sleep_jax
+
+try:
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+except ImportError:
+  sleep_jax.require("tokenizers", "tokenizers")
+  raise
 
 from sleep_jax.config import ConfigError, check
 from sleep_jax.data.limits import within

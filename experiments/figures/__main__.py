@@ -12,22 +12,24 @@ from pathlib import Path
 from absl import flags
 
 from sleep_jax.config import ConfigError
-from sleep_jax.experiments import cli
-from sleep_jax.report import figures, figures_depo, figures_gsm_infinite, page
-from sleep_jax.report.runs import Run, RunError, equal_compute_table, load_runs, summary_table, to_markdown
-
-RUNS = flags.DEFINE_list("runs", None, "workdirs or globs of workdirs, separated by commas")
-OUT = flags.DEFINE_string("out", "figures", "folder that the files are written to")
-FIGURE = flags.DEFINE_enum("figure", "all", ["all", "2a", "2b", "3", "4", "demo", "sleep"], "what to draw")
+from sleep_jax.experiments import cli, figures
+from sleep_jax.experiments.figures import depo, gsm_infinite, rule110
+from sleep_jax.report import accuracy, changes, costs, page
+from sleep_jax.report.load import Run, RunError
+from sleep_jax.report.tables import equal_compute_table, summary_table, to_markdown
 
 DRAW = {
-  "2a": figures.figure_2a,
-  "2b": figures.figure_2b,
-  "3": figures_depo.figure_3,
-  "4": figures_gsm_infinite.figure_4,
-  "demo": figures.demo_curves,
-  "sleep": figures.sleep_changes,
+  "2a": rule110.figure_2a,
+  "2b": rule110.figure_2b,
+  "3": depo.figure_3,
+  "4": gsm_infinite.figure_4,
+  "cost": costs.costs,
+  "demo": accuracy.demo_curves,
+  "sleep": changes.sleep_changes,
 }
+RUNS = flags.DEFINE_list("runs", None, "workdirs, archived runs or globs of them, separated by commas")
+OUT = flags.DEFINE_string("out", "figures", "folder that the files are written to")
+FIGURE = flags.DEFINE_enum("figure", "all", ["all", *DRAW], "what to draw")
 
 
 def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
@@ -38,22 +40,17 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
   """
   if which != "all":
     return DRAW[which](runs).save(out)
-  drawings = page.drawings(runs)
-  if any(r.rows.get("sleep") for r in runs):
-    drawings.append(figures.sleep_changes(runs))
-  if figures_depo.hops(runs):
-    drawings.append(figures_depo.figure_3(runs))
-  if figures_gsm_infinite.operations(runs):
-    drawings.append(figures_gsm_infinite.figure_4(runs))
-  if not drawings:
+  curves = figures.drawings(runs)
+  others = figures.about_sleep(runs)
+  if not curves and not others:
     raise RunError("nothing to draw yet: none of the runs has an evaluation")
-  paths = [path for drawing in drawings for path in drawing.save(out)]
-  return [*paths, page.write_html(out / "report.html", runs)]
+  paths = [path for drawing in [*curves, *others] for path in drawing.save(out)]
+  return [*paths, page.write_html(out / "report.html", runs, curves, others)]
 
 
 def main() -> int:
   try:
-    runs = load_runs(cli.required("runs", RUNS.value))
+    runs = figures.load_runs(cli.required("runs", RUNS.value))
     print(to_markdown(summary_table(runs)))
     equal = [row for row in equal_compute_table(runs) if row["equal_cpu_s"] is not None]
     if len(equal) > 1:
