@@ -4,6 +4,7 @@
 overrides on the command line are data.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -265,5 +266,7 @@ def _unread() -> int:
 def _say(message: str, code: int) -> int:
   """A message to stderr, on one line; gives the exit code back."""
   line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-  print(line, file=sys.stderr)
+  if sys.stderr is not None:  # and if that can still be written to
+    with contextlib.suppress(OSError, ValueError):
+      print(line, file=sys.stderr, flush=True)
   return code
