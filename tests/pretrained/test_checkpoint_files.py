@@ -139,7 +139,7 @@ def test_a_tied_head_may_be_stored_in_every_way(name, files, tmp_path):
       old.unlink()
     save(folder, variant, files, **index)
     cfg, weights, source = pretrained.load(folder)
-    assert cfg.tied_embeddings and "head" not in weights, how
+    assert cfg.tied_embeddings and "head" not in set(weights), how
     if seen is not None:
       hybrids.assert_same(weights, seen)
     seen = weights

@@ -1,4 +1,4 @@
-"""Any finished run as a model: config, weights and tokenizer, and as a checkpoint that is read again bit-equal."""
+"""Any finished run as a model: config, weights and tokenizer; and as a checkpoint that is read bit-equal."""
 
 import dataclasses
 import json
@@ -23,7 +23,9 @@ FAST = config.FastConfig(num_heads=1, key_dim=4, value_dim=8)
 DRAWN = {
   "rule110": (rule110.Rule110Config(), hybrids.model_config(("attn", "gdn"))),
   "depo": (depo.DepoConfig(), hybrids.model_config(("attn", "kda"), norm_placement="sandwich")),
-  "gsm": (gsm.TaskConfig(), hybrids.model_config(("attn", "gdn2"), vocab_size=tiny.VOCAB, tied_embeddings=True)),
+  "gsm": (
+    gsm.TaskConfig(), hybrids.model_config(("attn", "gdn2"), vocab_size=tiny.VOCAB, tied_embeddings=True),
+  ),
   "ablation": (rule110.Rule110Config(), hybrids.model_config(("hebbian", "delta", "jet"), mlp_bias=True)),
 }  # fmt: skip
 
