@@ -1,6 +1,6 @@
 """Training on batches that the host makes: one compiled step a shape, the next batches already on the device.
 
-A thread takes planned batches from `pipeline.feed` and puts them where the mesh wants them, while the device
+A thread takes planned batches from `batching.feed` and puts them where the mesh wants them, while the device
 runs the step before. Position = step: a run that resumes asks for its next step's batch, and nothing else of
 the data is remembered.
 """
