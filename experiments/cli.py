@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
-from sleep_jax.experiments import config_file, usage
+from sleep_jax.experiments import config_file, fine_tuning, usage
 from sleep_jax.runtime import files, processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.files import RunFailedError
@@ -185,7 +185,10 @@ def train_in_workdir(
   folder = required("workdir", define_workdir_flag().value)
   train.check_fits(cfg)
   check_task(cfg)
-  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg), may_grow=("train.steps",)) as run:
+  cfg, movable = fine_tuning.identified(cfg, folder)
+  with workdir.prepare(
+    folder, to_dict(cfg), may_change=movable, may_grow=("train.steps",), defaults=defaults_of(cfg)
+  ) as run:
     if run.done_step is not None and run.done_step >= cfg.train.steps:
       print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None

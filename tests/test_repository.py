@@ -57,7 +57,6 @@ RUNTIME_READERS = ("pretrained.from_run",)
 
 # Which extras of setup.cfg a module may need, by the longest name that fits.
 EXTRAS = {
-  "sleep_jax.kernels.gpu_check": ("peers",),
   "sleep_jax.kernels.measure": ("figures", "peers"),
   "sleep_jax.data": ("train",),
   "sleep_jax.data.gsm_infinite": ("tokenizers",),
@@ -242,7 +241,7 @@ def test_one_file_outside_of_training_opens_the_checkpoints_of_runs():
 
 def test_the_method_is_alone_at_the_top():
   files = {path.stem for path in (ROOT / "sleep_jax").glob("*.py")} - {"__init__"}
-  assert files <= set(METHOD)
+  assert files == set(METHOD)
 
 
 def test_reports_are_drawn_without_jax():
