@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleep_jax.report import runs
+from sleep_jax.report import load
 from sleep_jax.runtime import files, metrics, workdir
 from sleep_jax.runtime.checkpoint import Checkpoints
 
@@ -67,7 +67,7 @@ def live_in(path):
   assert said == []
   assert len(metrics.read(run.metrics)) == 2
   assert len(list((run.path / "tb").iterdir())) == 2
-  [loaded] = runs.load_runs([path])
+  [loaded] = load.load_runs([path])
   assert loaded.config == {"seed": 1}
 
 
