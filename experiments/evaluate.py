@@ -54,21 +54,6 @@ def folders(text: str) -> list[pathlib.Path]:
   return list(found)
 
 
-def whole_numbers(texts: list[str]) -> list[int]:
-  """The values of --passes.
-
-  Raises:
-    ConfigError: if one is no number of passes.
-  """
-  numbers = []
-  for text in texts:
-    config.check(
-      text.strip().isdecimal() and int(text) >= 1, "--passes", f"must be numbers from 1 on, got {text!r}"
-    )
-    numbers.append(int(text))
-  return numbers
-
-
 def evaluate(
   folder: pathlib.Path, changes: dict[str, str | None], numbers: list[int], step: int | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
@@ -185,7 +170,7 @@ def save(rows: list[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]
 def main() -> int:
   if RULES.value is not None:
     config_file.load(RULES.value)
-  where, numbers = folders(cli.required("run", RUNS.value)), whole_numbers(PASSES.value)
+  where, numbers = folders(cli.required("run", RUNS.value)), cli.whole_numbers("passes", PASSES.value)
   config.check(
     not (numbers and "sleep.num_passes" in CONFIG.texts),
     "--passes",

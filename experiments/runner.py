@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from sleep_jax import config
 from sleep_jax.experiments import cli, config_file
@@ -21,6 +21,33 @@ from sleep_jax.runtime.workdir import Workdir
 # What a run starts with, unless the caller's environment says otherwise. The C library reads the second when
 # a process begins: large pages, with which a training step on a CPU takes 0.6 of the time (see benchmarks).
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+class Watch(Protocol):
+  """Takes what the runs say. Called from one thread a job."""
+
+  def started(self, name: str) -> None:
+    """A run begins."""
+
+  def line(self, name: str, text: str) -> None:
+    """It wrote a line, its end included, to stdout or stderr."""
+
+  def ended(self, name: str, code: int) -> None:
+    """It ended with an exit code."""
+
+
+class Echo:
+  """Prints every line behind its run's name."""
+
+  def started(self, name: str) -> None:
+    """Says nothing."""
+
+  def line(self, name: str, text: str) -> None:
+    """Prints it."""
+    print(f"{name:12} {text}", end="", flush=True)
+
+  def ended(self, name: str, code: int) -> None:
+    """Says nothing: `execute` names what did not end well."""
 
 
 def commands(
@@ -78,60 +105,62 @@ def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
     return None
 
 
-def status(folder: pathlib.Path) -> str:
-  """`done at step n`, `stopped at step n` or `new`."""
+def status(folder: pathlib.Path, command: Sequence[str] = ()) -> str:
+  """`done at step n`, `stopped at step n` or `new`.
+
+  Args:
+    folder: of the run.
+    command: that would run it. A `train.steps` in it beyond the step at which the run ended makes it longer.
+  """
   run = Workdir(folder)
   if not run.metrics.exists():
     return "new"
-  if run.done_step is not None:
+  prefix = "--config.train.steps="
+  wanted = max((int(word.removeprefix(prefix)) for word in command if word.startswith(prefix)), default=0)
+  if run.done_step is not None and run.done_step >= wanted:
     return f"done at step {run.done_step}"
   return f"stopped at step {max((row['step'] for row in metrics.read(run.metrics)), default=0)}"
 
 
-def run_all(todo: dict[str, list[str]], jobs: int) -> dict[str, int]:
-  """Runs commands, `jobs` at a time, their lines prefixed by their names.
+def run_all(
+  todo: dict[str, list[str]], jobs: int, watch: Watch | None = None, *, share: bool = False
+) -> dict[str, int]:
+  """Runs commands in their order, `jobs` at a time.
 
   A SIGTERM or Ctrl-C is passed on to the running ones, which save and stop; none is started after it.
+
+  Args:
+    watch: takes their lines; None: they are printed behind their names.
+    share: the last runs, too few to go round once more, are started beside those that are running, and the
+      system shares the cores out among them: none idles while there is work. For a CPU, and runs that fit
+      into memory together.
 
   Returns:
     Name -> exit code, of those that were started.
   """
   jobs = min(jobs, len(todo))
-  waiting: queue.SimpleQueue = queue.SimpleQueue()
-  for item in todo.items():
-    waiting.put(item)
-  codes: dict[str, int] = {}
-  children: list[subprocess.Popen] = []
-  stopping = threading.Event()
-
-  def stop(number, frame):
-    del frame
-    stopping.set()
-    for child in children:
-      with contextlib.suppress(ProcessLookupError):
-        child.send_signal(number)
-
-  previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+  pool = _Pool(todo, jobs, watch or Echo(), share)
+  previous = {number: signal.signal(number, pool.stop) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
-    workers = [
-      threading.Thread(target=_work, args=(waiting, codes, children, stopping, _cores(i, jobs)))
-      for i in range(jobs)
-    ]
-    for worker in workers:
-      worker.start()
-    for worker in workers:
-      worker.join()
+    pool.run()
   finally:
     for number, old in previous.items():
       signal.signal(number, old)
-  return codes
+  return pool.codes
 
 
-def execute(todo: dict[str, list[str]], states: dict[str, str], jobs: int) -> int:
-  """Runs what is not done and says how it ended; the exit code."""
+def execute(
+  todo: dict[str, list[str]],
+  states: dict[str, str],
+  jobs: int,
+  watch: Watch | None = None,
+  *,
+  share: bool = False,
+) -> int:
+  """Runs what is not done and says how it ended; the exit code. Arguments as in `run_all`."""
   left = {name: command for name, command in todo.items() if not states[name].startswith("done")}
   print(f"{len(todo)} runs, {len(todo) - len(left)} done already", flush=True)
-  codes = run_all(left, jobs)
+  codes = run_all(left, jobs, watch, share=share)
   for name in left:
     if codes.get(name, cli.STOPPED) != cli.DONE:
       print(f"{name}: {'not started' if name not in codes else f'exit code {codes[name]}'}", file=sys.stderr)
@@ -141,13 +170,53 @@ def execute(todo: dict[str, list[str]], states: dict[str, str], jobs: int) -> in
   return next((code for code in (cli.USER_MISTAKE, cli.STOPPED) if set(bad) == {code}), cli.FAILED)
 
 
-def _work(waiting, codes, children, stopping, cores) -> None:
-  """Takes runs from the queue until it is empty or the sweep is stopped."""
-  while not stopping.is_set():
-    try:
-      name, command = waiting.get_nowait()
-    except queue.Empty:
-      return
+class _Pool:
+  """Runs that wait, those that go on, and the exit codes of those that ended."""
+
+  def __init__(self, todo: Mapping[str, list[str]], jobs: int, watch: Watch, share: bool):
+    self._waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for item in todo.items():
+      self._waiting.put(item)
+    self._jobs, self._watch, self._share = jobs, watch, share
+    self._children: list[subprocess.Popen] = []
+    self._workers: list[threading.Thread] = []
+    self._stopping = threading.Event()
+    self.codes: dict[str, int] = {}
+
+  def run(self) -> None:
+    """Until nothing waits or goes on."""
+    for job in range(self._jobs):
+      self._add(_cores(job, self._jobs) if not self._share else set())
+    for worker in self._workers:  # which may grow meanwhile
+      worker.join()
+
+  def stop(self, number: int, frame: Any) -> None:
+    """A signal handler: passes the signal on and starts no more."""
+    del frame
+    self._stopping.set()
+    for child in list(self._children):
+      with contextlib.suppress(ProcessLookupError):
+        child.send_signal(number)
+
+  def _add(self, cores: set[int]) -> None:
+    worker = threading.Thread(target=self._work, args=(cores,))
+    worker.start()
+    self._workers.append(worker)  # `run` joins what is on the list, so that it must have been started
+
+  def _work(self, cores: set[int]) -> None:
+    """Takes runs from the queue until it is empty or the pool is stopped."""
+    while not self._stopping.is_set():
+      try:
+        name, command = self._waiting.get_nowait()
+      except queue.Empty:
+        return
+      if self._share and self._waiting.qsize() < self._jobs:  # too few to go round once more
+        for _ in range(self._waiting.qsize()):
+          self._add(cores)
+      self._run(name, command, cores)
+
+  def _run(self, name: str, command: list[str], cores: set[int]) -> None:
+    self._watch.started(name)
     child = subprocess.Popen(
       command,
       stdout=subprocess.PIPE,
@@ -155,18 +224,30 @@ def _work(waiting, codes, children, stopping, cores) -> None:
       text=True,
       errors="replace",
       start_new_session=True,  # a Ctrl-C reaches it through us, once
-      env=ENVIRONMENT | os.environ,
+      env=ENVIRONMENT | self._threads() | os.environ,
     )
     if cores:
       with contextlib.suppress(OSError):
         os.sched_setaffinity(child.pid, cores)
-    children.append(child)
-    if stopping.is_set():  # the signal came before this child was on the list
+    self._children.append(child)
+    if self._stopping.is_set():  # the signal came before this child was on the list
       child.send_signal(signal.SIGTERM)
     for line in child.stdout:
-      print(f"{name:12} {line}", end="", flush=True)
-    codes[name] = child.wait()
-    children.remove(child)
+      self._watch.line(name, line)
+    self.codes[name] = child.wait()
+    self._children.remove(child)
+    self._watch.ended(name, self.codes[name])
+
+  def _threads(self) -> dict[str, str]:
+    """What keeps XLA to one job's share of threads where runs are not tied to cores of their own."""
+    if not self._share or self._jobs == 1:
+      return {}
+    return {"NPROC": str(max(1, _available() // self._jobs))}
+
+
+def _available() -> int:
+  """How many cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cores(job: int, jobs: int) -> set[int]:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from sleep_jax import config, model, train
-from sleep_jax.experiments import cli, evaluate, tasks
+from sleep_jax.experiments import cli, tasks
 from sleep_jax.report import stability as report
 from sleep_jax.scoring import stability
 
@@ -70,7 +70,7 @@ def measure(values: dict[str, Any], passes: list[int], seed: int, sequences: int
 
 def main() -> int:
   values = cli.required("config", CONFIG.value).to_dict()
-  passes = evaluate.whole_numbers(PASSES.value)
+  passes = cli.whole_numbers("passes", PASSES.value)
   config.check(bool(passes), "--passes", "needs at least one N")
   rows = []
   for seed in range(SEEDS.value):

@@ -15,7 +15,7 @@ def front(
   A_log: jax.Array,
   dt_bias: jax.Array,
   S: jax.Array,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Short causal convolution, SiLU, l2 norm of q and k, gates (arXiv 2412.06464), all in S's dtype.
 
       z_t = sum_i taps_i x_{t - (c-1) + i};   [q, k, v] = silu(z)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.kernels.common.dispatch import CLOSED
 from sleep_jax.kernels.conv_gated_delta.front import NORM_EPS
+from sleep_jax.kernels.conv_gated_delta.spec import CLOSED
 from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
 
 Ref = Any  # a reference to an array in VMEM

@@ -134,7 +134,7 @@ def _forward_kernel(
       window_ref[:, block, :BEFORE] = context_ref[:, :, front.lanes(block)]
 
   row, col = parts.grid_of(C)
-  g, b, _, _ = front.open_gates(a_ref[0, 0], b_ref[0, 0], heads_ref[0, 0], heads_ref[0, 1])
+  g, b, _soft, _slope = front.open_gates(a_ref[0, 0], b_ref[0, 0], heads_ref[0, 0], heads_ref[0, 1])
   gates = parts.gates(g, b)
   before = Front(x_ref, taps_ref, window_ref, q_ref, k_ref, v_ref, None)
   refs = pallas_tpu.Chunk(q_ref, k_ref, v_ref, S_ref, o_ref, tuple(kept))

@@ -141,7 +141,8 @@ def _backward_kernel(
       at = front.lanes(block)
       dz = slope_ref[h, block] * gradient[:, front.lanes(block - own.start)]
       dz_ref[h, block, :C] = dz
-      dx = sum(taps_ref[h, i : i + 1, at] * dz_ref[h, block, c - 1 - i : c - 1 - i + C] for i in range(c))
+      products = (taps_ref[h, i : i + 1, at] * dz_ref[h, block, c - 1 - i : c - 1 - i + C] for i in range(c))
+      dx = functools.reduce(jnp.add, products)
       dx_ref[h, :, at] = dx.astype(dx_ref.dtype)
       for i in range(c):
         start = BEFORE - c + 1 + i

@@ -120,7 +120,7 @@ def _backward(q, k, v, g, b, S, do, dS):
   decay = jnp.exp(jnp.where(jnp.tri(C, dtype=bool), between.sum(-3), -jnp.inf))
   factors = gradients.Gates(decay, *(rows[..., row, :] for row in (SINCE, UNTIL, WRITE)))
   dq, dk, dg, db = gradients.gradients(
-    *map(chunked, (q, k)), factors, *map(chunked, (do, dv, E)), met, dS_chunks, end
+    chunked(q), chunked(k), factors, chunked(do), chunked(dv), chunked(E), met, dS_chunks, end
   )
   found = [x.reshape(x.shape[0], n * C, -1) for x in (dq[..., :K], dk[..., :K])]
   found += [_columns(dv, n), *(x.reshape(x.shape[0], n * C, 1) for x in (dg, db))]
@@ -199,11 +199,11 @@ def _product(*pairs):
     return acc[...]
 
   (a, b), *_ = pairs
-  return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), F32))
+  return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), F32))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _gate(gates, row: int, layout):
-  return plgpu.load(gates.at[row], layout=layout)
+  return plgpu.load(gates.at[row], layout=layout)  # pyright: ignore[reportCallIssue]  # jax 0.12's
 
 
 def _spread(x, shape, dim: int):
@@ -382,7 +382,9 @@ def _along(name, step, turned, whole, gates, S, widths, *, reverse: bool = False
         plgpu.BlockSpec((ROWS, C), whole_at),
       ],
       max_concurrent_steps=min(2, n),
-      init_carry=plgpu.load(S_ref.at[r, columns], layout=plgpu.Layout.WGMMA, optimized=False),
+      init_carry=plgpu.load(  # pyright: ignore[reportCallIssue]  # jax 0.12's
+        S_ref.at[r, columns], layout=plgpu.Layout.WGMMA, optimized=False
+      ),
     )
     S_after_ref[r, columns] = pipeline(*(x.at[r] for x in input_refs))
     plgpu.wait_smem_to_gmem(0)

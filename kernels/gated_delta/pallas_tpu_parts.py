@@ -17,7 +17,7 @@ DONE = object()  # what a task that has ended answers
 LEAF = 16  # width of the blocks on the diagonal that are inverted row by row
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
 VMEM_BYTES = 48 << 20
-STEP, FORGET = 16.0, -1000.0  # as in kernels/chunk.py
+STEP, FORGET = 16.0, -1000.0  # as in kernels/common/chunked_head.py and tiling.py
 TINY = 1e-20  # stands in for b = 0 where the gradient of b divides by it
 
 

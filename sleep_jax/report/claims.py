@@ -88,6 +88,8 @@ def _claim(runs: Sequence[Run]) -> str:
       f"After the same {after}, more passes of sleep gave more exact answers ({order}): {values} ({basis})."
     )
   ends = f"{values} ({basis}); {', and '.join(v for v in verdicts if v)}."
+  if all(b.mean - a.mean >= TOLERANCE for a, b in itertools.pairwise(found)):
+    return f"After the same {after}, the means rise with N ({order}): {ends}"
   if max(s.mean for s in found) - min(s.mean for s in found) < TOLERANCE:
     return f"After the same {after}, sleep made no clear difference: {ends}"
   return f"After the same {after}, the order {order} does not hold: {ends}"
@@ -96,11 +98,27 @@ def _claim(runs: Sequence[Run]) -> str:
 def _compare(less: Standing, more: Standing) -> str:
   """Empty if `more` sleep is clearly better, else what is the case."""
   gain = more.mean - less.mean
+  unsettled = _unsettled(less, more)
+  if unsettled and abs(gain) >= TOLERANCE:
+    return f"{unsettled} do not tell N = {less.num_passes} and N = {more.num_passes} apart"
   if gain >= TOLERANCE:
     return ""
   if gain <= -TOLERANCE:
     return f"N = {more.num_passes} is {-gain:.1f} points below N = {less.num_passes}"
   return f"N = {less.num_passes} and N = {more.num_passes} are less than {TOLERANCE:g} points apart"
+
+
+def _gains(less: Standing, more: Standing) -> list[float]:
+  """Points by which `more` is above `less`, in each seed that both were run with."""
+  before = {r.seed: y for r, y in zip(less.runs, less.exact, strict=True)}
+  return [y - before[r.seed] for r, y in zip(more.runs, more.exact, strict=True) if r.seed in before]
+
+
+def _unsettled(less: Standing, more: Standing) -> str:
+  """ "3 seeds" if the 95 % interval of the gain in so many seeds holds 0; "" if not, and for one seed."""
+  gains = _gains(less, more)
+  low, high = intervals.of_mean(gains)
+  return f"{len(gains)} seeds" if low <= 0.0 <= high else ""
 
 
 def compute_claim(runs: Sequence[Run]) -> str:
@@ -116,7 +134,9 @@ def compute_claim(runs: Sequence[Run]) -> str:
   tasks = _tasks(runs)
   for name, members in tasks:
     plain = [r for r in members if r.num_passes == 1]
-    verdicts: dict[str, list[str]] = {"is behind": [], "is level with": [], "is ahead of": []}
+    verdicts: dict[str, list[str]] = {
+      "is behind": [], "is level with": [], "is ahead of": [], "is not clearly apart from": [],
+    }  # fmt: skip
     tokens_saved = False
     for passes in sorted({r.num_passes for r in members if r.num_passes and r.num_passes > 1}):
       pair = plain + [r for r in members if r.num_passes == passes]
@@ -128,7 +148,9 @@ def compute_claim(runs: Sequence[Run]) -> str:
       if gains["cpu_s"] is None or _is_guessing(both):
         continue
       verdict = "is behind"
-      if gains["cpu_s"] < TOLERANCE:
+      if abs(gains["cpu_s"]) >= TOLERANCE and _unsettled(*both):
+        verdict = "is not clearly apart from"
+      elif gains["cpu_s"] < TOLERANCE:
         verdict = "is ahead of" if gains["cpu_s"] <= -TOLERANCE else "is level with"
         tokens_saved |= gains["tokens"] is not None and gains["tokens"] >= TOLERANCE
       values = f"{_percent(both[0].mean)} against {_percent(both[1].mean)} at {seconds(budget)} CPU s"
@@ -189,10 +211,9 @@ def _seed_note(found: Sequence[Standing]) -> str:
 
 def _differences(found: Sequence[Standing]) -> list[str]:
   """How far each N is from the smallest in the same seeds, with the mean's interval; [] for one seed."""
-  by_seed = [{r.seed: y for r, y in zip(s.runs, s.exact, strict=True)} for s in found]
   parts = []
-  for standing, values in zip(found[1:], by_seed[1:], strict=True):
-    gains = [values[seed] - by_seed[0][seed] for seed in values if seed in by_seed[0]]
+  for standing in found[1:]:
+    gains = _gains(found[0], standing)
     if len(gains) > 1:
       low, high = intervals.of_mean(gains, -100.0, 100.0)
       mean = sum(gains) / len(gains)

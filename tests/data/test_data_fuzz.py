@@ -38,7 +38,7 @@ def changed(start, rng):
   values = config.to_dict(start)
   for _ in range(rng.choice((1, 1, 2))):
     name = rng.choice(list(values))
-    if isinstance(values[name], dict) and rng.random() < 0.8:
+    if isinstance(values[name], dict) and values[name] and rng.random() < 0.8:
       values[name][rng.choice(list(values[name]))] = rng.choice(NASTY)
     else:
       values[name] = rng.choice(NASTY)

@@ -117,6 +117,8 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(runner.status(self.record("started")), "stopped at step 0")
     done = self.record("done", ("eval", 0), ("train", 20), ("done", 20))
     self.assertEqual(runner.status(done), "done at step 20")
+    for steps, state in ((20, "done at step 20"), (30, "stopped at step 20")):
+      self.assertEqual(runner.status(done, ["python", f"--config.train.steps={steps}"]), state)
 
   @parameterized.parameters(1, 2, 5)
   def test_all_are_run_and_each_gives_its_code(self, jobs):
@@ -136,6 +138,23 @@ class SweepTest(parameterized.TestCase):
     a, b = self.dir / "a", self.dir / "b"
     codes, _, _ = self.quietly(runner.run_all, {"a": python(MEETS, a, b), "b": python(MEETS, b, a)}, 2)
     self.assertEqual(codes, {"a": 0, "b": 0})
+
+  def test_the_last_runs_share_the_cores_and_none_waits(self):
+    """Three runs on two cores end only if all three are there at once."""
+    paths = [self.dir / name for name in "abc"]
+    meet = (
+      "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\nfor _ in range(300):\n"
+      "  if all(pathlib.Path(p).exists() for p in sys.argv[2:]): sys.exit(0)\n  time.sleep(0.1)\nsys.exit(1)"
+    )
+    todo = {path.name: python(meet, path, *paths) for path in paths}
+    codes, _, _ = self.quietly(lambda: runner.run_all(todo, 2, share=True))
+    self.assertEqual(codes, {"a": 0, "b": 0, "c": 0})
+
+  @parameterized.parameters((1, 7), (2, 7), (3, 4))
+  def test_with_shared_cores_all_are_run_and_each_gives_its_code(self, jobs, count):
+    todo = {f"run{i}": ends(i) for i in range(count)}
+    codes, _, _ = self.quietly(lambda: runner.run_all(todo, jobs, share=True))
+    self.assertEqual(codes, {f"run{i}": i for i in range(count)})
 
   @parameterized.parameters(
     ([0, 0], 0), ([2, 2], 2), ([0, 2], 2), ([3, 0], 3), ([2, 3], 1), ([1, 2], 1), ([0, 1], 1), ([-9], 1)

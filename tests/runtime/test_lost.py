@@ -25,7 +25,8 @@ def tiny():
 
 
 def delete(path):
-  shutil.rmtree(path)
+  while path.exists():  # a save that is under way may write into it meanwhile
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def move(path):
@@ -59,7 +60,7 @@ def replace_by_a_file(path):
 def delete_inner(name):
   def do(path):
     inner = path / name
-    shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
+    delete(inner) if inner.is_dir() else inner.unlink()
 
   do.__name__ = f"delete_{name}"
   return do
