@@ -360,7 +360,7 @@ def _same(name: str, before: Any, now: Any, path: pathlib.Path) -> None:
     config.check(before == now, "session", f"{path} is of other weights")
   else:
     config.check(
-      before == now, "session", f"{path} is another model's: {name} was {before!r:.60}, is {now!r}"
+      before == now, "session", f"{path} is another model's: {name} was {before!r:.60}, is {now!r:.60}"
     )
 
 

@@ -26,7 +26,7 @@ PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 # The method, at the top of sleep_jax; everything else there is a package.
 METHOD = (
   *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
-  *("params", "sharding", "optim", "generate", "session_file", "flax_module"),
+  *("params", "sharding", "optim", "generate", "sampling", "session_file", "flax_module"),
 )
 
 # What each layer and each room of sleep_jax may import of this repository, beside itself; a name stands for

@@ -11,11 +11,10 @@
     memory  inserts six Jet layers without MLP (16 heads of 128 x 128): 9.9 % more parameters for Ouro-1.4B,
             the same logits until they are trained
     export  writes the newest weights of a run (`--config.step=K`: those of a saved step). If the run began
-    with
-            a published checkpoint, they get the names and files of that checkpoint, its tokenizer, licence
-            and other files beside them. In float32, so that nothing is lost (`--config.dtype=published`
-            rounds to the checkpoint's dtypes). Any other run is written in our own format, `model_type:
-            sleep_jax`, which every command here reads as it reads a published one
+            with a published checkpoint, they get the names and files of that checkpoint, its tokenizer,
+            licence and other files beside them. In float32, so that nothing is lost
+            (`--config.dtype=published` rounds to the checkpoint's dtypes). Any other run is written in our
+            own format, `model_type: sleep_jax`, which every command here reads as it reads a published one
 
 If the checkpoint of a run was moved, `--config.origin=FOLDER` says where it lies. Needs host memory for the
 weights in float32: 4 bytes a parameter.

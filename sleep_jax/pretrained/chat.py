@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sleep_jax.pretrained.fields import PretrainedError
-from sleep_jax.pretrained.safetensors_io import read_json
+from sleep_jax.pretrained.files import read_json
 
 Message = Mapping[str, str]  # with `role` and `content`
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from sleep_jax.pretrained.fields import PretrainedError
-from sleep_jax.pretrained.safetensors_io import read_json
+from sleep_jax.pretrained.files import read_json
 
 FIELD = "eos_token_id"
 

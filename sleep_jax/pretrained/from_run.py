@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -11,8 +11,10 @@ from sleep_jax import config, model
 from sleep_jax.config import Config, ModelConfig
 from sleep_jax.pretrained import files, identity, loading
 from sleep_jax.pretrained.fields import PretrainedError, shown
-from sleep_jax.pretrained.tokenizer import Tokenizer
 from sleep_jax.runtime import checkpoint
+
+if TYPE_CHECKING:  # a run without a tokenizer needs no library for it
+  from sleep_jax.pretrained.tokenizer import Tokenizer
 
 LONGEST = 16  # runs that began with each other's weights
 
@@ -30,7 +32,7 @@ class Run:
 
   config: Config
   weights: model.Params
-  tokenizer: Tokenizer | None
+  tokenizer: "Tokenizer | None"
   step: int
 
 
@@ -133,8 +135,11 @@ def load_run(
     CheckpointError: if that step was not saved or is damaged, or all of them are.
   """
   run = open_run(folder, origin=origin)
-  path = run.tokenizer_file
-  tokenizer = None if path is None else Tokenizer(path.parent, run.model)
+  path, tokenizer = run.tokenizer_file, None
+  if path is not None:
+    from sleep_jax.pretrained.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(path.parent, run.model)
   weights, step = run_weights(run, step=step)
   return Run(run.config, weights, tokenizer, step)
 
