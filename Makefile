@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # Compiled programs are kept between runs: native code, so in a folder that only its owner can open.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 # glibc then asks Linux for large pages. XLA frees and takes its temporary memory at each step, and faulting it in
 # by 4 KiB pages costs a third of a training step on a CPU (benchmarks/README.md); elsewhere it is ignored.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1

@@ -4,6 +4,7 @@
 overrides on the command line are data.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,9 +21,10 @@ from ml_collections import config_dict
 from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
-from sleep_jax.experiments import config_file, usage
-from sleep_jax.runtime import processes, workdir
+from sleep_jax.experiments import config_file, fine_tuning, usage
+from sleep_jax.runtime import files, processes, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
+from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.metrics import MetricsError
 from sleep_jax.runtime.workdir import WorkdirError
 from sleep_jax.train import NotFiniteError, PreemptedError
@@ -145,10 +147,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise ConfigError(f"unexpected argument {shown(argv[1])}: every option is a flag, --name=value")
       _join()
       return main() or DONE
+    except (NotFiniteError, WorkerError, RunFailedError) as e:
+      return _say(f"failed: {e}", FAILED)
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except (NotFiniteError, WorkerError) as e:
-      return _say(f"failed: {e}", FAILED)
     except PreemptedError as e:
       return _say(str(e), STOPPED)
     except BrokenPipeError:
@@ -161,25 +163,34 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def train_in_workdir(
-  cfg: Config, make_task: Callable[[workdir.Workdir], train.Task]
+  cfg: Config,
+  make_task: Callable[[workdir.Workdir], train.Task],
+  check_task: Callable[[Config], None],
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
+
+  A complete run is made longer by a larger `train.steps`: it goes on where it ended.
 
   Args:
     cfg: of the run.
     make_task: called once the folder is taken.
+    check_task: raises `ConfigError` where the config does not fit the task, before anything is written.
 
   Returns:
     The last evaluation's row; None, and a line is printed, if there was nothing left to do.
 
   Raises:
-    What `train.check_fits`, `workdir.prepare`, `make_task` and `train.train` raise.
+    What `train.check_fits`, `check_task`, `workdir.prepare`, `make_task` and `train.train` raise.
   """
   folder = required("workdir", define_workdir_flag().value)
   train.check_fits(cfg)
-  with workdir.prepare(folder, to_dict(cfg), defaults=defaults_of(cfg)) as run:
-    if run.done_step is not None:
-      print(f"{run.path} is complete: {run.done_step} steps")
+  check_task(cfg)
+  cfg, movable = fine_tuning.identified(cfg, folder)
+  with workdir.prepare(
+    folder, to_dict(cfg), may_change=movable, may_grow=("train.steps",), defaults=defaults_of(cfg)
+  ) as run:
+    if run.done_step is not None and run.done_step >= cfg.train.steps:
+      print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None
     return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)
 
@@ -255,5 +266,7 @@ def _unread() -> int:
 def _say(message: str, code: int) -> int:
   """A message to stderr, on one line; gives the exit code back."""
   line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-  print(line, file=sys.stderr)
+  if sys.stderr is not None:  # and if that can still be written to
+    with contextlib.suppress(OSError, ValueError):
+      print(line, file=sys.stderr, flush=True)
   return code

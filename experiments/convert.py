@@ -1,28 +1,34 @@
-"""Reads a published checkpoint, or what a run made of one, checks it, and writes it in published format.
+"""Reads a checkpoint, or what a run has trained, checks it, and writes it as safetensors and `config.json`.
 
     python -m experiments.convert --config=experiments/configs/convert.py:memory \\
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
     python -m experiments.convert --config=experiments/configs/convert.py:export \\
       --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
 
-Every tensor is compared with what was read, to the bit. On a mistake nothing is written.
+A run that began with a published checkpoint is written in the format of that checkpoint, any other run in our
+own. Every tensor is compared with what was read, to the bit. On a mistake nothing is written.
 """
 
 import dataclasses
+import errno
 import pathlib
-import shutil
-import tempfile
+import sys
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 
 from sleep_jax import config, model, params, pretrained
-from sleep_jax.config import ConfigError, FastConfig
+from sleep_jax.config import ConfigError, FastConfig, ModelConfig
 from sleep_jax.config.model import MOST_BLOCKS
 from sleep_jax.experiments import cli
 
 CONFIG = cli.define_config_flag()
+# Of a target that cannot be written: the path is at fault, not the machine.
+_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+
+
+class ConversionError(RuntimeError):
+  """What was written is not what was read, or cannot be written; one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +36,22 @@ class ConvertConfig:
   """One conversion.
 
   Attributes:
-    source: folder in published format, or the workdir of a run that began with one.
+    source: a checkpoint, or the workdir of a run.
     target: folder to make; must not exist. None: only read and check.
+    step: of a run, which saved step. None: the newest good one.
+    origin: of a run, where the checkpoint lies with which it began, if it was moved since.
     memory_layers: fast-weight layers to insert; 0 for none.
     fast: sizes of the inserted layers.
     seed: of the inserted layers' weights.
     dtype: of what is written. `published`, to which trained weights are rounded, or `float32`, which loses
-      nothing. Inserted layers are float32 always.
-    ignore: fields of `config.json` that are known to change nothing; a run says itself which.
+      nothing. Inserted layers and our own format are float32 always.
+    ignore: dotted names of unknown fields of `config.json` that change nothing; a run says itself which.
   """
 
   source: str | None = None
   target: str | None = None
+  step: Annotated[int | None, config.Bounds(least=0)] = None
+  origin: str | None = None
   memory_layers: Annotated[int, config.Bounds(least=0), config.Bounds(most=MOST_BLOCKS)] = 0
   fast: FastConfig = FastConfig(num_heads=16, key_dim=128, value_dim=128)
   seed: config.Seed = 0
@@ -56,6 +66,26 @@ class ConvertConfig:
 FIELDS = {"": ConvertConfig}
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """What is to be converted.
+
+  Attributes:
+    model, weights: the model.
+    source: the checkpoint in whose format it is written; None for our own format.
+    step: of the run; None for a checkpoint.
+    tokenizer: of a run that is written in our own format.
+    what: it is, in words.
+  """
+
+  model: ModelConfig
+  weights: model.Params
+  source: pretrained.Source | None
+  step: int | None
+  tokenizer: pathlib.Path | None
+  what: str
+
+
 def convert(cfg: ConvertConfig) -> str:
   """Does it.
 
@@ -64,40 +94,64 @@ def convert(cfg: ConvertConfig) -> str:
 
   Raises:
     ConfigError: for whatever is wrong with the config or the checkpoint.
+    ConversionError: if the target cannot be written.
   """
   target = None if cfg.target is None else pathlib.Path(cfg.target)
   config.check(target is None or not target.exists(), "target", f"{cfg.target} exists already")
-  if trained := pretrained.is_run(cfg.source):
-    architecture, weights, source, step = pretrained.load_run(cfg.source)
-    told = f"read step {step} of {cfg.source}, "
-  else:
-    architecture, weights, source = pretrained.load(cfg.source, ignore=cfg.ignore)
-    told = "read "
+  opened = _open(cfg)
+  architecture, weights = opened.model, opened.weights
   _check_finite(weights)
   before = params.count(model.declare(architecture))
-  told += f"{source.config['architectures'][0]}: {before:,} parameters in {len(source.tensors.files)} tensors"
+  summary = f"read {opened.what}: {before:,} parameters in {len(jax.tree.leaves(weights))} tensors"
   if cfg.memory_layers:
     key = jax.random.key(cfg.seed)
     architecture, weights = pretrained.add_memory(
       architecture, weights, key, num_layers=cfg.memory_layers, fast=cfg.fast
     )
     added = params.count(model.declare(architecture)) - before
-    told += f"; added {cfg.memory_layers} layers with {added:,} ({added / before:.1%})"
+    summary += f"; added {cfg.memory_layers} layers with {added:,} ({added / before:.1%})"
   if target is None:
-    return told
-  target.parent.mkdir(parents=True, exist_ok=True)
-  made = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    return summary
+  skipped: list[str] = []
+  rounded: list[str] = []
+
+  def write(made: pathlib.Path) -> None:
+    if opened.source is None:
+      pretrained.write_own(made, architecture, weights, step=opened.step, tokenizer=opened.tokenizer)
+    else:
+      pretrained.write_like(
+        made, architecture, weights, opened.source, dtype=cfg.dtype, report=skipped.append
+      )
+    written = pretrained.open_source(made, ignore=() if opened.source is None else opened.source.ignore)
+    rounded.extend(pretrained.differing(written, weights))
+    unchanged = opened.step is None and cfg.dtype == "published" and not written.own
+    if unchanged and opened.source is not None:
+      _check_equal(opened.source, written)
+
   try:
-    pretrained.export(made / "checked", architecture, weights, source, dtype=cfg.dtype)
-    written = pretrained.open_source(made / "checked", ignore=source.ignore)
-    rounded = pretrained.differing(written, weights)
-    if not trained and cfg.dtype == "published":
-      _check_equal(source, written)
-    (made / "checked").rename(target)
-  finally:
-    shutil.rmtree(made)
+    pretrained.appear(target, write)
+  except OSError as e:
+    if e.errno in _MISTAKES:
+      raise ConfigError(f"target: {target} cannot be written: {e.strerror}") from e
+    raise ConversionError(f"{target} cannot be written: {e.strerror}") from e
   equal = f"rounded in {len(rounded)} tensors" if rounded else "bit-equal to what was read"
-  return f"{told}; wrote {target}, {equal}"
+  return "\n".join([f"{summary}; wrote {target}, {equal}", *skipped])
+
+
+def _open(cfg: ConvertConfig) -> Opened:
+  """Reads the source."""
+  if not pretrained.is_run(cfg.source):
+    for name in ("step", "origin"):
+      config.check(getattr(cfg, name) is None, name, f"is of a run, and {cfg.source} is a checkpoint")
+    architecture, weights, source = pretrained.load(cfg.source, ignore=cfg.ignore)
+    return Opened(architecture, weights, source, None, None, source.config["architectures"][0])
+  run = pretrained.open_run(cfg.source, origin=cfg.origin)
+  source = pretrained.run_source(run)
+  weights, step = pretrained.run_weights(run, step=cfg.step)
+  where = f"step {step} of {cfg.source}"
+  if source is None or source.own:
+    return Opened(run.model, weights, None, step, run.tokenizer_file, where)
+  return Opened(run.model, weights, source, step, None, f"{where}, {source.config['architectures'][0]}")
 
 
 def _check_finite(weights: Any) -> None:
@@ -110,16 +164,20 @@ def _check_finite(weights: Any) -> None:
 def _check_equal(source: pretrained.Source, written: pretrained.Source) -> None:
   """Compares the published tensors, one at a time."""
   if source.config != written.config or source.tensors.files != written.tensors.files:
-    raise RuntimeError("the written checkpoint has another config or other tensors than the one read")
+    raise ConversionError("the written checkpoint has another config or other tensors than the one read")
   for name in source.tensors.files:
     a, b = source.tensors.read(name), written.tensors.read(name)
-    if a.dtype != b.dtype or not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
-      raise RuntimeError(f"{name} was not written as it was read")
+    if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+      raise ConversionError(f"{name} was not written as it was read")
 
 
 def main() -> int:
   values = cli.required("config", CONFIG.value).to_dict()
-  print(convert(config.from_dict(ConvertConfig, values)))
+  try:
+    print(convert(config.from_dict(ConvertConfig, values)))
+  except ConversionError as e:
+    print(f"failed: {e}", file=sys.stderr)
+    return cli.FAILED
   return cli.DONE
 
 

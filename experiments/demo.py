@@ -34,7 +34,7 @@ def main() -> int:
   ledgers = board.planned(f"{CONFIG}:{SIZE.value}", SEEDS.value)
   commands = runner.commands(f"{CONFIG}:{SIZE.value}", str(folder), SEEDS.value)
   todo = {name: commands[name] for name in ledgers}
-  states = {name: runner.status(folder / name) for name in todo}
+  states = {name: runner.status(folder / name, todo[name]) for name in todo}
   for name, ledger in ledgers.items():
     ledger.ended = states[name].startswith("done")
   watch = board.Board(ledgers, folder / "logs", JOBS.value)

@@ -5,244 +5,262 @@
 
 The text goes to stdout as it comes, what the model does to stderr. With --session=FILE it goes on from there
 if the file exists, and is stored there in the end; then the prompt may be left out. Ctrl-C or SIGTERM while
-it generates stores the session after the token that it is at (exit code 3).
+it generates stores the session after the token that it is at (exit code 3). A stdout that fails ends it too,
+after the session is stored (exit code 1). --prompts_file reads several prompts side by side.
 """
 
 import contextlib
 import dataclasses
+import io
+import itertools
+import json
 import pathlib
 import sys
-import unicodedata
-from typing import Literal, TextIO
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
 import jax
-import numpy as np
 from absl import flags
 
-from sleep_jax import config, generate, pretrained, session_file
+from sleep_jax import config, generate, model, session_file
 from sleep_jax.config import ATTENTION, ConfigError, ModelConfig, SleepConfig
-from sleep_jax.experiments import cli
-from sleep_jax.generate import SamplingConfig
-from sleep_jax.pretrained.tokenizer import Tokenizer
+from sleep_jax.experiments import cli, generate_many
+from sleep_jax.experiments.generate_io import LENGTH, Output, Reporter, Writer, prompt_pieces
+from sleep_jax.experiments.generate_model import Checkpoint, GenerateConfig
+from sleep_jax.pretrained.text_stream import TextStream, printable
+from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.signals import stop_signals
 from sleep_jax.train import PreemptedError
 
+__all__ = ["GenerateConfig", "TextStream", "main", "printable", "run"]
+
 CONFIG = cli.define_config_flag()
 PROMPT = flags.DEFINE_string("prompt", None, "the text to go on from")
-PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "a UTF-8 file with that text; of any length")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "a UTF-8 file with that text, of any length; -: stdin")
+PROMPTS_FILE = flags.DEFINE_string(
+  "prompts_file", None, "a JSON-lines file with several prompts, read side by side; -: stdin"
+)
 SESSION = flags.DEFINE_string(
   "session", None, "a file to go on from, if it exists, and to store the session in"
 )
-
-LONGEST_CHARACTER = 4  # bytes in UTF-8; so many tokens may have to be put together
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-  """One generation.
-
-  Attributes:
-    checkpoint: folder in published format, with its `tokenizer.json`.
-    window: L. None: what `pretrained.load` takes.
-    eviction: `hard` or `sliding`.
-    predict_passes: passes awake. None: as published, 1 for a model with a memory.
-    dtype: of activations.
-    param_dtype: of weights.
-    sleep: how a full window is slept on.
-    sampling: how tokens are drawn.
-    max_new_tokens: tokens to generate; 0 only reads.
-    stop: tokens after which generation ends.
-    seed: of what is drawn.
-    ignore: fields of the checkpoint's `config.json` that are known to change nothing.
-  """
-
-  checkpoint: str | None = None
-  window: config.Count | None = None
-  eviction: Literal["hard", "sliding"] = "hard"
-  predict_passes: config.Count | None = None
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  param_dtype: Literal["float32", "bfloat16"] = "float32"
-  sleep: SleepConfig = SleepConfig()
-  sampling: SamplingConfig = SamplingConfig()
-  max_new_tokens: config.Natural = 200
-  stop: tuple[int, ...] = ()
-  seed: config.Seed = 0
-  ignore: tuple[str, ...] = ()
-
-  def __post_init__(self):
-    config.check_fields(self)
-    config.check(bool(self.checkpoint), "checkpoint", "is required: the folder with config.json")
-
-  @property
-  def changes(self) -> dict[str, object]:
-    """What is changed of the checkpoint's `ModelConfig`."""
-    asked = {"window": self.window, "predict_passes": self.predict_passes}
-    given = {name: value for name, value in asked.items() if value is not None}
-    return given | {"eviction": self.eviction, "dtype": self.dtype}
-
+CHAT = flags.DEFINE_bool(
+  "chat", False, "put the prompt into the checkpoint's chat template, as what a user says"
+)
+JSON = flags.DEFINE_bool("json", False, "print a JSON object in the end, with the text and what it took")
 
 FIELDS = {"": GenerateConfig}
 
 
-class Report:
-  """Says on a stream what the model does and what it took; the watcher of `generate.read`."""
-
-  def __init__(self, passes: int, out: TextIO):
-    self._passes, self._out = passes, out
-    self._seconds = {"awake": 0.0, "asleep": 0.0}
-
-  def __call__(self, what: str, session: generate.Session, seconds: float) -> None:
-    self._seconds[what] += seconds
-    if what == "asleep":
-      print(f"\n[slept {1e3 * seconds:.1f} ms | {self.line(session)}]", file=self._out, flush=True)
-
-  def line(self, session: generate.Session) -> str:
-    """What was read and what it took."""
-    awake, asleep = (1e3 * self._seconds[name] for name in ("awake", "asleep"))
-    return (
-      f"{session.tokens_read} tokens read, {session.windows} windows slept on, {self._passes} passes each, "
-      f"{generate.state_bytes(session)} bytes of state, {awake:.1f} ms awake, {asleep:.1f} ms asleep"
-    )
-
-
-class TextStream:
-  """Tokens in, the text that each adds out; a character whose bytes are not all there is held back."""
-
-  def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer = tokenizer
-    self._shown: list[int] = []  # the tokens shown last: a text may begin otherwise than it goes on
-    self._held: list[int] = []
-
-  def add(self, token: int) -> str:
-    """The printable text that is known now."""
-    self._held.append(token)
-    return self._show(wait=len(self._held) < LONGEST_CHARACTER)
-
-  def end(self) -> str:
-    """What was held back."""
-    return self._show(wait=False)
-
-  def _show(self, wait: bool) -> str:
-    text = self._tokenizer.decode(self._shown + self._held)
-    if wait and text.endswith("\N{REPLACEMENT CHARACTER}"):
-      return ""
-    new = text[len(self._tokenizer.decode(self._shown)) :]
-    self._shown, self._held = self._held or self._shown, []
-    return printable(new)
-
-
-def printable(text: str) -> str:
-  """The text without characters that steer a terminal; line ends and tabs stay."""
-  return "".join(c for c in text if c in "\n\t" or not unicodedata.category(c).startswith("C"))
-
-
 def run(
-  cfg: GenerateConfig, text: str | None, session_path: pathlib.Path | None, out: TextIO, told: TextIO
+  cfg: GenerateConfig,
+  text: str | Iterable[str] | None,
+  session_path: pathlib.Path | None,
+  out: TextIO | None,
+  told: TextIO | None,
+  *,
+  as_chat: bool = False,
+  as_json: bool = False,
 ) -> None:
   """Reads the text and generates.
 
   Args:
     cfg: as asked for.
-    text: to read first. None: go on from the session.
+    text: to read first, whole or in pieces. None: go on from the session.
     session_path: where the session is stored. None: nowhere.
-    out: for the text.
-    told: for what the model does.
+    out: for the text; None if it is closed.
+    told: for what the model does; None if it is closed.
+    as_chat: the text is what a user says.
+    as_json: write one JSON object in the end in place of the text.
 
   Raises:
     ConfigError: for whatever is wrong with the config, the checkpoint, the text or the session.
     PreemptedError: if it was asked to stop while it generated; the session is stored.
+    RunFailedError: if a weight is not finite, or if `out` failed; the session is stored then.
+    NotFiniteError, SessionError: if logits are not finite; if the session cannot be stored.
   """
-  folder = pathlib.Path(cfg.checkpoint)
-  source = pretrained.open_source(folder, ignore=cfg.ignore, **cfg.changes)
-  config.check_sleep(cfg.sleep, source.model)
-  tokenizer = Tokenizer(folder, source.model)
-  tokens = None if text is None else tokenizer.encode(text)
-  architecture, weights, _ = pretrained.load(
-    folder, param_dtype=cfg.param_dtype, ignore=cfg.ignore, **cfg.changes
-  )
-  report = Report(cfg.sleep.num_passes, told)
-  session = _opened(session_path, weights, architecture, cfg.sleep)
-  if set(architecture.blocks) <= set(ATTENTION):
-    print("[this model has no fast weights: what leaves the window is forgotten]", file=told)
+  checkpoint, report = Checkpoint(cfg), Reporter(cfg.sleep.num_passes, told)
+  if session_path is not None:
+    session_file.check_path(session_path, checkpoint.model, cfg.sleep)
+  tokens = None
+  if text is not None and not as_chat:
+    tokens = _begun(checkpoint.tokenizer.encode_parts(_pieces(text), report=report.note))
+  weights = checkpoint.weights()
+  session, state = _opened(session_path, weights, checkpoint.model, cfg.sleep)
+  if text is not None and as_chat:
+    tokens = checkpoint.tokenizer.encode_parts([_turn(checkpoint, "".join(_pieces(text)), state)])
+  if set(checkpoint.model.blocks) <= set(ATTENTION):
+    report.note("this model has no fast weights: what leaves the window is forgotten")
+  text_out = io.StringIO() if as_json else out
+  writer = Writer(checkpoint.tokenizer, cfg.stop_strings, Output(text_out), state.get("writer"))
   if tokens is not None:
-    session = generate.read(weights, np.array([tokens]), session, architecture, cfg.sleep, watch=report)
-  stream = TextStream(tokenizer)
-  made = generate.generate(
+    known = writer.known(tokens)
+    session = generate.read_parts(weights, known, session, checkpoint.model, cfg.sleep, watch=report)
+  made = _Made(session)
+  with _listening(session_path, report) as stopped:
+    try:
+      _generate(cfg, checkpoint, weights, made, writer, report, stopped)
+      if session_path is None:
+        writer.end()
+      elif made.end_token:
+        writer.pause()
+    except generate.NotFiniteError:
+      raise  # there is nothing to go on from
+    except Exception:
+      _store(session_path, made, writer, weights, checkpoint.model, cfg.sleep)
+      raise
+    if not as_json:
+      writer.output.end_line()
+    _store(session_path, made, writer, weights, checkpoint.model, cfg.sleep)
+    if made.why not in ("", LENGTH):
+      report.note(f"ended at {made.why}")
+    report.note(f"{report.line(made.session)}, compilation included")
+  if isinstance(text_out, io.StringIO) and as_json:
+    writer.output = Output(out)
+    row = {"text": text_out.getvalue(), "tokens": made.count, "ended": made.why or "stopped"}
+    row["statistics"] = report.statistics(made.session)
+    writer.output.write(json.dumps(row, ensure_ascii=False) + "\n")
+  where = f"the session is stored in {session_path}, the same command without a prompt goes on"
+  if failure := writer.output.failure:
+    rest = f"; {where}" if session_path is not None else ""
+    raise RunFailedError(f"stdout cannot be written: {failure}; {made.count} tokens were made{rest}")
+  if stopped and not made.why:
+    raise PreemptedError(f"stopped by {stopped[0]} after {made.count} tokens; {where}")
+
+
+@dataclasses.dataclass
+class _Made:
+  """What was generated so far.
+
+  Attributes:
+    session: after the last token.
+    count: tokens.
+    why: the text ended; empty if it did not.
+    end_token: the one at which it ended, as text; empty if it did not end at one.
+  """
+
+  session: generate.Session
+  count: int = 0
+  why: str = ""
+  end_token: str = ""
+
+
+def _generate(
+  cfg: GenerateConfig,
+  checkpoint: Checkpoint,
+  weights: model.Params,
+  made: _Made,
+  writer: Writer,
+  report: Reporter,
+  stopped: list[str],
+) -> None:
+  """Generates into `made` until the text ends, somebody asks to stop, or nothing can be written any more."""
+  tokens = generate.generate(
     weights,
-    session,
-    architecture,
+    made.session,
+    checkpoint.model,
     cfg.sleep,
     count=cfg.max_new_tokens,
     key=jax.random.key(cfg.seed),
     sampling=cfg.sampling,
     watch=report,
   )
-  count, ended = 0, False
-  with _listening(session_path, told) as stopped:
-    for token, after in made:
-      session = after
-      print(stream.add(int(token[0])), end="", file=out, flush=True)
-      count += 1
-      ended = count == cfg.max_new_tokens or int(token[0]) in cfg.stop
-      if ended or stopped:
-        break
-    print(stream.end(), file=out, flush=True)
-    print(f"[{report.line(session)}, compilation included]", file=told, flush=True)
-    if session_path is not None:
-      session_file.save(session_path, session, weights, architecture, cfg.sleep)
-  if stopped and not ended:
-    raise PreemptedError(
-      f"stopped by {stopped[0]} after {count} tokens; the session is stored in {session_path}, the same"
-      " command without a prompt goes on"
-    )
+  made.why = writer.begin() or (LENGTH if cfg.max_new_tokens == 0 else "")
+  while not (made.why or stopped or writer.output.failure):
+    begun = time.perf_counter()
+    token, made.session = next(tokens)
+    report.waited(time.perf_counter() - begun)
+    made.count += 1
+    made.why = writer.add(int(token[0]))
+    if not made.why and (ending := checkpoint.ending(int(token[0]), cfg.sampling)):
+      made.why, made.end_token = ending, checkpoint.tokenizer.name_of(int(token[0])) or ""
+    if not made.why and made.count == cfg.max_new_tokens:
+      made.why = LENGTH
 
 
-def _listening(path: pathlib.Path | None, told: TextIO) -> contextlib.AbstractContextManager[list[str]]:
+def _store(
+  path: pathlib.Path | None,
+  made: _Made,
+  writer: Writer,
+  weights: model.Params,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+) -> None:
+  """Stores the session, and what of its text was not shown."""
+  if path is not None:
+    text = {"writer": writer.state(), "ended": made.end_token}
+    session_file.save(path, made.session, weights, cfg, sleep_cfg, text=text)
+
+
+def _listening(path: pathlib.Path | None, report: Reporter) -> contextlib.AbstractContextManager[list[str]]:
   """Signals that ask to stop; without a session to store there is nothing to do but to end."""
   if path is None:
     return contextlib.nullcontext([])
-  return stop_signals(
-    lambda line: print(f"\n[{line}]", file=told, flush=True), "storing the session after this token"
-  )
+  return stop_signals(lambda line: report.say(f"\n[{line}]"), "storing the session after this token")
 
 
 def _opened(
-  path: pathlib.Path | None, weights: object, cfg: ModelConfig, sleep_cfg: SleepConfig
-) -> generate.Session:
-  """The stored session, or a new one."""
+  path: pathlib.Path | None, weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig
+) -> tuple[generate.Session, dict[str, Any]]:
+  """The stored session and the state of its text, or a new one."""
   if path is None or not path.exists():
-    return generate.start(cfg, sleep_cfg)
-  session = session_file.load(path, weights, cfg, sleep_cfg)
+    return generate.start(cfg, sleep_cfg), {}
+  session, text = session_file.load_with_text(path, weights, cfg, sleep_cfg)
   rows = session.tokens.shape[0]
   config.check(rows == 1, "session", f"{path} holds {rows} sequences, here one is read")
-  return session
+  known = text is None or (isinstance(text, dict) and isinstance(text.get("ended"), str))
+  config.check(known, "session", f"{path} has a text state that is not understood")
+  return session, text or {}
 
 
-def _prompt(text: str | None, file: str | None, session: pathlib.Path | None) -> str | None:
+def _turn(checkpoint: Checkpoint, said: str, state: dict[str, Any]) -> str:
+  """What a user says, as the chat template writes it: at the beginning, or behind a session's answer."""
+  if "ended" in state:
+    return checkpoint.next_turn(said, state["ended"])
+  return checkpoint.chat([[{"role": "user", "content": said}]])[0]
+
+
+def _pieces(text: str | Iterable[str]) -> Iterable[str]:
+  return [text] if isinstance(text, str) else text
+
+
+def _begun(parts: Iterator[list[int]]) -> Iterator[list[int]]:
+  """The same parts, of which the first is there already: what is wrong with it is said now."""
+  return itertools.chain([next(parts)], parts)
+
+
+@contextlib.contextmanager
+def _prompt(
+  text: str | None, file: str | None, session: pathlib.Path | None
+) -> Iterator[str | Iterable[str] | None]:
   """The text of the one flag that was given; None if a session that exists makes it needless."""
   if text is not None and file is not None:
     raise ConfigError("--prompt and --prompt_file: give one of them, not both")
-  if text is not None:
-    return text
-  if file is None:
-    if session is not None and session.exists():
-      return None
+  if file is not None:
+    with prompt_pieces(file) as pieces:
+      yield pieces
+    return
+  if text is None and not (session is not None and session.exists()):
     raise ConfigError("--prompt or --prompt_file is required")
-  try:
-    return pathlib.Path(file).read_text(encoding="utf-8")
-  except OSError as e:
-    raise ConfigError(f"--prompt_file: {file} cannot be read: {e.strerror}") from e
-  except UnicodeDecodeError as e:
-    raise ConfigError(f"--prompt_file: {file} is no UTF-8 text (byte {e.start})") from e
+  yield text
 
 
 def main() -> int:
   values = cli.required("config", CONFIG.value).to_dict()
+  cfg = config.from_dict(GenerateConfig, values)
   path = None if SESSION.value is None else pathlib.Path(SESSION.value)
   if path is not None and not path.parent.is_dir():
     raise ConfigError(f"--session: there is no folder {path.parent}")
-  text = _prompt(PROMPT.value, PROMPT_FILE.value, path)
-  run(config.from_dict(GenerateConfig, values), text, path, sys.stdout, sys.stderr)
+  try:
+    if PROMPTS_FILE.value is not None:
+      given = [f"--{f.name}" for f in (PROMPT, PROMPT_FILE, SESSION, CHAT) if f.value]
+      config.check(not given, "--prompts_file", f"goes without {', '.join(given)}")
+      generate_many.run(cfg, PROMPTS_FILE.value, sys.stdout, sys.stderr, statistics=JSON.value)
+      return cli.DONE
+    with _prompt(PROMPT.value, PROMPT_FILE.value, path) as text:
+      run(cfg, text, path, sys.stdout, sys.stderr, as_chat=CHAT.value, as_json=JSON.value)
+  except (generate.NotFiniteError, session_file.SessionError) as e:
+    raise RunFailedError(str(e)) from e
   return cli.DONE
 
 

@@ -135,7 +135,8 @@ def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, host_
 
 def main() -> int:
   cfg = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: make_task(cfg, str(run.path)))
+  check = functools.partial(host_steps.check_size, cut=cfg.data.cut)
+  row = cli.train_in_workdir(cfg, lambda run: make_task(cfg, str(run.path)), check)
   if row is None:
     return cli.DONE
   print(tables(row, cfg.data))

@@ -51,7 +51,7 @@ def open_task(values: dict[str, Any], folder: str) -> tuple[config.Config, train
 
 def main() -> int:
   cfg, task = build(cli.required("config", CONFIG.value).to_dict())
-  row = cli.train_in_workdir(cfg, lambda run: task)
+  row = cli.train_in_workdir(cfg, lambda run: task, task.check)
   if row is None:
     return cli.DONE
   print(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from sleep_jax import config
@@ -105,12 +105,19 @@ def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
     return None
 
 
-def status(folder: pathlib.Path) -> str:
-  """`done at step n`, `stopped at step n` or `new`."""
+def status(folder: pathlib.Path, command: Sequence[str] = ()) -> str:
+  """`done at step n`, `stopped at step n` or `new`.
+
+  Args:
+    folder: of the run.
+    command: that would run it. A `train.steps` in it beyond the step at which the run ended makes it longer.
+  """
   run = Workdir(folder)
   if not run.metrics.exists():
     return "new"
-  if run.done_step is not None:
+  prefix = "--config.train.steps="
+  wanted = max((int(word.removeprefix(prefix)) for word in command if word.startswith(prefix)), default=0)
+  if run.done_step is not None and run.done_step >= wanted:
     return f"done at step {run.done_step}"
   return f"stopped at step {max((row['step'] for row in metrics.read(run.metrics)), default=0)}"
 

@@ -28,7 +28,7 @@ LIST = flags.DEFINE_bool("list", False, "only say what there is to do")
 def main() -> int:
   cli.required("config", CONFIG.value)
   todo = runner.commands(CONFIG.path, cli.required("workdir", WORKDIR.value), SEEDS.value, CONFIG.changes)
-  states = {name: runner.status(pathlib.Path(WORKDIR.value, name)) for name in todo}
+  states = {name: runner.status(pathlib.Path(WORKDIR.value, name), todo[name]) for name in todo}
   if LIST.value:
     for name, command in todo.items():
       print(f"{name:16} {states[name]:20} {shlex.join(command)}")

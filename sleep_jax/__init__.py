@@ -23,16 +23,18 @@ if TYPE_CHECKING:
   from sleep_jax.config import SleepConfig as SleepConfig
   from sleep_jax.flax_module import SleepingHybrid as SleepingHybrid
   from sleep_jax.pretrained import load_run as load_run
+  from sleep_jax.rules import Rule as Rule
 
 _HOMES = {  # name -> the module that has it
   "Config": "config",
   "ConfigError": "config",
   "ModelConfig": "config",
+  "Rule": "rules",
   "SleepConfig": "config",
   "SleepingHybrid": "flax_module",
   "load_run": "pretrained",
 }
-_MODULES = "config data generate model optim pretrained sharding sleep train windows".split()
+_MODULES = "config data generate model optim pretrained rules sharding sleep train windows".split()
 
 # In a clone these folders stand beside this one; installed, they lie in it. Either way they are imported as
 # `sleep_jax.kernels` and so on, and no other top-level name is taken.

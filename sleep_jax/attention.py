@@ -112,7 +112,7 @@ def read_window(
   Returns:
     [B, T, D] in x's dtype.
   """
-  q, k, v = _project(weights, x, cfg)
+  q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
   at = jnp.arange(x.shape[1])
   q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
   return _out(weights, attend(q, k, v, allowed(at, at, reach, valid)), cfg)
@@ -137,7 +137,7 @@ def read_behind(
     [B, T, D] in x's dtype, and what is kept after the window.
   """
   batch, length, _ = x.shape
-  q, k, v = _project(weights, x, cfg)
+  q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
   valid = jnp.ones((batch, length), bool) if valid is None else valid
   k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
   kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
@@ -166,7 +166,7 @@ def decode(
     [B, T, D] in x's dtype, and the cache with the T tokens appended.
   """
   batch, length, _ = x.shape
-  q, k, v = _project(weights, x, cfg)
+  q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
   at = cache.length + jnp.arange(length)
   q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
   cache = _append(cache, k, v, jnp.ones((batch, length), bool) if valid is None else valid)

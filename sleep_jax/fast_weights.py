@@ -134,10 +134,12 @@ def rewind(state: FastWeights, start: FastWeights) -> FastWeights:
 
 
 def check_kernel(fast: FastConfig) -> None:
-  """Raises `ConfigError` if `fast.kernel` names an implementation that this platform has not got."""
+  """Raises `ConfigError` if `fast.kernel` names an implementation that the platform does not have.
+
+  The platform is that of the mesh that is set, else of this machine.
+  """
   if fast.kernel is not None:
-    known = dispatch.ORDER.get(jax.default_backend(), dispatch.ORDER["cpu"])
-    config.one_of(fast.kernel, known, "model.fast.kernel")
+    config.one_of(fast.kernel, dispatch.known(), "model.fast.kernel")
 
 
 def fast_weights(
@@ -161,6 +163,7 @@ def fast_weights(
   Returns:
     [B, T, D] in x's dtype, and the state after the last token.
   """
+  x = layers.without_pads(x, valid)
   fast, heads = cfg.fast, ("batch", "seq", "heads", "head_dim")
   others = {} if rule.narrow_gate else {"gate": fast.value_dim}
   if rule.write == "channel":
@@ -175,7 +178,7 @@ def fast_weights(
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
     o, S, context = fused(qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel)
   else:
-    q, k, v, context = _convolved(weights, x, qkv, state, cfg, rule, valid)
+    q, k, v, context = _convolved(weights, x, qkv, state, cfg, rule)
     gates = _gates(weights, x, projected, rule)
     o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
@@ -193,13 +196,10 @@ def _convolved(
   state: FastWeights,
   cfg: ModelConfig,
   rule: Rule,
-  valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
   fast, context = cfg.fast, None
   key, both = fast.key_dim, 2 * fast.key_dim
-  if fast.conv_size and valid is not None:
-    qkv = jnp.where(valid[:, :, None, None], qkv, 0)
   if rule.conv == "dynamic":
     qk, v = jnp.split(qkv, [both], axis=-1)
     v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)

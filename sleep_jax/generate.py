@@ -1,10 +1,10 @@
 """Awake decoding that falls asleep when its window is full.
 
-A session is all that is left of what was read, however much that was: the state at the beginning of the open
+A session holds what is left of all that was read, however much: the state at the beginning of the open
 window, the window's tokens (at most L), and what reading them awake has left so far. When the window is full
 and the logits of its last token are given, the model sleeps on it: N passes, from the state with which the
-window *began*, as in training. What was read awake is dropped. How the tokens came in, one by one or all at
-once, therefore matters to nothing that outlives the window, to the bit, and awake rounding never adds up.
+window *began*, as in training. What was read awake is dropped. So nothing that outlives a window depends, to
+the bit, on whether the tokens came one by one or all at once, and awake rounding never adds up.
 
     session = start(cfg, sleep_cfg, batch=1)
     session = read(weights, prompt, session, cfg, sleep_cfg)
@@ -12,28 +12,40 @@ once, therefore matters to nothing that outlives the window, to the bit, and awa
       ...
 """
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import config, looped, model, sharding
+from sleep_jax import looped, model, sharding
+from sleep_jax import sampling as ways
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 from sleep_jax.fast_weights import FastWeights
+from sleep_jax.sampling import SamplingConfig, sample
+
+__all__ = [
+  "ENDED", "NotFiniteError", "SamplingConfig", "Session", "draw", "generate", "read", "read_parts", "sample",
+  "start", "state_bytes"
+]  # fmt: skip
+
+ENDED = -1  # in place of a token, in a row that has ended
+
+
+class NotFiniteError(RuntimeError):
+  """Logits or fast weights are NaN or infinite: one line that says from which token on."""
 
 
 @flax.struct.dataclass
 class Session:
-  """B sequences in the middle of being read; a value: reading gives a new one.
+  """B sequences that are being read. It is a value: reading makes a new one.
 
   Attributes:
-    start: the state with which the open window began, what sleep starts from.
+    start: the state with which the open window began; sleep starts from it.
     fast: fast weights after the window's tokens so far, awake.
     cache: attention's, of the window's tokens so far; under sliding eviction behind what was kept.
     logits: [B, vocab] float32, of the token after the last one read; zero before the first.
@@ -58,32 +70,14 @@ class Session:
     return self.windows * self.tokens.shape[1] + self.filled
 
 
-# What was done (`awake` or `asleep`), the session after it, and the seconds that it took.
+# Called with what was done (`awake` or `asleep`), the session after it, and the seconds that it took.
 Watch = Callable[[str, Session, float], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How the next token is drawn.
-
-  Attributes:
-    temperature: logits are divided by it; 0: the likeliest token always.
-    top_k: only the k likeliest tokens are drawn. None: all.
-    top_p: only the likeliest tokens that together reach this probability, of what `top_k` left. None: all.
-  """
-
-  PATH: ClassVar[str] = "sampling"
-
-  temperature: config.NotNegative = 0.0
-  top_k: config.Count | None = None
-  top_p: Annotated[float, config.Bounds(above=0, most=1)] | None = None
-
-  def __post_init__(self):
-    config.check_fields(self)
+# Token ids of B sequences: [B, T], or a list of B lists, which may differ in length.
+Tokens = np.ndarray | Sequence[Sequence[int]]
 
 
 def start(cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int = 1) -> Session:
-  """The session of B sequences of which nothing is read yet."""
+  """Makes the session of B sequences of which nothing is read yet."""
   state = model.init_state(cfg, batch, sleep_cfg)
   fast, cache = model.open_window(state, cfg, batch)
   return Session(
@@ -100,7 +94,7 @@ def start(cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int = 1) -> Session:
 
 def read(
   weights: model.Params,
-  tokens: np.ndarray,
+  tokens: Tokens,
   session: Session,
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
@@ -111,33 +105,51 @@ def read(
   """Reads the next tokens, and sleeps on every window that they fill.
 
   Only the logits of the last token are computed: windows that are filled before it are slept on without being
-  read awake. What is left is read in pieces of powers of two, so that no more than log2(L) + 1 programs are
-  compiled for it. Memory does not depend on how many tokens there are.
+  read awake. The rest is read in pieces of powers of two, so that at most log2(L) + 1 programs are compiled
+  for it. Memory does not depend on how many tokens there are.
 
   Args:
-    tokens: [B, T] int32, T >= 1.
+    tokens: whole numbers [B, T], T >= 1. A list of B lists of different lengths is padded on the left.
     session: what was read before.
     valid: [B, T] bool, False for pads; a shorter sequence is padded on the left. Pads take room in the
       window, so a row is read as it is alone if whole windows of it are pads. None: all valid.
-    watch: is called after every step, awake or asleep, and makes the host wait for its end.
+    watch: called after every step, awake or asleep; the host waits for the step's end before.
 
   Returns:
     The session after the last token, `logits` its prediction.
 
   Raises:
     ConfigError: if there is no token, or one that the vocabulary lacks.
+    ValueError: if the shapes do not fit the session's B rows.
+    TypeError: if tokens are no whole numbers.
+    NotFiniteError: if the logits or the fast weights are not finite any more.
   """
-  tokens = np.asarray(tokens, np.int32)
-  valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
-  _check(tokens, valid, session, cfg)
-  for at, stop in _windows(session.filled, tokens.shape[1], cfg.window):
-    part, real = tokens[:, at:stop], valid[:, at:stop]
-    if stop == tokens.shape[1]:
-      session = _timed("awake", watch, lambda: _read_awake(weights, part, real, session, cfg))  # noqa: B023
-    session = _noted(session, part, real)
-    if session.filled == cfg.window:
-      session = _timed("asleep", watch, lambda: _fall_asleep(weights, session, cfg, sleep_cfg))  # noqa: B023
-  return session
+  tokens, valid = _checked(tokens, valid, session, cfg)
+  return _read(weights, iter([(tokens, valid)]), session, cfg, sleep_cfg, watch)
+
+
+def read_parts(
+  weights: model.Params,
+  parts: Iterable[Tokens],
+  session: Session,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  watch: Watch | None = None,
+) -> Session:
+  """Reads tokens that come in parts, exactly as `read` reads all of them joined.
+
+  It holds one window and one part at a time, so a text of any length can be read as it arrives.
+
+  Args:
+    parts: of the tokens, each as `read` takes it, all of them valid; cut anywhere.
+    session, watch: as for `read`.
+
+  Raises:
+    ConfigError, ValueError, TypeError, NotFiniteError: as `read`; and whatever `parts` raises.
+  """
+  checked = (_checked(part, None, session, cfg) for part in parts)
+  return _read(weights, checked, session, cfg, sleep_cfg, watch)
 
 
 def generate(
@@ -148,10 +160,11 @@ def generate(
   *,
   count: int,
   key: jax.Array,
-  sampling: SamplingConfig | None = None,
+  sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+  end_tokens: Collection[int] = (),
   watch: Watch | None = None,
 ) -> Iterator[tuple[np.ndarray, Session]]:
-  """Draws tokens, each of which is read before it is given out.
+  """Draws tokens, each of which is read before it is yielded.
 
   What is drawn depends on `key` and on the tokens read before alone: a session that was stored and resumed
   goes on as if it had never stopped.
@@ -159,69 +172,123 @@ def generate(
   Args:
     session: with at least one token read.
     count: tokens to draw.
-    key: of the whole sequence, not of this call.
-    sampling: how they are drawn. None: the likeliest.
+    key, sampling: as for `draw`; the key is the whole sequence's, not this call's.
+    end_tokens: a row ends with one of these, unless its `sampling.stop_at_end` is False. It then reads pads
+      until all rows have ended.
     watch: as for `read`.
 
   Yields:
-    The tokens [B] int32, and the session that has read them.
+    The tokens [B] int32, `ENDED` in rows that have ended, and the session that has read them.
 
   Raises:
     ConfigError: if nothing was read yet.
+    NotFiniteError: as `read`.
   """
-  if session.tokens_read == 0:
-    raise ConfigError("prompt: has no tokens")
-  sampling = sampling or SamplingConfig()
+  rows = session.tokens.shape[0]
+  stops = np.array([one.stop_at_end for one in ways.of_rows(sampling, rows)])
+  going = np.ones(rows, bool)
   for _ in range(count):
-    token = np.asarray(_sample(session.logits, jax.random.fold_in(key, session.tokens_read), sampling))
-    session = read(weights, token[:, None], session, cfg, sleep_cfg, watch=watch)
-    yield token, session
+    token = np.where(going, draw(session, key, sampling), 0)
+    session = read(weights, token[:, None], session, cfg, sleep_cfg, valid=going[:, None], watch=watch)
+    yield np.where(going, token, ENDED), session
+    going &= ~(stops & np.isin(token, list(end_tokens)))
+    if not going.any():
+      return
 
 
-def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Array:
-  """Draws one token a row; of equally likely ones those with the lower numbers come first.
+def draw(
+  session: Session, key: jax.Array, sampling: SamplingConfig | Sequence[SamplingConfig] | None = None
+) -> np.ndarray:
+  """Draws the next token of every row; the session has not read it.
 
   Args:
-    logits: [B, vocab] float32.
-    key: for this token.
+    session: with at least one token read.
+    key, sampling: as for `sampling.draw`; the key is the whole sequence's.
 
   Returns:
     [B] int32.
+
+  Raises:
+    ConfigError: if nothing was read yet.
+    ValueError: as `sampling.draw`.
   """
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  order = jnp.argsort(-logits, axis=-1, stable=True)
-  ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
-  if sampling.top_k is not None:
-    ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
-  if sampling.top_p is not None:
-    shares = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(shares, axis=-1) - shares
-    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-  rank = jax.random.categorical(key, ranked, axis=-1)
-  return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+  if session.tokens_read == 0:
+    raise ConfigError("prompt: has no tokens")
+  return ways.draw(session.logits, session.tokens_read, key, sampling)
 
 
 def state_bytes(session: Session) -> int:
-  """Bytes that survive the window: fast weights, convolution inputs and what sliding eviction keeps."""
+  """Counts the bytes that outlive a window: fast weights, convolution inputs, what sliding eviction keeps."""
   return sum(x.nbytes for x in jax.tree.leaves(session.start))
 
 
-def _check(tokens: np.ndarray, valid: np.ndarray, session: Session, cfg: ModelConfig) -> None:
+def _checked(
+  tokens: Tokens, valid: np.ndarray | None, session: Session, cfg: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens [B, T] int32 and which of them are valid; what does not fit is refused."""
   rows = session.tokens.shape[0]
+  lengths = (
+    {len(row) for row in tokens if hasattr(row, "__len__")} if isinstance(tokens, (list, tuple)) else ()
+  )
+  if len(lengths) > 1:
+    if valid is not None:
+      raise ValueError("rows of different lengths are padded here: `valid` must be None")
+    tokens, valid = _padded(tokens, max(lengths))
+  tokens = np.asarray(tokens)
+  valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
   if tokens.ndim != 2 or tokens.shape[0] != rows or valid.shape != tokens.shape:
     raise ValueError(f"tokens and valid must be [{rows}, T], got {tokens.shape} and {valid.shape}")
   if tokens.shape[1] == 0:
     raise ConfigError("prompt: has no tokens")
+  if not np.issubdtype(tokens.dtype, np.integer):
+    raise TypeError(f"tokens must be whole numbers, got {tokens.dtype}")
   low, high = int(tokens.min()), int(tokens.max())
   if low < 0 or high >= cfg.vocab_size:
     raise ConfigError(f"prompt: tokens must lie in 0..{cfg.vocab_size - 1}, there are some in {low}..{high}")
+  return tokens.astype(np.int32), valid
 
 
-def _windows(filled: int, length: int, window: int) -> list[tuple[int, int]]:
-  """Where T tokens are cut if `filled` of the first window are there already: [start, stop) each."""
-  cuts = [0, *range(window - filled, length, window), length]
-  return list(zip(cuts, cuts[1:], strict=False))
+def _padded(rows: Sequence[Any], length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of different lengths as one array, padded on the left, and what is no pad."""
+  kind = np.result_type(*(np.asarray(row).dtype for row in rows if len(row)))
+  tokens, valid = np.zeros((len(rows), length), kind), np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    if len(row) == 0:
+      raise ConfigError(f"prompt: row {i} has no tokens")
+    tokens[i, -len(row) :], valid[i, -len(row) :] = row, True
+  return tokens, valid
+
+
+def _read(
+  weights: model.Params,
+  parts: Iterator[tuple[np.ndarray, np.ndarray]],
+  session: Session,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  watch: Watch | None,
+) -> Session:
+  """Sleeps on windows as they fill, and reads awake what no further token follows."""
+  tokens, valid = (
+    np.zeros((session.tokens.shape[0], 0), np.int32),
+    np.zeros((session.tokens.shape[0], 0), bool),
+  )
+  for part, real in parts:
+    tokens, valid = np.concatenate([tokens, part], axis=1), np.concatenate([valid, real], axis=1)
+    while tokens.shape[1] > (room := cfg.window - session.filled):
+      session = _noted(session, tokens[:, :room], valid[:, :room])
+      session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
+      tokens, valid = tokens[:, room:], valid[:, room:]
+  if tokens.shape[1] == 0:
+    raise ConfigError("prompt: has no tokens")
+  begun = time.perf_counter()
+  session = _noted(_read_awake(weights, tokens, valid, session, cfg), tokens, valid)
+  if not np.all(_finite(session.logits)):
+    raise NotFiniteError(_where_not_finite(weights, session, cfg))
+  if watch is not None:
+    watch("awake", session, time.perf_counter() - begun)
+  if session.filled == cfg.window:
+    session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
+  return session
 
 
 def _pieces(length: int) -> list[int]:
@@ -252,11 +319,14 @@ def _noted(session: Session, tokens: np.ndarray, valid: np.ndarray) -> Session:
 
 
 def _fall_asleep(
-  weights: model.Params, session: Session, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: model.Params, session: Session, cfg: ModelConfig, sleep_cfg: SleepConfig, watch: Watch | None
 ) -> Session:
   """Sleeps on the full window, and opens the next one."""
+  begun = time.perf_counter()
   state, fast, cache = _asleep(weights, session.tokens, session.valid, session.start, cfg, sleep_cfg)
-  return session.replace(
+  if not _finite(state):
+    raise NotFiniteError(_where_not_finite(weights, session, cfg))
+  after = session.replace(
     start=state,
     fast=fast,
     cache=cache,
@@ -265,16 +335,21 @@ def _fall_asleep(
     filled=0,
     windows=session.windows + 1,
   )
+  if watch is not None:
+    watch("asleep", after, time.perf_counter() - begun)
+  return after
 
 
-def _timed(what: str, watch: Watch | None, step: Callable[[], Session]) -> Session:
-  """Takes a step and, if somebody watches, waits for its end."""
-  if watch is None:
-    return step()
-  begun = time.perf_counter()
-  session = jax.block_until_ready(step())
-  watch(what, session, time.perf_counter() - begun)
-  return session
+def _where_not_finite(weights: model.Params, session: Session, cfg: ModelConfig) -> str:
+  """Says which token of the open window is the first whose logits are not finite; reads them one by one."""
+  fast, cache = model.open_window(session.start, cfg, session.tokens.shape[0])
+  before = session.windows * cfg.window
+  for t in range(session.filled):
+    at = np.s_[:, t : t + 1]
+    logits, fast, cache = _piece(weights, session.tokens[at], session.valid[at], fast, cache, cfg)
+    if not np.all(_finite(logits)):
+      return f"logits are not finite from token {before + t + 1} on"
+  return f"the fast weights are not finite after sleep on tokens {before + 1}..{before + session.filled}"
 
 
 def _placed(*rows: jax.Array) -> list[jax.Array]:
@@ -304,4 +379,6 @@ def _asleep(weights, tokens, valid, state, cfg, sleep_cfg):
   return state, *model.open_window(state, cfg, tokens.shape[0])
 
 
-_sample = jax.jit(sample, static_argnames="sampling")
+@jax.jit
+def _finite(tree):
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -25,6 +25,15 @@ def dense(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int 
   return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
 
 
+def without_pads(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+  """x [B, T, ...] with 0 at pads, whatever it holds there: NaN times 0 would be NaN, here and in gradients.
+
+  Args:
+    valid: [B, T] bool, False for pads. None: all valid, and x is returned as it is.
+  """
+  return x if valid is None else jnp.where(jnp.expand_dims(valid, tuple(range(2, x.ndim))), x, 0)
+
+
 def rms_norm(x: jax.Array, w: jax.Array, eps: float, cast: str = "last") -> jax.Array:
   """w * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype.
 

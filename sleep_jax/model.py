@@ -55,10 +55,11 @@ def init_state(cfg: ModelConfig, batch: int, sleep_cfg: SleepConfig | None = Non
   return carry.init_state(cfg, batch, sleep_cfg or SleepConfig())
 
 
-def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
-  """Token embeddings [B, T, D] in the activation dtype."""
+def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array | None = None) -> jax.Array:
+  """Token embeddings [B, T, D] in the activation dtype; 0 where `valid` [B, T] is False, a pad."""
   layout = sharding.spec(("batch", "seq", "embed"), (*tokens.shape, cfg.embed_dim))
-  return weights["embed"].at[tokens].get(out_sharding=layout).astype(cfg.dtype)
+  h = weights["embed"].at[tokens].get(out_sharding=layout).astype(cfg.dtype)
+  return layers.without_pads(h, valid)
 
 
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -143,7 +144,7 @@ def _consolidate(
     return h, State(shared.fast, _without(shared.kept, kept)), {i: after.kept[i] for i in kept}
 
   with jax.named_scope("asleep"):
-    h, before, _ = run(arranged.prelude, embed(weights, tokens, cfg), start)
+    h, before, _ = run(arranged.prelude, embed(weights, tokens, cfg, valid), start)
     kept = carry.per_pass(state, sleep_cfg.num_passes)
     repeated = before.within(first, last)
     h, repeated, kept = sleep(
@@ -206,7 +207,7 @@ def _predict(
 ) -> tuple[jax.Array, State]:
   with jax.named_scope("awake"):
     start = carry.open_window(carry.first_pass(state), cfg)
-    h = embed(weights, tokens, cfg)
+    h = embed(weights, tokens, cfg, valid)
     outs, after, _ = looped.read(weights, groups, h, start, cfg, valid=valid, remat=remat)
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
     return logits_of(weights, h, cfg), carry.after_window(state, after)
@@ -264,7 +265,7 @@ def decode(
   """
   _check_window(tokens, valid, cfg)
   with jax.named_scope("awake"):
-    groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg)
+    groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg, valid)
     outs, after, cache = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
     return logits_of(weights, h, cfg), after.fast, cache

@@ -1,27 +1,43 @@
 """A session in a file: safetensors, with what it belongs to as JSON in the header.
 
-The file appears when it is complete, or not at all, and what is read back is equal to the bit.
+The file appears when it is complete, or not at all, and what is read back is equal to the bit. Its SHA-256 is
+that of every byte of it, header included, the 64 digits of the checksum itself counted as zeros.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
+import stat
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from sleep_jax import config, generate, model, params
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 
-FORMAT = 1
-HEADER = "sleep_jax_session"
+FORMAT = 2  # before, the position was outside the checksum
+HEADER, CHECKSUM = "sleep_jax_session", "sha256"
+BLANK = f'"{CHECKSUM}":"{"0" * 64}"'.encode()
 SAMPLED = 256  # entries of every tensor that `fingerprint` looks at
+LONGEST = 1 << 24  # bytes of a header
+CHUNK = 1 << 20  # bytes read at a time
+DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "I32": np.int32, "BOOL": np.bool_}
+KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+# What is wrong with the disk or its quota, not with the path.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class SessionError(RuntimeError):
+  """A session could not be stored, though its path is right: the disk is full, say. One line."""
 
 
 def fingerprint(weights: model.Params) -> str:
@@ -33,41 +49,73 @@ def fingerprint(weights: model.Params) -> str:
   return digest.hexdigest()
 
 
+def check_path(path: str | os.PathLike, cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int = 1) -> None:
+  """Checks that a session of B sequences could be stored now. What is there stays as it is.
+
+  Raises:
+    ConfigError: if the path is a folder, is in none, or may not be written to.
+    SessionError: if there is no room for the file.
+  """
+  path = _resolved(path)
+  _check_target(path)
+  wanted = jax.eval_shape(lambda: generate.start(cfg, sleep_cfg, batch))
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(wanted))
+  with _writing(path) as (out, made):
+    try:
+      if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(out.fileno(), 0, size)
+    except OSError as e:
+      if e.errno in FULL:
+        raise
+    os.unlink(made)
+
+
 def save(
   path: str | os.PathLike,
   session: generate.Session,
   weights: model.Params,
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
+  *,
+  text: Any = None,
 ) -> None:
-  """Writes a session, over the file that is there.
+  """Writes a session, over the file that is there; a symbolic link is followed.
+
+  Args:
+    text: plain data to keep with it; what was not shown yet of its text, say.
 
   Raises:
-    ConfigError: if the file cannot be written.
+    ConfigError: if the path cannot be written to.
+    SessionError: if the disk fails or is full; a file that was there stays. Or if the file cannot take the
+      name `path`; it then has another one, which is told.
   """
-  path = pathlib.Path(path)
-  arrays = {name: np.asarray(jax.device_get(x)) for name, x in _arrays(session).items()}
+  path = _resolved(path)
+  _check_target(path)
   header = _belongs_to(weights, cfg, sleep_cfg) | {
     "format": FORMAT,
-    "sha256": _checksum(arrays),
     "batch": session.tokens.shape[0],
     "filled": session.filled,
     "windows": session.windows,
+    "text": text,
   }
-  data = safetensors.numpy.save(arrays, metadata={HEADER: json.dumps(header)})
-  try:
-    handle, made = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-  except OSError as e:
-    raise ConfigError(f"session: {path} cannot be written: {e.strerror}") from e
-  try:
-    with os.fdopen(handle, "wb") as out:
-      out.write(data)
-      out.flush()
-      os.fsync(out.fileno())
-    os.replace(made, path)
-  except OSError as e:
-    pathlib.Path(made).unlink(missing_ok=True)
-    raise ConfigError(f"session: {path} cannot be written: {e.strerror}") from e
+  head, arrays = _serialized(header, _arrays(session))
+  with _writing(path) as (out, made):
+    out.write(head)
+    for x in arrays:
+      out.write(x)
+    out.flush()
+    os.fsync(out.fileno())
+    try:
+      os.replace(made, path)
+    except OSError as e:
+      os.link(made, kept := f"{made}.session")
+      raise SessionError(f"session: {path} cannot be replaced: {e.strerror}; it is stored in {kept}") from e
+    with contextlib.suppress(OSError):  # then the name, too, is on the disk; not every file system can
+      folder = os.open(path.parent, os.O_RDONLY)
+      try:
+        os.fsync(folder)
+      finally:
+        os.close(folder)
 
 
 def load(
@@ -83,31 +131,212 @@ def load(
   Raises:
     ConfigError: if there is no such file, it is damaged, or it is another model's.
   """
+  return load_with_text(path, weights, cfg, sleep_cfg)[0]
+
+
+def load_with_text(
+  path: str | os.PathLike, weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig
+) -> tuple[generate.Session, Any]:
+  """As `load`, and the plain data that `save` was given as `text`."""
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise ConfigError(f"session: there is no file {path}")
   try:
-    with safetensors.safe_open(path, framework="np") as opened:
-      header = json.loads((opened.metadata() or {})[HEADER])
-      arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-    batch, filled, windows = (int(header[name]) for name in ("batch", "filled", "windows"))
-    version = header["format"]
-  except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
-    raise ConfigError(f"session: {path} is damaged or no session ({' '.join(str(e).split())})") from e
-  config.check(version == FORMAT, "session", f"{path} is of format {version!r}, this program reads {FORMAT}")
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+      status = os.fstat(file.fileno())
+      config.check(stat.S_ISREG(status.st_mode), "session", f"{path} is no regular file")
+      return _load(path, file, status.st_size, weights, cfg, sleep_cfg)
+  except FileNotFoundError as e:
+    raise ConfigError(f"session: there is no file {path}") from e
+  except ConfigError:
+    raise
+  except OSError as e:
+    raise ConfigError(f"session: {path} cannot be read: {e.strerror}") from e
+  except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as e:
+    told = " ".join(str(e).split())[:200]
+    raise ConfigError(f"session: {path} is damaged or no session ({told})") from e
+
+
+def _load(
+  path: pathlib.Path,
+  file: BinaryIO,
+  size: int,
+  weights: model.Params,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+) -> tuple[generate.Session, Any]:
+  """Reads an open file: header, checksum, what it belongs to, and only then arrays."""
+  head = _head(file, size)
+  entries = json.loads(head[8:].decode(), object_pairs_hook=_unique)
+  metadata = entries.pop("__metadata__")
+  told = json.loads(metadata[HEADER], object_pairs_hook=_unique)
+  version = told["format"]
   config.check(
-    _checksum(arrays) == header.get("sha256"), "session", f"{path} is damaged: its checksum is wrong"
+    version == FORMAT,
+    "session",
+    f"{path} is of format {version!r:.20}, this program reads {FORMAT}: read the text again",
+  )
+  _check_places(entries, size - len(head))
+  config.check(
+    _digest(file, head, metadata[CHECKSUM]) == metadata[CHECKSUM],
+    "session",
+    f"{path} is damaged: its checksum is wrong",
   )
   for name, now in _belongs_to(weights, cfg, sleep_cfg).items():
-    _same(name, header.get(name), now, path)
-  return _session(path, arrays, batch, filled, windows, cfg, sleep_cfg)
+    _same(name, told.get(name), now, path)
+  batch, filled, windows = (_whole(told[name]) for name in ("batch", "filled", "windows"))
+  config.check(
+    1 <= batch <= size // (4 * cfg.window)
+    and 0 <= filled < cfg.window
+    and 0 <= windows < (1 << 32) // cfg.window,
+    "session",
+    f"{path} is damaged: {batch} rows, {filled} tokens, {windows} windows",
+  )
+  wanted = jax.eval_shape(lambda: generate.start(cfg, sleep_cfg, batch))
+  leaves, treedef = jax.tree.flatten(wanted.replace(filled=filled, windows=windows))
+  expected = dict(zip(_arrays(wanted), leaves, strict=True))
+  wrong = sorted(expected.keys() ^ entries.keys()) or [
+    name
+    for name, x in expected.items()
+    if (entries[name]["dtype"], entries[name]["shape"]) != (KINDS[np.dtype(x.dtype)], list(x.shape))
+  ]
+  config.check(
+    not wrong, "session", f"{path} is damaged: {', '.join(wrong[:3])} missing, unknown or misshapen"
+  )
+  arrays = [_array(file, len(head), entries[name], expected[name]) for name in expected]
+  session = jax.tree.unflatten(treedef, arrays)
+  low, high = int(session.tokens.min()), int(session.tokens.max())
+  config.check(
+    0 <= low and high < cfg.vocab_size, "session", f"{path} is damaged: it has tokens in {low}..{high}"
+  )
+  on_device = jax.device_put(session.replace(tokens=None, valid=None))
+  return on_device.replace(tokens=session.tokens, valid=session.valid), told.get("text")
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-  digest = hashlib.sha256()
-  for name, x in sorted(arrays.items()):
-    digest.update(name.encode() + x.tobytes())
+def _head(file: BinaryIO, size: int) -> bytes:
+  """The bytes before the first array: the length of a JSON text, and the text.
+
+  Raises:
+    ValueError: if the file is shorter than it says, or the text too long.
+  """
+  first = file.read(8)
+  length = int.from_bytes(first, "little")
+  if len(first) < 8 or length > min(size - 8, LONGEST):
+    raise ValueError(f"a header of {length} bytes in a file of {size}")
+  return first + file.read(length)
+
+
+def _check_places(entries: dict[str, Any], size: int) -> None:
+  """Checks that the arrays lie one after the other in `size` bytes.
+
+  Raises:
+    ValueError, TypeError, KeyError: if not.
+  """
+  at = 0
+  for name, entry in entries.items():
+    shape = [_whole(n) for n in entry["shape"]]
+    stop = at + math.prod(shape) * np.dtype(DTYPES[entry["dtype"]]).itemsize
+    if min(shape, default=0) < 0 or [_whole(n) for n in entry["data_offsets"]] != [at, stop]:
+      raise ValueError(f"{name:.40} is not where it must be")
+    at = stop
+  if at != size:
+    raise ValueError(f"{at} bytes of arrays, and place for {size}")
+
+
+def _array(file: BinaryIO, begin: int, entry: dict[str, Any], wanted: jax.ShapeDtypeStruct) -> np.ndarray:
+  """An array of the file, whose header agrees with what is wanted."""
+  array = np.empty(wanted.shape, wanted.dtype)
+  file.seek(begin + entry["data_offsets"][0])
+  data = array.reshape(-1).view(np.uint8)
+  if file.readinto(data.data) != data.size:
+    raise ValueError("the file became shorter")
+  if wanted.dtype == np.bool_ and data.size and data.max() > 1:
+    raise ValueError("neither true nor false")
+  return array
+
+
+def _serialized(header: dict[str, Any], arrays: dict[str, Any]) -> tuple[bytes, list[memoryview]]:
+  """The bytes before the first array, with the checksum in them, and the arrays' bytes."""
+  entries: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(header), CHECKSUM: "0" * 64}}
+  at, data = 0, []
+  for name, x in arrays.items():
+    x = np.asarray(jax.device_get(x))
+    entries[name] = {"dtype": KINDS[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
+    at += x.nbytes
+    data.append(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+  text = json.dumps(entries, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  head = len(text).to_bytes(8, "little") + text
+  digest = hashlib.sha256(head)
+  for part in data:
+    digest.update(part)
+  return head.replace(BLANK, BLANK.replace(b"0" * 64, digest.hexdigest().encode())), data
+
+
+def _digest(file: BinaryIO, head: bytes, stored: Any) -> str:
+  """SHA-256 of the whole file, its own digits counted as zeros."""
+  digits = f'"{CHECKSUM}":"{stored}"'.encode()
+  if head.count(digits) != 1:
+    raise ValueError("it has no checksum")
+  digest = hashlib.sha256(head.replace(digits, BLANK))
+  file.seek(len(head))
+  while part := file.read(CHUNK):
+    digest.update(part)
   return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[tuple[BinaryIO, str]]:
+  """A new file beside `path` and its name; it is gone in the end unless it was renamed.
+
+  Raises:
+    ConfigError, SessionError: in place of any `OSError` inside.
+  """
+  made = None
+  try:
+    handle, made = tempfile.mkstemp(prefix=f".{path.name[:40]}-", dir=path.parent)
+    with os.fdopen(handle, "wb") as out:
+      yield out, made
+  except (OSError, ValueError) as e:
+    kind = SessionError if isinstance(e, OSError) and e.errno in FULL else ConfigError
+    raise kind(f"session: {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
+  finally:
+    if made is not None:
+      pathlib.Path(made).unlink(missing_ok=True)
+
+
+def _resolved(path: str | os.PathLike) -> pathlib.Path:
+  """Where a path leads, symbolic links followed."""
+  try:
+    return pathlib.Path(os.path.realpath(path))
+  except (OSError, ValueError) as e:
+    raise ConfigError(f"session: {os.fspath(path)!r:.80} is no path: {e}") from e
+
+
+def _check_target(path: pathlib.Path) -> None:
+  """Raises `ConfigError` if something is there that is not to be written over."""
+  try:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+      what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+      raise ConfigError(f"session: {path} cannot be written: it is {what}")
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+  except FileNotFoundError:
+    pass
+  except OSError as e:
+    raise ConfigError(f"session: {path} cannot be written: {e.strerror}") from e
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The object of a JSON text, in which no name comes twice."""
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    raise ValueError("a name comes twice")
+  return values
+
+
+def _whole(value: Any) -> int:
+  if type(value) is not int:
+    raise TypeError(f"{value!r:.40} is no whole number")
+  return value
 
 
 def _belongs_to(weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> dict[str, Any]:
@@ -130,38 +359,11 @@ def _same(name: str, before: Any, now: Any, path: pathlib.Path) -> None:
   elif name == "weights":
     config.check(before == now, "session", f"{path} is of other weights")
   else:
-    config.check(before == now, "session", f"{path} is another model's: {name} was {before!r}, is {now!r}")
+    config.check(
+      before == now, "session", f"{path} is another model's: {name} was {before!r:.60}, is {now!r:.60}"
+    )
 
 
 def _arrays(session: generate.Session) -> dict[str, Any]:
   """Every array by its path in the session."""
   return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(session)}
-
-
-def _session(
-  path: pathlib.Path,
-  arrays: dict[str, np.ndarray],
-  batch: int,
-  filled: int,
-  windows: int,
-  cfg: ModelConfig,
-  sleep_cfg: SleepConfig,
-) -> generate.Session:
-  """The session of arrays that were read, each checked against the one that a new session has."""
-  in_range = batch >= 1 and 0 <= filled < cfg.window and windows >= 0
-  config.check(in_range, "session", f"{path} is damaged: {batch} rows, {filled} tokens, {windows} windows")
-  wanted = jax.eval_shape(lambda: generate.start(cfg, sleep_cfg, batch))
-  leaves, treedef = jax.tree.flatten(wanted.replace(filled=filled, windows=windows))
-  names = list(_arrays(wanted))
-  wrong = sorted(set(names) ^ set(arrays)) or [
-    name
-    for name, x in zip(names, leaves, strict=True)
-    if (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)
-  ]
-  config.check(
-    not wrong, "session", f"{path} is damaged: {', '.join(wrong[:3])} missing, unknown or misshapen"
-  )
-  host = ("tokens", "valid")
-  session = jax.tree.unflatten(treedef, [arrays[name] for name in names])
-  on_device = jax.device_put(session.replace(**dict.fromkeys(host)))
-  return on_device.replace(**{name: np.array(getattr(session, name)) for name in host})

@@ -84,7 +84,7 @@ def test_every_module_lies_in_a_package():
 def test_the_names_of_the_package():
   for name in dir(sleep_jax):
     getattr(sleep_jax, name)
-  assert {"model", "sleep", "train", "generate", "load_run", "ModelConfig"} <= set(dir(sleep_jax))
+  assert {"model", "sleep", "train", "generate", "load_run", "ModelConfig", "Rule"} <= set(dir(sleep_jax))
   with pytest.raises(AttributeError, match="has no attribute 'slep'"):
     _ = sleep_jax.slep
 
@@ -252,9 +252,7 @@ print(json.dumps(facts))
 def test_installed_it_trains_from_any_folder_with_its_own_presets(
   python: pathlib.Path, tmp_path: pathlib.Path
 ):
-  presets = "from sleep_jax.experiments.configs import rule110; print(rule110.__file__)"
-  file = run(python, "-c", presets, cwd=tmp_path).strip()
-  experiment = [python, "-m", "sleep_jax.experiments.rule110", f"--config={file}:tiny", "--workdir=work/run"]
+  experiment = [python, "-m", "sleep_jax.experiments.rule110", "--config=rule110:tiny", "--workdir=work/run"]
   assert "best constant" in run(*experiment, cwd=tmp_path)
   assert "is complete" in run(*experiment, cwd=tmp_path)
   demo = run(python, "-m", "sleep_jax.experiments.demo", "--size=tiny", "--workdir=work/demo", cwd=tmp_path)
@@ -274,3 +272,22 @@ def test_an_editable_installation_follows_its_sources(tmp_path: pathlib.Path):
   program += "print(kda.__file__, rule110.__file__)"
   files = run(python, "-c", program, cwd=tmp_path).split()
   assert files == [str(source / "kernels/kda/__init__.py"), str(source / "experiments/configs/rule110.py")]
+
+
+@pytest.mark.slow
+def test_programs_do_not_show_the_compilers_banners(tmp_path: pathlib.Path):
+  """A constant that takes XLA more than a second to fold; without our programs it does say so."""
+  fold = """
+import jax, numpy
+jax.config.update("jax_enable_compilation_cache", False)
+print(jax.jit(lambda: jax.lax.sort(jax.numpy.asarray(numpy.arange(10000.0)[::-1].copy())))()[-1])
+"""
+  environment = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "1"}
+  assert "slow_operation_alarm" in run(sys.executable, "-c", fold, cwd=tmp_path, **environment)
+  del environment["TF_CPP_MIN_LOG_LEVEL"]
+  clean = (
+    "import os; del os.environ['TF_CPP_MIN_LOG_LEVEL']\n" if "TF_CPP_MIN_LOG_LEVEL" in os.environ else ""
+  )
+  for program in ("experiments", "sleep_jax.benchmarks"):
+    said = run(sys.executable, "-c", f"{clean}import {program}\n{fold}", cwd=tmp_path, **environment)
+    assert said == "9999.0\n"

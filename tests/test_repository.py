@@ -26,7 +26,7 @@ PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 # The method, at the top of sleep_jax; everything else there is a package.
 METHOD = (
   *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
-  *("params", "sharding", "optim", "generate", "session_file", "flax_module"),
+  *("params", "sharding", "optim", "generate", "sampling", "session_file", "flax_module"),
 )
 
 # What each layer and each room of sleep_jax may import of this repository, beside itself; a name stands for
@@ -57,7 +57,6 @@ RUNTIME_READERS = ("pretrained.from_run",)
 
 # Which extras of setup.cfg a module may need, by the longest name that fits.
 EXTRAS = {
-  "sleep_jax.kernels.gpu_check": ("peers",),
   "sleep_jax.kernels.measure": ("figures", "peers"),
   "sleep_jax.data": ("train",),
   "sleep_jax.data.gsm_infinite": ("tokenizers",),
@@ -242,7 +241,7 @@ def test_one_file_outside_of_training_opens_the_checkpoints_of_runs():
 
 def test_the_method_is_alone_at_the_top():
   files = {path.stem for path in (ROOT / "sleep_jax").glob("*.py")} - {"__init__"}
-  assert files <= set(METHOD)
+  assert files == set(METHOD)
 
 
 def test_reports_are_drawn_without_jax():

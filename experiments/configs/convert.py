@@ -1,4 +1,4 @@
-"""A checkpoint in published format, read, checked and written again.
+"""A checkpoint, or what a run has trained, read, checked and written again.
 
     python -m experiments.convert --config=experiments/configs/convert.py \\
       --config.source=checkpoints/Jet-Nemotron-2B                        # reads and checks, writes nothing
@@ -10,11 +10,14 @@
     plain   reads and checks a checkpoint; with `target`, writes it again
     memory  inserts six Jet layers without MLP (16 heads of 128 x 128): 9.9 % more parameters for Ouro-1.4B,
             the same logits until they are trained
-    export  writes the newest weights of a run that began with a checkpoint, under the names and in the files
-            of that checkpoint, its tokenizer beside them. In float32, so that nothing is lost
-            (`--config.dtype=published` rounds to the checkpoint's dtypes)
+    export  writes the newest weights of a run (`--config.step=K`: those of a saved step). If the run began
+            with a published checkpoint, they get the names and files of that checkpoint, its tokenizer,
+            licence and other files beside them. In float32, so that nothing is lost
+            (`--config.dtype=published` rounds to the checkpoint's dtypes). Any other run is written in our
+            own format, `model_type: sleep_jax`, which every command here reads as it reads a published one
 
-Needs host memory for the weights in float32: 4 bytes a parameter.
+If the checkpoint of a run was moved, `--config.origin=FOLDER` says where it lies. Needs host memory for the
+weights in float32: 4 bytes a parameter.
 """
 
 from ml_collections import config_dict
@@ -27,6 +30,7 @@ def get_config(preset: str = "plain") -> config_dict.ConfigDict:
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
   c = config_dict.ConfigDict()
   c.source, c.target = config_dict.placeholder(str), config_dict.placeholder(str)
+  c.step, c.origin = config_dict.placeholder(int), config_dict.placeholder(str)
   c.memory_layers = 6 if preset == "memory" else 0
   c.fast = config_dict.create(num_heads=16, key_dim=128, value_dim=128)
   c.seed = 0

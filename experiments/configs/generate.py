@@ -32,7 +32,7 @@ def get_config(preset: str = "plain") -> config_dict.ConfigDict:
   c.eviction = "hard"
   c.dtype = c.param_dtype = "float32"
   c.sleep, c.sampling = cli.defaults(SleepConfig()), cli.defaults(SamplingConfig())
-  c.max_new_tokens, c.stop, c.seed, c.ignore = 200, (), 0, ()
+  c.max_new_tokens, c.stop, c.stop_strings, c.rows, c.seed, c.ignore = 200, (), (), 8, 0, ()
   if preset == "jet":
     c.sleep.update(num_passes=4, first_block=7, last_block=21)
   elif preset == "ouro":

@@ -5,20 +5,18 @@ Both delta rules of this kind (KDA, Gated DeltaNet-2) are one recurrence over an
     S <- exp(g) S;  S <- S + k (z - S^T e)^T;  o = S^T q                     g, e [B, T, H, K], z [B, T, H, V]
 
 exp(G_i - G_j) no longer factors out of the products of reads and keys, and exp(-G_j) overflows. So a chunk is
-halved again and again. What lies in the right half reads from the left one through the border between them:
-exp(from the border to i) q_i meets exp(from j to the border) k_j, two factors of at most 1, each the product
-of the decays in between and of no others. Nothing overflows, nothing is divided, and a factor is 0 only if
-the result is. Pairs inside the last pieces, of at most LEAF tokens, are taken one by one.
+halved again and again. Tokens of the right half read from the left half through the border between them:
+exp(from the border to i) q_i times exp(from j to the border) k_j. Both factors are at most 1, and each is the
+product of the decays in between and of no others. Nothing overflows, nothing is divided, and a factor is 0
+only if the result is. Pairs inside the last pieces, of at most LEAF tokens, are taken one by one.
 
 In shape comments `...` stands for [B, H], or [n, B, H] where all chunks are prepared at once.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from sleep_jax.kernels.common import tiling
 from sleep_jax.kernels.common.tiling import Plan, dot
@@ -28,11 +26,10 @@ MAX_CHUNK = {"cpu": 32, "gpu": 64, "tpu": 64}  # kernels/README.md has what othe
 
 
 def make_plan(q: jax.Array, v: jax.Array, S: jax.Array) -> Plan:
-  """The default plan for shapes q [B, T, H, K] and v [B, T, H, V] on the default backend."""
+  """The default plan for shapes q [B, T, H, K] and v [B, T, H, V] on the platform the program is for."""
   return tiling.make_plan(q, v, S, solve=True, extra=(LEAF + 4) * q.shape[-1], max_chunk=MAX_CHUNK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def chunked(
   q: jax.Array, k: jax.Array, z: jax.Array, g: jax.Array, e: jax.Array, S: jax.Array, plan: Plan
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,71 +42,62 @@ def chunked(
   Returns:
     o [B, T, H, V] and S after the last token, both in the dtype of S.
   """
-  return _forward(plan, q, k, z, g, e, S)
-
-
-def _chunked_fwd(q, k, z, g, e, S, plan):
-  o, S_after = _forward(plan, q, k, z, g, e, S)
-  outputs = checkpoint_name(o, "fast_weight_o"), checkpoint_name(S_after, "fast_weight_S")
-  return outputs, (q, k, z, g, e, S)
-
-
-def _chunked_bwd(plan, inputs, cotangents):
-  return _backward(plan, *inputs, *cotangents)
-
-
-chunked.defvjp(_chunked_fwd, _chunked_bwd)
+  return _chunked(plan, q, k, z, g, e, S)
 
 
 @tiling.blocked
 def _forward(plan: Plan, q, k, z, g, e, S):
   T = z.shape[1]
   n, C = plan.chunks(T)
+  tokens = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
+  chunks, prepared = tiling.prepared(plan, _prepare, tokens)
 
-  def one_chunk(S, x):
-    c = x if plan.hoist else _prepare(plan, *x)
-    seen = plan.dot("...irk,...kv->...irv", c.since[..., :, None, :] * c.reads, S)
-    U = _solve(plan, c, c.z - seen[..., 1, :])
-    o = seen[..., 0, :] + plan.dot("...ij,...jv->...iv", c.scores, U)
-    return _after(plan, c, S, U), o
+  def forward_chunk(S_in, x):
+    c = prepared(x)
+    answers = plan.dot("...irk,...kv->...irv", c.decay_in[..., :, None, :] * c.reads, S_in)
+    U = _solve(plan, c, c.z - answers[..., 1, :])
+    o = answers[..., 0, :] + plan.dot("...ij,...jv->...iv", c.scores, U)
+    return _S_out(plan, c, S_in, U), o
 
-  x = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
-  S, o = tiling.scan(one_chunk, S, _prepare(plan, *x) if plan.hoist else x)
-  return tiling.join(o, T), S
+  S_out, o = tiling.scan(forward_chunk, S, chunks)
+  return tiling.join(o, T), S_out
 
 
 @tiling.blocked
 def _backward(plan: Plan, q, k, z, g, e, S, do, dS):
   T = z.shape[1]
   n, C = plan.chunks(T)
+  tokens = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
+  chunks, prepared = tiling.prepared(plan, _prepare, tokens)
 
-  def sweep(S, x):  # the forward pass once more, for the writes and the S that each chunk met
-    c = x if plan.hoist else _prepare(plan, *x)
+  def recompute(S_in, x):  # the forward pass once more, for the writes and the S before each chunk
+    c = prepared(x)
     e = c.reads[..., 1, :]
-    U = _solve(plan, c, c.z - plan.dot("...ik,...kv->...iv", c.since * e, S))
-    return _after(plan, c, S, U), (None if plan.hoist else (c.scores, c.inverse), U, S)
+    U = _solve(plan, c, c.z - plan.dot("...ik,...kv->...iv", c.decay_in * e, S_in))
+    return _S_out(plan, c, S_in, U), (None if plan.hoist else (c.scores, c.inverse), U, S_in)
 
-  def retreat(carry, x):
-    (dS_after, end), (x, (kept, U, S), do) = carry, x
-    c = x if plan.hoist else _prepare(plan, *x, kept=kept)
+  def backward_chunk(carry, x):
+    (dS_out, inner_out), (x, (products, U, S_in), do) = carry, x
+    c = prepared(x, products=products)
     dU = plan.dot("...ij,...iv->...jv", c.scores, do)
-    dU = dU + plan.dot("...ik,...kv->...iv", c.until * c.k, dS_after)
+    dU = dU + plan.dot("...ik,...kv->...iv", c.decay_out * c.k, dS_out)
     if c.inverse is not None:
-      dU = plan.dot("...ij,...iv->...jv", c.inverse, dU)  # now of what the system was solved for, so of z
-    Y = jnp.stack([do, -dU], -2)  # gradient of what the reads gave
-    reads = c.since[..., :, None, :] * c.reads
-    dS = c.whole * dS_after + plan.dot("...irk,...irv->...kv", reads, Y)
-    found = (S, U, dU, Y, dS_after, end)
-    return (dS, tiling.inner(S, dS)), found if plan.hoist else _gradients(plan, c, *found)
+      dU = plan.dot("...ij,...iv->...jv", c.inverse, dU)  # now of the right-hand side, so of z
+    Y = jnp.stack([do, -dU], -2)  # gradient of the answers to the reads
+    reads = c.decay_in[..., :, None, :] * c.reads
+    dS_in = c.decay_all * dS_out + plan.dot("...irk,...irv->...kv", reads, Y)
+    terms = (S_in, U, dU, Y, dS_out, inner_out)
+    return (dS_in, tiling.inner(S_in, dS_in)), terms if plan.hoist else _gradients(plan, c, *terms)
 
-  x = [tiling.split(x, n, C, S.dtype) for x in (q, k, z, g, e)]
-  c = _prepare(plan, *x) if plan.hoist else x
-  S, kept = tiling.scan(sweep, S, c)
-  steps = (c, kept, tiling.split(do, n, C, S.dtype))
-  (dS, _), grads = tiling.scan(retreat, (dS, tiling.inner(S, dS)), steps, reverse=True)
+  S_out, kept = tiling.scan(recompute, S, chunks)
+  steps = (chunks, kept, tiling.split(do, n, C, S.dtype))
+  (dS, _), grads = tiling.scan(backward_chunk, (dS, tiling.inner(S_out, dS)), steps, reverse=True)
   if plan.hoist:
-    grads = _gradients(plan, c, *grads)
+    grads = _gradients(plan, chunks, *grads)
   return *(tiling.join(d, T).astype(x.dtype) for d, x in zip(grads, (q, k, z, g, e), strict=True)), dS
+
+
+_chunked = tiling.with_gradient(_forward, _backward)
 
 
 class _Ladder(NamedTuple):
@@ -125,44 +113,45 @@ class _Chunk(NamedTuple):
   reads: jax.Array  # [..., C, 2, K] the query and the erase key of each token
   k: jax.Array  # [..., C, K]
   z: jax.Array  # [..., C, V]
-  since: jax.Array  # [..., C, K] exp(G_i): what is left at token i of the S that entered
-  until: jax.Array  # [..., C, K] exp(G_C - G_i): what is left at the end of what token i wrote
-  whole: jax.Array  # [..., K, 1] exp(G_C)
+  decay_in: jax.Array  # [..., C, K] exp(G_i): from the start of the chunk to token i
+  decay_out: jax.Array  # [..., C, K] exp(G_C - G_i): from token i to the end of the chunk
+  decay_all: jax.Array  # [..., K, 1] exp(G_C): from the start to the end
   ladder: _Ladder
   scores: jax.Array  # [..., C, C] decayed products of queries and keys, j <= i
   inverse: jax.Array | None  # [..., C, C] from writes without to writes with each other's answers
 
 
-def _prepare(plan: Plan, q, k, z, g, e, kept=None) -> _Chunk:
-  """`kept`: scores and inverse, if they were made before."""
-  ladder, since, until = _climb(jnp.maximum(g, tiling.FORGET))
+def _prepare(plan: Plan, q, k, z, g, e, products: tuple[jax.Array, jax.Array | None] | None = None) -> _Chunk:
+  """`products`: scores and inverse, if an earlier loop made them."""
+  ladder, decay_in, decay_out = _climb(jnp.maximum(g, tiling.FORGET))
   reads = jnp.stack([q, e], -2)
-  if kept is None:
+  if products is None:
     both = _scores(plan, reads, k, ladder)
     inverse = tiling.unit_lower_inverse(jnp.tril(both[..., 1, :], -1)) if q.shape[-2] > 1 else None
-    kept = both[..., 0, :], inverse
-  return _Chunk(reads, k, z, since, until, since[..., -1, :, None], ladder, *kept)
+    products = both[..., 0, :], inverse
+  return _Chunk(reads, k, z, decay_in, decay_out, decay_in[..., -1, :, None], ladder, *products)
 
 
 def _climb(g: jax.Array) -> tuple[_Ladder, jax.Array, jax.Array]:
-  """The ladder of log decays g [..., C, K], `since` and `until`; one exponential a token and channel."""
+  """The ladder of log decays g [..., C, K], and `decay_in` and `decay_out`: one exponential for each g."""
   C = g.shape[-2]
-  size, m = _cut(C)
+  size, m = _piece_sizes(C)
   decay = jnp.moveaxis(jnp.exp(_pieces(g, size, m)), -2, 0)
-  leaf, since = [()], [decay[0]]
+  leaf: list[tuple[jax.Array, ...]] = [()]
+  from_start = [decay[0]]
   for i in range(1, m):
     leaf.append((*(decay[i] * x for x in leaf[-1]), decay[i]))
-    since.append(decay[i] * since[-1])
-  since = jnp.stack(since, -2)
-  until = jnp.stack([*leaf[-1], jnp.ones_like(decay[0])], -2)
+    from_start.append(decay[i] * from_start[-1])
+  decay_in = jnp.stack(from_start, -2)
+  decay_out = jnp.stack([*leaf[-1], jnp.ones_like(decay[0])], -2)
   rungs = []
   while m < size:
-    (left, right), (to_border, to_end) = _halves(since, m), _halves(until, m)
-    rungs.append((right, to_border))
-    since = jnp.concatenate([left, left[..., -1:, :] * right], -2)
-    until = jnp.concatenate([to_border * right[..., -1:, :], to_end], -2)
+    (left, from_border), (to_border, right) = _halves(decay_in, m), _halves(decay_out, m)
+    rungs.append((from_border, to_border))
+    decay_in = jnp.concatenate([left, left[..., -1:, :] * from_border], -2)
+    decay_out = jnp.concatenate([to_border * from_border[..., -1:, :], right], -2)
     m *= 2
-  return _Ladder(tuple(leaf), tuple(rungs)), since[..., 0, :C, :], until[..., 0, :C, :]
+  return _Ladder(tuple(leaf), tuple(rungs)), decay_in[..., 0, :C, :], decay_out[..., 0, :C, :]
 
 
 def _scores(plan: Plan, reads: jax.Array, k: jax.Array, ladder: _Ladder) -> jax.Array:
@@ -171,16 +160,16 @@ def _scores(plan: Plan, reads: jax.Array, k: jax.Array, ladder: _Ladder) -> jax.
   Linear in reads and in k: `_scores_transposed` gives both gradients.
   """
   C = k.shape[-2]
-  size, m = _cut(C)
+  size, m = _piece_sizes(C)
   reads, k = _pieces(reads, size, m, 2), _pieces(k, size, m)
-  near = []  # the keys of a piece as each of its tokens meets them
+  decayed = []  # the keys of a piece, decayed up to each of its tokens
   for i, decays in enumerate(ladder.leaf):
-    met = [d * k[..., j, :] for j, d in enumerate(decays)] + [k[..., i, :]]
-    near.append(jnp.stack(met + [jnp.zeros_like(k[..., 0, :])] * (m - 1 - i), -2))
-  X = _rows(plan.dot("...irk,...ijk->...irj", reads, jnp.stack(near, -3)))
-  for since, until in ladder.rungs:
+    keys = [d * k[..., j, :] for j, d in enumerate(decays)] + [k[..., i, :]]
+    decayed.append(jnp.stack(keys + [jnp.zeros_like(k[..., 0, :])] * (m - 1 - i), -2))
+  X = _rows(plan.dot("...irk,...ijk->...irj", reads, jnp.stack(decayed, -3)))
+  for from_border, to_border in ladder.rungs:
     right, left = _halves(reads, m, 2)[1], _halves(k, m)[0]
-    corner = plan.dot("...ik,...jk->...ij", _rows(right * since[..., None, :]), left * until)
+    corner = plan.dot("...ik,...jk->...ij", _rows(right * from_border[..., None, :]), left * to_border)
     above, below = _halves(X, 2 * m)
     X = jnp.concatenate([above, jnp.zeros_like(corner)], -1)
     X = jnp.concatenate([X, jnp.concatenate([corner, below], -1)], -2)
@@ -191,7 +180,7 @@ def _scores(plan: Plan, reads: jax.Array, k: jax.Array, ladder: _Ladder) -> jax.
 def _scores_transposed(plan: Plan, M, reads, k, ladder: _Ladder) -> tuple[jax.Array, jax.Array]:
   """Gradients of reads [..., C, 2, K] and k [..., C, K] from the gradient M [..., C, 2, C] of the scores."""
   C = k.shape[-2]
-  size, m = _cut(C)
+  size, m = _piece_sizes(C)
   M = jnp.stack([M[..., 0, :], jnp.tril(M[..., 1, :], -1)], -2)
   M = jnp.pad(M, [(0, 0)] * (M.ndim - 3) + [(0, size - C), (0, 0), (0, size - C)])
   reads, k = _pieces(reads, size, m, 2), _pieces(k, size, m)
@@ -199,18 +188,18 @@ def _scores_transposed(plan: Plan, M, reads, k, ladder: _Ladder) -> tuple[jax.Ar
   # Sums of a few terms, written out: as reductions they took half of the whole gradient's time on a CPU.
   dreads, dk = [], []
   for i, decays in enumerate(ladder.leaf):
-    met = [d * k[..., j, :] for j, d in enumerate(decays)] + [k[..., i, :]]
-    dreads.append(sum(inside[..., i, :, j, :] * x[..., None, :] for j, x in enumerate(met)))
+    keys = [d * k[..., j, :] for j, d in enumerate(decays)] + [k[..., i, :]]
+    dreads.append(sum(inside[..., i, :, j, :] * x[..., None, :] for j, x in enumerate(keys)))
   for j in range(m):
     written = [sum(inside[..., i, r, j, :] * reads[..., i, r, :] for r in (0, 1)) for i in range(j, m)]
     dk.append(sum((ladder.leaf[j + i][j] * x for i, x in enumerate(written) if i), written[0]))
   dreads, dk = jnp.stack(dreads, -3), jnp.stack(dk, -2)
-  for since, until in ladder.rungs:
+  for from_border, to_border in ladder.rungs:
     corner = jnp.stack([M[..., i + m : i + 2 * m, :, i : i + m] for i in range(0, size, 2 * m)], -4)
-    corner, since = _rows(corner), since[..., None, :]
+    corner, from_border = _rows(corner), from_border[..., None, :]
     right, left = _halves(reads, m, 2)[1], _halves(k, m)[0]
-    dright = plan.dot("...ij,...jk->...ik", corner, left * until).reshape(right.shape) * since
-    dleft = plan.dot("...ij,...ik->...jk", corner, _rows(right * since)) * until
+    dright = plan.dot("...ij,...jk->...ik", corner, left * to_border).reshape(right.shape) * from_border
+    dleft = plan.dot("...ij,...ik->...jk", corner, _rows(right * from_border)) * to_border
     (reads_left, reads_right), (k_left, k_right) = _halves(dreads, m, 2), _halves(dk, m)
     dreads = jnp.concatenate([reads_left, reads_right + dright], -3)
     dk = jnp.concatenate([k_left + dleft, k_right], -2)
@@ -218,8 +207,8 @@ def _scores_transposed(plan: Plan, M, reads, k, ladder: _Ladder) -> tuple[jax.Ar
   return dreads[..., 0, :C, :, :], dk[..., 0, :C, :]
 
 
-def _cut(C: int) -> tuple[int, int]:
-  """Tokens of a chunk in whole pieces, a power of two of them, and of a piece."""
+def _piece_sizes(C: int) -> tuple[int, int]:
+  """Tokens of a chunk, filled up to whole pieces (a power of two of them), and tokens of a piece."""
   levels = (-(-C // LEAF) - 1).bit_length()
   m = -(-C // 2**levels)
   return m * 2**levels, m
@@ -249,18 +238,21 @@ def _solve(plan: Plan, c: _Chunk, X) -> jax.Array:
   return X if c.inverse is None else plan.dot("...ij,...jv->...iv", c.inverse, X)
 
 
-def _after(plan: Plan, c: _Chunk, S, U) -> jax.Array:
-  return c.whole * S + plan.dot("...ik,...iv->...kv", c.until * c.k, U)
+def _S_out(plan: Plan, c: _Chunk, S_in, U) -> jax.Array:
+  return c.decay_all * S_in + plan.dot("...ik,...iv->...kv", c.decay_out * c.k, U)
 
 
-def _gradients(plan: Plan, c: _Chunk, S, U, dU, Y, dS_after, end):
-  """The part of the backward pass that needs no other chunk: gradients of q, k, z, g, e."""
+def _gradients(plan: Plan, c: _Chunk, S_in, U, dU, Y, dS_out, inner_out):
+  """The part of the backward pass that needs no other chunk: gradients of q, k, z, g, e.
+
+  inner_out [..., K] holds the row sums of S * dS at the end of the chunk.
+  """
   C = c.k.shape[-2]
   M = plan.dot("...irv,...jv->...irj", Y, U)
   dreads, dk = _scores_transposed(plan, M, c.reads, c.k, c.ladder)
-  dreads = dreads + c.since[..., :, None, :] * plan.dot("...irv,...kv->...irk", Y, S)
-  dk = dk + c.until * plan.dot("...iv,...kv->...ik", U, dS_after)
+  dreads = dreads + c.decay_in[..., :, None, :] * plan.dot("...irv,...kv->...irk", Y, S_in)
+  dk = dk + c.decay_out * plan.dot("...iv,...kv->...ik", U, dS_out)
   # G_i scales what token i reads and, inversely, what it writes: no sum over pairs of tokens.
   dG = c.reads[..., 0, :] * dreads[..., 0, :] + c.reads[..., 1, :] * dreads[..., 1, :] - c.k * dk
-  dg = dot("...ik,ij->...jk", dG, jnp.tril(jnp.ones((C, C), dG.dtype))) + end[..., None, :]
+  dg = dot("...ik,ij->...jk", dG, jnp.tril(jnp.ones((C, C), dG.dtype))) + inner_out[..., None, :]
   return dreads[..., 0, :], dk, dU, dg, dreads[..., 1, :]

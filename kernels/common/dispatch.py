@@ -1,20 +1,19 @@
-"""What every rule's public function does around the arithmetic: checks, mask, implementation, mesh."""
+"""What every op's public function does around the arithmetic: checks, mask, implementation, mesh."""
 
 import difflib
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax.kernels.common import decode
-
-Rule = Callable[..., tuple[jax.Array, jax.Array]]
+from sleep_jax.kernels.common import target
+from sleep_jax.kernels.common.op import Function, Op
 
 # Implementations that can be named, by platform. kernels/README.md has what was measured.
 ORDER = {
@@ -24,209 +23,258 @@ ORDER = {
 }
 # What is tried, in turn, when none is named. A Pallas kernel moves in here, in front, with a measured table.
 DEFAULT = {"cpu": ("xla", "reference"), "gpu": ("xla", "reference"), "tpu": ("xla", "reference")}
-
-_SCALAR = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTH", "b": "BTH"}
-# The arguments of each rule, in order, with their axes; S and mask are everybody's.
-OPERANDS = {
-  "gated_delta": _SCALAR,
-  "gated_hebbian": _SCALAR,
-  "delta": {name: axes for name, axes in _SCALAR.items() if name != "g"},
-  "kda": _SCALAR | {"g": "BTHK"},
-  "gdn2": {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTHK", "e": "BTHK", "w": "BTHV"},
-}
-# Likewise of a rule that has its layer's front before it: no rule of its own. X = K + K + V, c taps.
-FRONTED = {
-  "conv_gated_delta": {
-    "x": "BTHX",
-    "taps": "cHX",
-    "context": ("B", "c-1", "H", "X"),
-    "a": "BTH",
-    "b": "BTH",
-    "A_log": "H",
-    "dt_bias": "H",
-  }
-}
-GATES = ("g", "b", "e", "w")  # zero at a pad: no decay, nothing erased, nothing written
-FRONT_WEIGHTS = ("taps", "a", "A_log", "dt_bias")
-CLOSED = -1e30  # what an input of a gate is at a pad: softplus and sigmoid of it are 0, and flat
-
-
-def operands(rule: str) -> dict[str, Sequence[str]]:
-  """The arguments of a rule, in order, with their axes; without S and mask."""
-  return OPERANDS[rule] if rule in OPERANDS else FRONTED[rule]
-
-
-def axes_of(rule: str, name: str) -> Sequence[str]:
-  """The axes of an argument, a letter each."""
-  return (operands(rule) | {"S": "BHKV", "mask": "BT"})[name]
+# A Pallas call's results have no type that says over which axes of a mesh they vary, for shard_map to check.
+UNTYPED = frozenset({"pallas_gpu", "pallas_tpu", "pallas_tpu_fused"})
 
 
 def call(
-  rule: str,
+  op: Op,
   *arrays: jax.Array,
   mask: jax.Array | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Checks the arrays, then runs `rule` on them: what the public functions share.
+  """Checks the arrays, then runs an op on them: what the public functions share.
 
   Args:
-    rule: folder and function under `kernels`.
-    *arrays: the rule's operands in the order of `OPERANDS` or `FRONTED`, then S.
-    mask: [B, T] bool or None, as in the public functions.
-    implementation: run this one or raise. None: those of `DEFAULT` in turn, until one can; each that cannot
-      (NotImplementedError, ImportError) is reported in one warning.
+    op: the op's declaration.
+    *arrays: its operands in their order, then S.
+    mask: [B, T] bool, False for pads. None: no pads.
+    implementation: run this one or raise. None: those of `DEFAULT` in turn, until one can run; each that
+      cannot (NotImplementedError, ImportError) is reported in one warning.
+
+  Returns:
+    o [B, T, H, V], 0 at pads, and S [B, H, K, V] after the last token.
 
   Raises:
     ValueError: a shape, a sharding, a positive log decay or the name of the implementation.
     TypeError: a dtype; forward-mode differentiation.
-    NotImplementedError: the named implementation does not take these arrays, or has not got this rule.
+    NotImplementedError: the named implementation does not take these arrays, or the op does not have it.
   """
-  named = dict(zip((*operands(rule), "S"), map(jnp.asarray, arrays), strict=True))
+  named = dict(zip((*op.operands, "S"), map(jnp.asarray, arrays), strict=True))
   if mask is not None:
     named["mask"] = jnp.asarray(mask)
-  check(rule, named, axes_of)
+  check(op, named)
   if implementation is not None:
-    return _run(rule, implementation, named)
-  for name in DEFAULT.get(jax.default_backend(), DEFAULT["cpu"]):
+    return _run(op, implementation, named)
+  for name in DEFAULT.get(target.platform(*named.values()), DEFAULT["cpu"]):
     try:
-      return _run(rule, name, named)
+      return _run(op, name, named)
     except (NotImplementedError, ImportError) as reason:
-      _warn_once(rule, name, str(reason))
-  raise NotImplementedError(f"{rule}: no implementation takes { ({n: x.shape for n, x in named.items()}) }")
+      _warn_once(op.name, name, str(reason))
+  raise NotImplementedError(
+    f"{op.name}: no implementation takes { ({n: x.shape for n, x in named.items()}) }"
+  )
 
 
-def step(rule: str, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """One token of a rule: checks, then `kernels.decode.update`, S donated. Arrays as in `call`, without T."""
-  named = dict(zip((*OPERANDS[rule], "S"), map(jnp.asarray, arrays), strict=True))
-  check(rule, named, axes_of_a_token)
+def step(op: Op, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Checks the arrays, then runs an op on one token.
+
+  Args:
+    op: the op's declaration.
+    *arrays: its operands in their order, without the axis T, then S, which is donated.
+
+  Returns:
+    o [B, H, V] and S [B, H, K, V].
+
+  Raises:
+    ValueError, TypeError: as `call`.
+    NotImplementedError: the op has no form for one token.
+  """
+  if op.step is None:
+    raise NotImplementedError(f"{op.name}: has no form for one token")
+  named = dict(zip((*op.operands, "S"), map(jnp.asarray, arrays), strict=True))
+  check(op, named, one_token=True)
   S = named.pop("S")
-  return update(rule, named, S)
-
-
-def axes_of_a_token(rule: str, name: str) -> Sequence[str]:
-  """The axes of an argument of `step`."""
-  return [axis for axis in axes_of(rule, name) if axis != "T"]
+  return update(op, named, S)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def update(rule: str, token: dict[str, jax.Array], S: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`kernels.decode.update`, on each device's own rows and heads; the S that is passed is gone afterwards."""
+def update(op: Op, token: dict[str, jax.Array], S: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`op.step` on each device's own rows and heads, without the checks.
 
-  def run(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-    *values, S = arrays
-    return decode.update(rule, dict(zip(token, values, strict=True)), S)
+  Called outside `jax.jit`, the S that is passed is gone afterwards. Inside, the donation is the outer
+  program's to make: `jax.jit(..., donate_argnames="S")`.
+  """
+  assert op.step is not None
+  named = {name: token[name] for name in op.operands} | {"S": S}  # `jax.jit` gives a dictionary back sorted
+  return on_mesh(op, op.step, named, one_token=True)
 
-  return on_mesh(rule, run, token | {"S": S}, axes_of=axes_of_a_token)
+
+def known(*arrays: jax.Array) -> tuple[str, ...]:
+  """The implementations that can be named for the platform that the program is for (`target.platform`)."""
+  return ORDER.get(target.platform(*arrays), ORDER["cpu"])
 
 
-def load(rule: str, implementation: str) -> Rule:
+def load(op: Op, implementation: str, *arrays: jax.Array) -> Function:
   """The function of an implementation; imported by name, so that a CPU never loads what it cannot run.
+
+  Args:
+    op: the op's declaration.
+    implementation: its name.
+    *arrays: that the function will be called with; their types may say which devices that is for.
 
   Raises:
     ValueError: no platform has an implementation of this name.
-    NotImplementedError: it belongs to another platform, or this rule has not got it.
+    NotImplementedError: it belongs to another platform, or this op does not have it.
   """
-  here = jax.default_backend()
-  known = ORDER.get(here, ORDER["cpu"])
-  if implementation not in known:
+  here, names_here = target.platform(*arrays), known(*arrays)
+  if implementation not in names_here:
     if elsewhere := [platform for platform, names in ORDER.items() if implementation in names]:
       where = f"runs on {', '.join(elsewhere)}, not on {here}"
-      raise NotImplementedError(f"{rule}: {implementation!r} {where}; known here: {', '.join(known)}")
-    near = difflib.get_close_matches(str(implementation), known, 1)
+      listed = ", ".join(names_here)
+      raise NotImplementedError(f"{op.name}: {implementation!r} {where}; known here: {listed}")
+    near = difflib.get_close_matches(str(implementation), names_here, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{rule}: no implementation {implementation!r} here, known: {', '.join(known)}{hint}")
-  module = f"sleep_jax.kernels.{rule}.{implementation}"
-  if importlib.util.find_spec(module) is None:
-    raise NotImplementedError(f"{rule}: has no implementation {implementation!r}, use 'xla'")
-  return getattr(importlib.import_module(module), rule)
+    listed = ", ".join(names_here)
+    raise ValueError(f"{op.name}: no implementation {implementation!r} here, known: {listed}{hint}")
+  if implementation not in op.implementations:
+    use = next(name for name in (*names_here, *op.implementations) if name in op.implementations)
+    raise NotImplementedError(f"{op.name}: has no implementation {implementation!r}, use {use!r}")
+  return op.load(implementation)
 
 
-def _run(rule: str, implementation: str, named: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  run = load(rule, implementation)
-
-  def masked(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = dict(zip(named, arrays, strict=True))
-    if "mask" in x:
-      keep = x.pop("mask")[..., None]
-      at_pads = {"x": 0, "a": CLOSED, "b": CLOSED} if rule in FRONTED else dict.fromkeys(GATES, 0)
-      for name in x.keys() & at_pads.keys():
-        x[name] = jnp.where(keep[..., None] if x[name].ndim == 4 else keep, x[name], at_pads[name])
-    return run(*x.values())
-
+def _run(op: Op, implementation: str, named: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  run = load(op, implementation, *named.values())
+  if "mask" in named:
+    run = _without_pads(op, run)
   try:
-    # What a Pallas call writes has no type that says over which axes it varies.
-    return on_mesh(rule, masked, named, typed=not implementation.startswith("pallas"))
+    return on_mesh(op, run, named, typed=implementation not in UNTYPED)
   except TypeError as error:
     if "forward-mode" not in str(error):
       raise
     raise TypeError(
-      f"{rule}: {implementation!r} has no forward-mode derivative (jax.jvp); "
+      f"{op.name}: {implementation!r} has no forward-mode derivative (jax.jvp); "
       "use reverse mode (jax.vjp, jax.grad) or implementation='reference'"
     ) from error
 
 
+def _without_pads(op: Op, run: Function) -> Function:
+  """The function (*operands, S, mask) -> (o, S) on which nothing at a pad has an effect, NaN included.
+
+  Operands count as `op.at_pads` there, so S stays exactly as it was, and no gradient reaches them. o is 0
+  there, so no gradient comes from there either: what the caller makes of a pad may be NaN, and NaN times 0
+  would be NaN.
+  """
+
+  def masked(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    *operands, S, mask = arrays
+    kept = [
+      _where(mask, x, op.at_pads.get(name, 0)) if "T" in op.axes(name) else x
+      for name, x in zip(op.operands, operands, strict=True)
+    ]
+    o, S = run(*kept, S)
+    return _where(mask, o, 0), S
+
+  return masked
+
+
+def _where(mask: jax.Array, x: jax.Array, other: float) -> jax.Array:
+  """x [B, T, ...] where the mask [B, T] is True, else `other`."""
+  return jnp.where(jnp.expand_dims(mask, tuple(range(2, x.ndim))), x, other)
+
+
 @functools.cache
-def _warn_once(rule: str, name: str, reason: str) -> None:
-  logging.warning("%s: skipped %s: %s", rule, name, reason)
+def _warn_once(op: str, name: str, reason: str) -> None:
+  logging.warning("%s: skipped %s: %s", op, name, reason)
 
 
-def check(rule: str, named: dict[str, jax.Array], axes_of: Callable[[str, str], Sequence[str]]) -> None:
-  """Raises one line that names the argument, what it is and what is needed."""
+def _axes(op: Op, name: str, one_token: bool) -> Sequence[str]:
+  return [axis for axis in op.axes(name) if axis != "T" or not one_token]
+
+
+def check(op: Op, named: dict[str, jax.Array], *, one_token: bool = False) -> None:
+  """Raises one line that names the argument, what it is and what is needed.
+
+  Args:
+    op: the op's declaration.
+    named: its operands and S, in their order; the mask, if there is one, last.
+    one_token: the arrays have no axis T.
+
+  Raises:
+    ValueError: a shape; a positive log decay, where its values are at hand.
+    TypeError: a dtype.
+  """
+  _check_shapes(op, named, one_token)
+  _check_dtypes(op, named)
+  if op.log_decay is not None:
+    _check_decay(op.name, op.log_decay, named[op.log_decay], named.get("mask"))
+
+
+def _check_shapes(op: Op, named: dict[str, jax.Array], one_token: bool) -> None:
   sizes: dict[str, int] = {}
   for name, x in named.items():
-    axes = axes_of(rule, name)
+    axes = _axes(op, name, one_token)
     if x.ndim != len(axes):
-      raise ValueError(f"{rule}: {name} has shape {x.shape}, needs [{', '.join(axes)}]")
+      raise ValueError(f"{op.name}: {name} has shape {x.shape}, needs [{', '.join(axes)}]")
     need = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, x.shape, strict=True))
     if x.shape != need:
-      raise ValueError(f"{rule}: {name} has shape {x.shape}, needs [{', '.join(axes)}] = {need}")
+      raise ValueError(f"{op.name}: {name} has shape {x.shape}, needs [{', '.join(axes)}] = {need}")
   for axis, size in sizes.items():
     if size < 1:
       first, x = next(iter(named.items()))
-      raise ValueError(f"{rule}: {axis} is {size} in {first} {x.shape}, needs at least 1")
-  for name, axis, need in (("x", "X", "K + K + V"), ("context", "c-1", "taps - 1")):
-    if axis not in sizes:
-      continue
-    size = 2 * sizes["K"] + sizes["V"] if axis == "X" else sizes["c"] - 1
-    if sizes[axis] != size:
-      raise ValueError(f"{rule}: {name} has shape {named[name].shape}, needs {need} = {size} as its {axis}")
+      raise ValueError(f"{op.name}: {axis} is {size} in {first} {x.shape}, needs at least 1")
+  for axis, derived in op.derived.items():
+    if sizes[axis] != (size := derived.size(sizes)):
+      name = next(name for name in named if axis in op.axes(name))
+      shape = named[name].shape
+      raise ValueError(f"{op.name}: {name} has shape {shape}, needs {derived.text} = {size} as its {axis}")
 
-  for name in ("q", "k", "v", "x"):
-    if name in named and not jnp.issubdtype(named[name].dtype, jnp.floating):
-      raise TypeError(f"{rule}: {name} has dtype {named[name].dtype}, needs a floating point dtype")
-  if "context" in named and named["context"].dtype != named["x"].dtype:
-    raise TypeError(f"{rule}: context has dtype {named['context'].dtype}, needs x's, {named['x'].dtype}")
-  for name in (*GATES, *FRONT_WEIGHTS):
-    if name in named and named[name].dtype not in (jnp.float32, jnp.float64):
-      raise TypeError(f"{rule}: {name} has dtype {named[name].dtype}, needs float32 (or float64)")
-  widest = jnp.float64 if any(x.dtype == jnp.float64 for n, x in named.items() if n != "S") else jnp.float32
-  if named["S"].dtype != widest:
-    why = (
-      "as one of the others is" if widest == jnp.float64 else "always, unless one of the others is float64"
-    )
-    raise TypeError(f"{rule}: S has dtype {named['S'].dtype}, needs {widest.dtype} ({why})")
-  if "mask" in named and named["mask"].dtype != jnp.bool_:
-    raise TypeError(f"{rule}: mask has dtype {named['mask'].dtype}, needs bool (False = pad)")
 
-  g = named.get("g")
-  if g is not None and not isinstance(g, jax.core.Tracer) and g.is_fully_addressable:
-    if (largest := float(np.max(np.asarray(g)))) > 0:
-      raise ValueError(f"{rule}: g reaches {largest:.3g}, needs <= 0: it is the log of the decay")
+def _check_dtypes(op: Op, named: dict[str, jax.Array]) -> None:
+  dtypes = {name: x.dtype for name, x in named.items()}
+  for name in op.operands:
+    free = name not in op.float32 and name not in op.same_dtype
+    if free and not jnp.issubdtype(dtypes[name], jnp.floating):
+      raise TypeError(f"{op.name}: {name} has dtype {dtypes[name]}, needs a floating point dtype")
+  for name, like in op.same_dtype.items():
+    if dtypes[name] != dtypes[like]:
+      raise TypeError(f"{op.name}: {name} has dtype {dtypes[name]}, needs {like}'s, {dtypes[like]}")
+  for name in op.float32:
+    if dtypes[name] not in (jnp.float32, jnp.float64):
+      raise TypeError(f"{op.name}: {name} has dtype {dtypes[name]}, needs float32 (or float64)")
+  double = any(dtypes[name] == jnp.float64 for name in op.operands)
+  need = "float64" if double else "float32"
+  if dtypes["S"] != need:
+    why = "as one of the others is" if double else "always, unless one of the others is float64"
+    raise TypeError(f"{op.name}: S has dtype {dtypes['S']}, needs {need} ({why})")
+  if "mask" in dtypes and dtypes["mask"] != jnp.bool_:
+    raise TypeError(f"{op.name}: mask has dtype {dtypes['mask']}, needs bool (False = pad)")
+
+
+def _check_decay(op: str, name: str, g: jax.Array, mask: jax.Array | None) -> None:
+  """Refuses a positive g at a token, if the values of g (and of the mask) are at hand."""
+  needed = [g] if mask is None else [g, mask]
+  if any(isinstance(x, Tracer) or not x.is_fully_addressable for x in needed):
+    return
+  values = np.asarray(g)
+  if mask is not None:
+    values = np.where(np.expand_dims(np.asarray(mask), tuple(range(2, g.ndim))), values, 0)
+  if (largest := float(np.max(values))) > 0:
+    raise ValueError(f"{op}: {name} reaches {largest:.3g}, needs <= 0: it is the log of the decay")
 
 
 def on_mesh(
-  rule: str,
-  run: Rule,
+  op: Op,
+  run: Callable[..., tuple[jax.Array, jax.Array]],
   named: dict[str, jax.Array],
   *,
   typed: bool = True,
-  axes_of: Callable[[str, str], Sequence[str]] = axes_of,
+  one_token: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs on each device's own rows and heads if an explicit mesh says who holds which.
 
-  Rows and heads never meet in a rule, so nothing is communicated. What is split over batch or heads is read
+  Rows and heads never meet in an op, so nothing is communicated. What is split over batch or heads is read
   from the types of the operands; an operand that is whole along an axis where others are split is split too.
-  `typed` is shard_map's check_vma; `axes_of` those of the operands.
+
+  Args:
+    op: the op's declaration.
+    run: (*named) -> (o, S), on the rows and heads of one device.
+    named: operands and S, perhaps the mask.
+    typed: shard_map checks over which axes the results vary (its `check_vma`).
+    one_token: the arrays have no axis T.
+
+  Raises:
+    ValueError: an axis other than B and H is split, or two operands split one of these in two ways.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -234,20 +282,23 @@ def on_mesh(
   if not any(kind == AxisType.Explicit for kind in mesh.axis_types):
     return run(*named.values())
 
-  placed: dict[str, object] = {"B": None, "H": None}
+  placed: dict[str, str | tuple[str, ...] | None] = {"B": None, "H": None}
   for name, x in named.items():
-    for axis, where in zip(axes_of(rule, name), jax.typeof(x).sharding.spec, strict=True):
+    for axis, where in zip(_axes(op, name, one_token), jax.typeof(x).sharding.spec, strict=True):
       if where is None:
         continue
       if axis not in placed:
-        raise ValueError(f"{rule}: {name} is split along {axis} over {where!r}; only B and H may be split")
+        raise ValueError(f"{op.name}: {name} is split along {axis} over {where!r}; only B and H may be split")
       if placed[axis] not in (None, where):
-        raise ValueError(f"{rule}: {name} is split along {axis} over {where!r}, others over {placed[axis]!r}")
+        raise ValueError(
+          f"{op.name}: {name} is split along {axis} over {where!r}, others over {placed[axis]!r}"
+        )
       placed[axis] = where
 
-  specs = {name: P(*(placed.get(axis) for axis in axes_of(rule, name))) for name in named}
+  specs = {name: P(*map(placed.get, _axes(op, name, one_token))) for name in named}
   arrays = [jax.reshard(x, jax.NamedSharding(mesh, specs[name])) for name, x in named.items()]
-  of_o = "BTHV" if any("T" in axes_of(rule, name) for name in named) else "BHV"  # one token has no T
-  out = P(*(placed.get(axis) for axis in of_o)), specs["S"]
-  sharded = jax.shard_map(run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out, check_vma=typed)
+  of_o = P(*map(placed.get, "BHV" if one_token else "BTHV"))
+  sharded = jax.shard_map(
+    run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=(of_o, specs["S"]), check_vma=typed
+  )
   return sharded(*arrays)

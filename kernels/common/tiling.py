@@ -1,11 +1,15 @@
 """What the chunked forms share: the plan, blocks of batch rows, chunks of tokens, the triangular inverse."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
+
+from sleep_jax.kernels.common import target
 
 # Longest chunk by platform. CPU: a compromise (kernels/README.md has what others cost). TPU: by the
 # compiler's own estimate, 128 takes a quarter fewer cycles than 64 forward and backward. GPU: not measured.
@@ -52,10 +56,10 @@ def make_plan(
     solve: delta rule or not.
     extra: floats that a token needs beside q, k, v and its row of scores.
     max_chunk: longest chunk by platform.
-    platform: None for the default backend's.
+    platform: None: the one that the program is for (`target.platform`).
   """
   (B, T, H, K), V = q.shape, v.shape[-1]
-  platform = platform or jax.default_backend()
+  platform = platform or target.platform()
   plan = Plan(solve, hoist=platform != "cpu", block=B, max_chunk=max_chunk.get(platform, 64))
   if platform != "cpu":
     # Three bfloat16 passes (TPU) or tf32 (GPU) lose less than a bfloat16 input has lost already.
@@ -90,6 +94,29 @@ def blocked(f):
     out = jax.lax.map(lambda block: f(plan, *block), [x.reshape(n, m, *x.shape[1:]) for x in args])
     return jax.tree.map(lambda x: x.reshape(n * m, *x.shape[2:])[:B], out)
 
+  return run
+
+
+def with_gradient(forward: Callable, backward: Callable) -> Callable[..., Any]:
+  """The function (plan, *inputs) -> (o, S) with a gradient by hand, which keeps the inputs only.
+
+  Args:
+    forward: (plan, *inputs) -> (o, S).
+    backward: (plan, *inputs, do, dS) -> gradients of the inputs.
+  """
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def run(plan, *inputs):
+    return forward(plan, *inputs)
+
+  def keep_inputs(plan, *inputs):
+    o, S_out = forward(plan, *inputs)
+    return (checkpoint_name(o, "fast_weight_o"), checkpoint_name(S_out, "fast_weight_S")), inputs
+
+  def pull(plan, inputs, cotangents):
+    return backward(plan, *inputs, *cotangents)
+
+  run.defvjp(keep_inputs, pull)
   return run
 
 
@@ -153,6 +180,20 @@ def join(x: jax.Array, T: int) -> jax.Array:
   """[n, B, H, C, ...] -> [B, T, H, ...]."""
   x = jnp.moveaxis(x, (0, 2), (1, 3))
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
+def prepared(plan: Plan, prepare: Callable[..., Any], tokens: Sequence[jax.Array]) -> tuple[Any, Callable]:
+  """What a loop over chunks goes along, and the function that makes a prepared chunk of an element of it.
+
+  With `plan.hoist` all chunks are prepared at once before the loop, else each of them inside it.
+
+  Args:
+    prepare: (plan, *tokens, **known) -> chunk. `known` are parts of the chunk from an earlier loop.
+    tokens: arrays [n, B, H, C, ...].
+  """
+  if plan.hoist:
+    return prepare(plan, *tokens), lambda chunk, **known: chunk
+  return tokens, lambda chunk_of_tokens, **known: prepare(plan, *chunk_of_tokens, **known)
 
 
 def scan(f, init, xs, reverse: bool = False):

@@ -1,9 +1,10 @@
-"""The public face of the gated delta rule with the front of its layer: the only file that callers see."""
+"""The public face of the gated delta rule behind a convolution and gates: the only file that callers see."""
 
 import jax
 import jax.numpy as jnp
 
 from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.conv_gated_delta.spec import SPEC
 
 
 def conv_gated_delta(
@@ -26,32 +27,34 @@ def conv_gated_delta(
       g = -exp(A_log) softplus(a + dt_bias);   b <- sigmoid(b)
       S <- exp(g) S;  S <- S + k (b (v - S^T k))^T;  o = S^T q
 
-  Gradients reach every array, through o, S and the context. Differentiation, checkpoint names and explicit
-  meshes are as in `kernels.gated_delta.gated_delta`. "pallas_tpu_fused" does it in one kernel a direction.
+  "pallas_tpu_fused" does all of it in one kernel a direction. What it shares with the other rules stands in
+  `sleep_jax.kernels`: dtypes, mask, gradients, meshes, errors. At a pad x counts as 0.
+
+  >>> import jax.numpy as jnp
+  >>> x, taps, gate = jnp.ones((1, 5, 2, 12)), jnp.ones((4, 2, 12)), jnp.ones((1, 5, 2))
+  >>> context, head, S = jnp.zeros((1, 3, 2, 12)), jnp.ones(2), jnp.zeros((1, 2, 4, 4))
+  >>> o, S, context = conv_gated_delta(x, taps, context, gate, gate, head, head, S)
+  >>> o.shape, S.shape, context.shape
+  ((1, 5, 2, 4), (1, 2, 4, 4), (1, 3, 2, 12))
 
   Args:
-    x: [B, T, H, K + K + V], the projections of q, k and v side by side, floating point; T >= 1.
-    taps: [c, H, K + K + V], of the convolution, float32, c >= 2; the last one meets the current token.
-    context: [B, c-1, H, K + K + V], what came before x, in x's dtype.
+    x: [B, T, H, K + K + V], the projections of q, k and v side by side, floating point.
+    taps: [c, H, K + K + V], taps of the convolution, float32, c >= 2. The last one meets the current token.
+    context: [B, c-1, H, K + K + V], the inputs before x, in x's dtype.
     a, b: [B, T, H], the projections of the gates, float32.
     A_log, dt_bias: [H], float32.
-    S: [B, H, K, V] fast weights on entry, float32. (If any of the others is float64, S must be.)
-    mask: [B, T] bool, False = pad: x counts as 0 there and S stays exactly as it was. What o holds there
-      means nothing.
-    implementation: "xla", "reference", on a TPU "pallas_tpu_fused", which runs or raises. None for the
-      platform's default.
+    S: [B, H, K, V] fast weights before the first token, float32.
+    mask: [B, T] bool, False for pads. None: no pads.
+    implementation: "xla", "reference" or "pallas_tpu_fused". None: the platform's default.
 
   Returns:
     o [B, T, H, V] in x's dtype, S after the last token, and the context of what comes next.
 
   Raises:
-    ValueError: a shape that does not fit, an axis other than B and H split over a mesh, an unknown
-      implementation.
-    TypeError: a dtype that does not fit.
-    NotImplementedError: a named implementation that cannot run these arrays.
+    ValueError, TypeError, NotImplementedError: as `sleep_jax.kernels` says.
   """
   arrays = (x, taps, context, a, b, A_log, dt_bias, S)
-  o, S = dispatch.call("conv_gated_delta", *arrays, mask=mask, implementation=implementation)
+  o, S = dispatch.call(SPEC, *arrays, mask=mask, implementation=implementation)
   kept = context.shape[1]
   last = x[:, -kept:]
   if mask is not None:

@@ -10,7 +10,12 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import sleep_jax
+from sleep_jax.kernels.measure import results
+
+sleep_jax.require("figures", "matplotlib")
+
+from matplotlib.figure import Figure  # noqa: E402
 
 COLUMNS = {
   "cpu_min": "CPU time in ms, least of the rounds",
@@ -64,7 +69,7 @@ def draw(table: Path, column: str = "cpu_min") -> Path:
 
 
 def contestant(row: dict[str, str]) -> str:
-  """The name without the chunk that was chosen."""
+  """The name without the length of chunk in parentheses."""
   return row["name"].split(" ")[0]
 
 
@@ -86,7 +91,7 @@ def _panel(axes, rows: Sequence[dict[str, str]], names: Sequence[str], column: s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m kernels.chart", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(prog="python -m kernels.chart", description=results.summary(__doc__))
   parser.add_argument("table", type=Path, help="the CSV")
   parser.add_argument("--column", choices=COLUMNS, default="cpu_min")
   options = parser.parse_args(arguments)

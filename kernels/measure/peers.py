@@ -1,5 +1,7 @@
-"""What others have for the same rules, for `kernels.bench`: the plain PyTorch functions of transformers on a
-CPU, the Triton kernels of flash-linear-attention on a GPU. Absent where they are not installed.
+"""Other projects' functions for the same rules, for `kernels.bench`.
+
+On a CPU they are the plain PyTorch functions of transformers, on a GPU the Triton kernels of
+flash-linear-attention. Those that are not installed take no part.
 """
 
 import importlib
@@ -44,13 +46,13 @@ def contestants(
   cotangents: Sequence,
   time: Callable,
 ) -> dict[str, Run]:
-  """The peers among `names` that can run here, each as a function to the end of its work.
+  """The peers among `names` that can run here, each as a function that returns when its work is done.
 
   Args:
     names: out of `NAMES`.
     rule: theirs and ours.
     mode: "forward": o and S; "grad": the gradients of all inputs, in our order.
-    inputs, cotangents: from `kernels.shapes.make_inputs`.
+    inputs, cotangents: from `kernels.measure.shapes.make_inputs`.
     time: of one call of a run, in milliseconds; chooses the tuned chunk.
   """
   found: dict[str, Run] = {}
@@ -70,7 +72,7 @@ def contestants(
 def _transformers(names, rule, mode, inputs, cotangents, time) -> dict[str, Run]:
   if rule not in TRANSFORMERS:
     raise LookupError("transformers has no function for it")
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   module, chunk, recurrent = TRANSFORMERS[rule]
   module = importlib.import_module(f"transformers.models.{module}")
@@ -104,7 +106,7 @@ def _plain(module, name: str) -> Callable:
 
 def _fla(names, rule, mode, inputs, cotangents, time) -> dict[str, Run]:
   del names, time  # one only, nothing to choose
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   if not torch.cuda.is_available():
     raise RuntimeError("torch sees no GPU")
@@ -129,7 +131,7 @@ def _torch_run(f, device, mode, inputs, cotangents, names, options, scale) -> Ru
     options: further arguments of f.
     scale: that q is multiplied by on its way in, and its gradient on the way out.
   """
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   def tensor(x: np.ndarray) -> torch.Tensor:
     y = torch.tensor(x.astype(np.float32), device=device)

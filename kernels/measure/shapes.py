@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sleep_jax.kernels.common.dispatch import OPERANDS
+from sleep_jax.kernels.common.op import declared
 
 SHAPES = {  # B, T, H, K, V
   "R": (512, 24, 4, 64, 64),  # Rule 110
@@ -14,6 +14,8 @@ SHAPES = {  # B, T, H, K, V
   "E": (128, 12, 1, 64, 64),  # the demo
   "A": (128, 1, 1, 64, 64),  # one token of the demo's answer
 }
+# The ops on q, k and v. `conv_gated_delta` makes these itself.
+RULES = {name: op for name, op in declared().items() if {"q", "k", "v"} <= op.operands.keys()}
 
 
 def make_inputs(
@@ -22,30 +24,29 @@ def make_inputs(
   """Random inputs of a rule, float32: unit keys, gates uniform in 0 to 1, log decays of mean -`decay`.
 
   Args:
-    rule: a name in `kernels.dispatch.OPERANDS`.
+    rule: a name in `RULES`.
     shape: B, T, H, K, V.
     decay: 20 is strong.
 
   Returns:
     The arguments by name, in the rule's order, S last; and cotangents of o and S.
   """
-  sizes = dict(zip("BTHKV", shape, strict=True))
+  op, sizes = RULES[rule], dict(zip("BTHKV", shape, strict=True))
   rng = np.random.default_rng(0)
 
-  def normal(axes: str) -> np.ndarray:
+  def normal(axes: Sequence[str]) -> np.ndarray:
     return rng.normal(size=[sizes[axis] for axis in axes]).astype(np.float32)
 
   x: dict[str, np.ndarray] = {}
-  for name, axes in [*OPERANDS[rule].items(), ("S", "BHKV")]:
-    size = [sizes[axis] for axis in axes]
-    if name in "qk":
-      x[name] = normal(axes)
-      x[name] /= np.linalg.norm(x[name], axis=-1, keepdims=True)
-    elif name in "vS":
-      x[name] = normal(axes)
-    elif name == "g":
+  for name in (*op.operands, "S"):
+    axes, size = op.axes(name), op.shape(name, sizes)
+    if name == op.log_decay:
       x[name] = (-decay * rng.exponential(size=size)).astype(np.float32)
-    else:
+    elif name in op.float32:
       x[name] = rng.uniform(size=size).astype(np.float32)
+    else:
+      x[name] = normal(axes)
+      if name in ("q", "k"):
+        x[name] /= np.linalg.norm(x[name], axis=-1, keepdims=True)
   x["q"] *= np.float32(sizes["K"] ** -0.5)
   return x, [normal("BTHV"), normal("BHKV")]

@@ -132,7 +132,9 @@ class TrainConfig:
     eval_batch_size: sequences a device call of the evaluation.
     keep_checkpoints: newest ones that stay.
     init_from: whose weights a new run starts with: a checkpoint's folder or a run's workdir. None: drawn.
-    init_ignore: fields of that checkpoint's `config.json` that are known to change nothing.
+    init_ignore: dotted names of unknown fields of that checkpoint's `config.json` that change nothing.
+    init_digest: which checkpoint that is, wherever it lies (`pretrained.start_digest`). None: computed when
+      the run starts. Where it is given, another checkpoint is refused.
   """
 
   PATH: ClassVar[str] = "train"
@@ -149,6 +151,7 @@ class TrainConfig:
   keep_checkpoints: Count = 3
   init_from: str | None = None
   init_ignore: tuple[str, ...] = ()
+  init_digest: str | None = None
 
   def __post_init__(self):
     check_fields(self)

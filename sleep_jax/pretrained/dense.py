@@ -3,40 +3,38 @@
 from typing import Any
 
 from sleep_jax.config import AttentionConfig
-from sleep_jax.pretrained.fields import Fields, rope
+from sleep_jax.pretrained.fields import LAYERS, Fields, rope
 
-QWEN2, LLAMA = "Qwen2ForCausalLM", "LlamaForCausalLM"
+ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 
 def read_config(fields: Fields, *, bias: bool) -> dict[str, Any]:
   """The architecture in `config.json`, as fields of `ModelConfig`.
 
   Args:
+    fields: of the file.
     bias: whether queries, keys and values always have one, and nothing else may (Qwen2). Otherwise
       `attention_bias` and `mlp_bias` say which projections have one (Llama).
   """
-  count, heads = fields.size("num_hidden_layers"), fields.size("num_attention_heads")
-  fields.names("layer_types", count, ("full_attention",), "full_attention")
-  fields.only("hidden_act", ("silu",), "the MLP is SwiGLU")
-  fields.only("use_sliding_window", (None, False), "attention is full")
-  if not fields.values.get("use_sliding_window"):
-    fields.only("sliding_window", (None, fields.values.get("sliding_window")), "attention is full")
-  told = {"attention_bias": False, "mlp_bias": False}
-  for name in told:
+  count, heads = fields.size("num_hidden_layers", most=LAYERS), fields.size("num_attention_heads")
+  full_attention(fields, count)
+  fields.only("hidden_act", ACTIVATIONS, "the MLP is SwiGLU")
+  biases = {"attention_bias": False, "mlp_bias": False}
+  for name in biases:
     if bias:
-      fields.only(name, (None, False), "only queries, keys and values have a bias, as in Qwen2")
+      fields.only(name, (False,), "only queries, keys and values have a bias, as in Qwen2")
     else:
-      told[name] = fields.get(name, bool, False)
+      biases[name] = fields.get(name, bool)
   theta, scaling = rope(fields)
   return {
     "vocab_size": fields.size("vocab_size"),
     "embed_dim": fields.size("hidden_size"),
     "mlp_dim": fields.size("intermediate_size"),
-    "mlp_bias": told["mlp_bias"],
+    "mlp_bias": biases["mlp_bias"],
     "blocks": ("attn",) * count,
-    "norm_eps": fields.get("rms_norm_eps", float),
+    "norm_eps": fields.positive("rms_norm_eps"),
     "norm_cast": "first",
-    "tied_embeddings": fields.get("tie_word_embeddings", bool, False),
+    "tied_embeddings": fields.get("tie_word_embeddings", bool),
     "attention": AttentionConfig(
       num_heads=heads,
       num_kv_heads=fields.size("num_key_value_heads", heads),
@@ -44,7 +42,23 @@ def read_config(fields: Fields, *, bias: bool) -> dict[str, Any]:
       rope_theta=theta,
       rope_scaling=scaling,
       qk_norm=False,
-      bias=bias or told["attention_bias"],
-      out_bias=told["attention_bias"],
+      bias=bias or biases["attention_bias"],
+      out_bias=biases["attention_bias"],
     ),
   }
+
+
+def full_attention(fields: Fields, count: int) -> None:
+  """Refuses layers that attend to the last few tokens alone.
+
+  `layer_types` says which layers do. Where it is absent, those from `max_window_layers` on do, if
+  `use_sliding_window` is set and `sliding_window` is not null.
+  """
+  fields.names("layer_types", count, ("full_attention",), "full_attention")
+  fields.skip("sliding_window", "max_window_layers")
+  if not fields.given("use_sliding_window") or not fields.get("use_sliding_window", bool):
+    fields.skip("use_sliding_window")
+    return
+  none = "sliding_window" in fields.values and not fields.given("sliding_window")
+  if not fields.given("layer_types") and not none and fields.get("max_window_layers", int, 0) < count:
+    fields.only("use_sliding_window", (False,), "attention is full")

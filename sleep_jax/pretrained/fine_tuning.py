@@ -1,4 +1,4 @@
-"""Where a fine-tuning starts: a checkpoint in published format, or a run that began with one."""
+"""Where a fine-tuning starts: a checkpoint, or a run."""
 
 import dataclasses
 import os
@@ -11,7 +11,8 @@ import jax
 from sleep_jax import config, model
 from sleep_jax.config import ATTENTION, FastConfig, ModelConfig
 from sleep_jax.config.model import MOST_BLOCKS
-from sleep_jax.pretrained import from_run, loading, memory
+from sleep_jax.pretrained import files, from_run, identity, loading, memory
+from sleep_jax.pretrained.fields import PretrainedError
 
 # How a model is run, which a checkpoint does not say.
 _FREE = ("window", "eviction", "embed_std", "dtype", "predict_passes", "pass_cache", "exit_threshold")
@@ -23,11 +24,11 @@ class StartConfig:
   """A checkpoint, and what a run makes of it.
 
   Attributes:
-    folder: in published format, with its `tokenizer.json`; or the workdir of a run that began with one.
+    folder: a checkpoint with its `tokenizer.json`, or the workdir of a run.
     memory_layers: fast-weight layers to insert; a checkpoint with inserted ones must have as many. 0: none.
     fast: sizes of inserted layers.
     trained: `all` weights, or the inserted `memory` alone.
-    ignore: fields of the checkpoint's `config.json` that are known to change nothing.
+    ignore: dotted names of unknown fields of the checkpoint's `config.json` that change nothing.
   """
 
   PATH: ClassVar[str] = "pretrained"
@@ -55,11 +56,11 @@ def start_model(start: StartConfig, how: Mapping[str, Any]) -> ModelConfig:
     ConfigError: if `how` has a field that the checkpoint says, or the fields do not fit each other.
   """
   folder = start.folder
-  config.check(bool(folder), "pretrained.folder", "is required: a checkpoint in published format, or a run")
+  config.check(bool(folder), "pretrained.folder", "is required: a checkpoint's folder, or a run's")
   fast = how.get("fast", {})
   for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
-    told = [f"{name}.{field}" for field in given if field not in known]
-    config.check(not told, ", ".join(told), f"is said by the checkpoint, {folder}")
+    twice = [f"{name}.{field}" for field in given if field not in known]
+    config.check(not twice, ", ".join(twice), f"is said by the checkpoint, {folder}")
   there = _architecture(folder, start.ignore)
   if there.without_mlp and start.memory_layers:
     _check_same_memory(start, there)
@@ -92,9 +93,25 @@ def trained_weights(start: StartConfig, cfg: ModelConfig) -> tuple[str, ...]:
   return memory.memory_weights(cfg)
 
 
-def published_folder(folder: str | os.PathLike) -> pathlib.Path:
-  """The folder in published format itself, or the one with which a run began."""
-  return from_run.open_run(folder).published if from_run.is_run(folder) else pathlib.Path(folder)
+def tokenizer_file(folder: str | os.PathLike) -> pathlib.Path:
+  """The `tokenizer.json` of a checkpoint or run.
+
+  Raises:
+    PretrainedError: if it has none.
+  """
+  path = pathlib.Path(folder) / "tokenizer.json"
+  if from_run.is_run(folder):
+    path = from_run.open_run(folder).tokenizer_file or path
+  if not path.is_file():
+    raise PretrainedError(f"{path}: there is no such file")
+  return path
+
+
+def start_digest(folder: str | os.PathLike) -> str:
+  """Which checkpoint or run it is, wherever it lies: see `identity`."""
+  if from_run.is_run(folder):
+    return identity.run_digest(files.read_json(pathlib.Path(folder) / "config.json"))
+  return identity.digest(folder)
 
 
 def check_start(cfg: ModelConfig, folder: str | os.PathLike, *, ignore: Sequence[str] = ()) -> None:
@@ -109,12 +126,12 @@ def check_start(cfg: ModelConfig, folder: str | os.PathLike, *, ignore: Sequence
     there = memory.memory_config(there, **_memory_of(cfg))
   fast = {name: getattr(cfg.fast, name) for name in _FREE_FAST}
   there = dataclasses.replace(there, **_changes(cfg), fast=dataclasses.replace(there.fast, **fast))
-  told = []
+  differences = []
   for field in dataclasses.fields(cfg):
     ours, theirs = getattr(cfg, field.name), getattr(there, field.name)
     if ours != theirs:
-      told.append(f"model.{field.name} is {ours}, that of the checkpoint {theirs}")
-  config.check(not told, "train.init_from", f"{folder} is another model: {'; '.join(told)}")
+      differences.append(f"model.{field.name} is {ours}, that of the checkpoint {theirs}")
+  config.check(not differences, "train.init_from", f"{folder} is another model: {'; '.join(differences)}")
 
 
 def start_weights(
@@ -126,9 +143,9 @@ def start_weights(
 
   Args:
     cfg: of the model to be trained.
-    folder: in published format, or the workdir of a run that began with one.
+    folder: a checkpoint, or the workdir of a run.
     key: typed PRNG key for layers to be inserted.
-    ignore: fields of the checkpoint's `config.json` that are known to change nothing.
+    ignore: dotted names of unknown fields of the checkpoint's `config.json` that change nothing.
 
   Raises:
     PretrainedError, ConfigError: as `check_start`.

@@ -1,95 +1,188 @@
-"""A run that began with a checkpoint in published format, as something to start from and to write back."""
+"""A run's workdir, drawn or fine-tuned, as a model to use, to start from and to write out."""
 
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sleep_jax import config, model
-from sleep_jax.config import ModelConfig
-from sleep_jax.pretrained import loading, safetensors_io
-from sleep_jax.pretrained.fields import PretrainedError
+from sleep_jax.config import Config, ModelConfig
+from sleep_jax.pretrained import files, identity, loading
+from sleep_jax.pretrained.fields import PretrainedError, shown
 from sleep_jax.runtime import checkpoint
+
+if TYPE_CHECKING:  # a run without a tokenizer needs no library for it
+  from sleep_jax.pretrained.tokenizer import Tokenizer
 
 LONGEST = 16  # runs that began with each other's weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-  """A workdir whose checkpoints are weights of a published model, opened without reading any.
+class Run:
+  """What a run has trained.
+
+  Attributes:
+    config: of the run; `data` is the task's part of it as plain nested data, as in `config.json`.
+    weights: float32, placed for the mesh that is set.
+    tokenizer: None if the task has none (Rule 110, Depo).
+    step: optimizer steps done.
+  """
+
+  config: Config
+  weights: model.Params
+  tokenizer: "Tokenizer | None"
+  step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+  """A workdir that was opened, of which no weights are read yet.
 
   Attributes:
     folder: the workdir.
-    model: the architecture, as it was run.
-    published: folder of the checkpoint in published format with which it began, through whatever runs.
-    ignore: fields of that checkpoint's `config.json` that are known to change nothing.
+    config: of the run, as in `Run`.
+    origin: folder of the checkpoint with which it began, through whatever runs; None if its weights, or those
+      of the run behind it, were drawn.
+    ignore: dotted names of fields of that checkpoint's `config.json` that change nothing.
   """
 
   folder: pathlib.Path
-  model: ModelConfig
-  published: pathlib.Path
+  config: Config
+  origin: pathlib.Path | None
   ignore: tuple[str, ...]
+
+  @property
+  def model(self) -> ModelConfig:
+    """The architecture, as it was run."""
+    return self.config.model
+
+  @property
+  def tokenizer_file(self) -> pathlib.Path | None:
+    """The run's `tokenizer.json`; None if its task has none.
+
+    It is the one that the config names, or lies in the workdir or in the checkpoint with which the run began.
+
+    Raises:
+      PretrainedError: if the config names one and it is in none of these places.
+    """
+    data = self.config.data if isinstance(self.config.data, dict) else {}
+    named = data.get("tokenizer")
+    places = [pathlib.Path(named)] if isinstance(named, str) and named else []
+    places += [folder / "tokenizer.json" for folder in (self.folder, self.origin) if folder is not None]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None and isinstance(named, str) and named:
+      raise PretrainedError(
+        f"{self.folder}: its tokenizer is gone: {named}; it may also lie in the workdir as tokenizer.json"
+      )
+    return found
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-  """Whether a folder is a workdir, not a checkpoint in published format."""
+  """Whether a folder is a workdir, not a checkpoint."""
   folder = pathlib.Path(folder)
-  return (folder / "checkpoints").is_dir() and (folder / "env.json").is_file()
+  return files.is_folder(folder / "checkpoints") and files.is_there(folder / "env.json")
 
 
-def open_run(folder: str | os.PathLike) -> Trained:
+def open_run(folder: str | os.PathLike, *, origin: str | os.PathLike | None = None) -> OpenedRun:
   """Reads a workdir's config.
 
+  Args:
+    folder: the workdir.
+    origin: where the checkpoint lies with which the run began, if it was moved since.
+
   Raises:
-    PretrainedError: if it is damaged, or the run did not begin with a published checkpoint.
+    PretrainedError: if the config is damaged, or `origin` is another checkpoint than the run began with.
     ConfigError: if its model cannot be built here.
   """
   folder = pathlib.Path(folder)
-  found, train = _config_of(folder), None
-  begun = folder
+  values = _config_of(folder)
+  cfg = config.from_dict(Config, values, f"{folder}/config.json: ")
+  begun, ignore = folder, cfg.train.init_ignore
   for _ in range(LONGEST):
     train = _config_of(begun)["train"]
-    if train.get("init_from") is None:
-      raise PretrainedError(f"{begun}: this run began with weights that were drawn, not with a checkpoint")
-    begun = pathlib.Path(train["init_from"])
+    said = train.get("init_from")
+    if said is None:
+      config.check(
+        origin is None, "origin", f"{begun} began with weights that were drawn, not with a checkpoint"
+      )
+      return OpenedRun(folder, cfg, None, ())
+    if not isinstance(said, str):
+      raise PretrainedError(f"{begun}/config.json: train.init_from must be a path, got {shown(said)}")
+    if origin is not None:
+      _check_origin(begun, pathlib.Path(origin), train.get("init_digest"))
+      return OpenedRun(folder, cfg, pathlib.Path(origin), ignore)
+    begun = pathlib.Path(said)
+    ignore = tuple(train.get("init_ignore") or ())
     if not is_run(begun):
-      break
-  else:
-    raise PretrainedError(f"{folder}: found no checkpoint in published format behind {LONGEST} runs")
-  cfg = config.from_dict(ModelConfig, found["model"], f"{folder}/config.json: model.")
-  return Trained(folder, cfg, begun, tuple(train.get("init_ignore", ())))
+      return OpenedRun(folder, cfg, begun, ignore)
+  raise PretrainedError(f"{folder}: found no checkpoint behind {LONGEST} runs")
 
 
-def load_run(folder: str | os.PathLike) -> tuple[ModelConfig, model.Params, loading.Source, int]:
-  """The newest weights of a run, placed for the mesh that is set. Nothing is written; it may still train.
+def load_run(
+  folder: str | os.PathLike, *, step: int | None = None, origin: str | os.PathLike | None = None
+) -> Run:
+  """The weights of a run with its config and tokenizer. Nothing is written; the run may still train.
 
-  Returns:
-    The config, the weights (float32), the checkpoint with which it began, and the step.
+  Args:
+    folder: the workdir.
+    step: which saved step. None: the newest that is not damaged.
+    origin: where the checkpoint lies with which the run began, if it was moved since.
 
   Raises:
-    PretrainedError, ConfigError: as `open_run`, or if that checkpoint is gone or has changed.
-    CheckpointError: if nothing was saved, or all of it is damaged.
+    PretrainedError, ConfigError: as `open_run`, or if the run has saved nothing or its tokenizer is gone.
+    CheckpointError: if that step was not saved or is damaged, or all of them are.
   """
-  run = open_run(folder)
-  weights, step = run_weights(run)
-  return run.model, weights, loading.open_source(run.published, ignore=run.ignore), step
+  run = open_run(folder, origin=origin)
+  path, tokenizer = run.tokenizer_file, None
+  if path is not None:
+    from sleep_jax.pretrained.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(path.parent, run.model)
+  weights, step = run_weights(run, step=step)
+  return Run(run.config, weights, tokenizer, step)
 
 
-def run_weights(run: Trained) -> tuple[model.Params, int]:
-  """The newest weights of an opened run and their step, as `load_run`."""
+def run_source(run: OpenedRun) -> loading.Source | None:
+  """The checkpoint with which a run began, opened; None if its weights were drawn.
+
+  Raises:
+    PretrainedError, ConfigError: if it is gone or has changed.
+  """
+  if run.origin is None:
+    return None
+  if not files.is_folder(run.origin):
+    raise PretrainedError(
+      f"{run.origin}: there is no such folder; {run.folder} began with it. If it was moved, say where with"
+      " `origin`"
+    )
+  return loading.open_source(run.origin, ignore=run.ignore)
+
+
+def run_weights(run: OpenedRun, *, step: int | None = None) -> tuple[model.Params, int]:
+  """The weights of an opened run and their step, as `load_run`."""
   wanted = jax.eval_shape(lambda: model.init(run.model, jax.random.key(0)))
   with checkpoint.Checkpoints(run.folder / "checkpoints", read_only=True) as saved:
-    restored = saved.restore({"params": wanted}, subset=True)
+    restored = saved.restore({"params": wanted}, subset=True, step=step)
   if restored is None:
     raise PretrainedError(f"{run.folder}: this run has saved no step yet")
   return restored[1]["params"], restored[0]
 
 
+def _check_origin(begun: pathlib.Path, origin: pathlib.Path, digest: Any) -> None:
+  """Refuses a checkpoint that is not the one with which a run began. Runs of older versions do not know."""
+  if is_run(origin):
+    raise PretrainedError(f"{origin}: is a run; `origin` is the checkpoint with which {begun} began")
+  if digest is not None and (there := identity.digest(origin)) != digest:
+    raise PretrainedError(
+      f"{origin}: is not the checkpoint with which {begun} began (its digest is {there}, not {shown(digest)})"
+    )
+
+
 def _config_of(folder: pathlib.Path) -> dict[str, Any]:
   """A workdir's config.json, as far as it is needed here."""
-  values = safetensors_io.read_json(folder / "config.json")
+  values = files.read_json(folder / "config.json")
   for name in ("model", "train"):
     if not isinstance(values.get(name), dict):
       raise PretrainedError(f"{folder / 'config.json'}: is not that of a run: {name} is missing")

@@ -6,39 +6,50 @@ The sleep paper loops the middle 14 of the 28 blocks of the 2B model: `SLEEP_2B`
 from typing import Any
 
 from sleep_jax.config import AttentionConfig, FastConfig, ModelConfig, SleepConfig
-from sleep_jax.pretrained.fields import Fields, PretrainedError, rope_theta
+from sleep_jax.pretrained import published
+from sleep_jax.pretrained.dense import ACTIVATIONS
+from sleep_jax.pretrained.fields import LARGEST, LAYERS, LONGEST_WINDOW, Fields, rope_theta, shown
 
-ARCHITECTURE = "JetNemotronForCausalLM"
+ARCHITECTURE = published.JET_NEMOTRON
 SLEEP_2B = SleepConfig(first_block=7, last_block=21)
 
 
 def read_config(fields: Fields) -> dict[str, Any]:
   """The architecture in `config.json`, as fields of `ModelConfig`."""
-  groups = fields.group("efficient_attention_config")
-  kinds = fields.names("layer_types", fields.size("num_hidden_layers"), ("jet", "attn", "swa"))
+  count = fields.size("num_hidden_layers", most=LAYERS)
+  kinds = fields.names("layer_types", count, ("jet", "attn", "swa"), "attn")
   attention: dict[str, Any] = {}
   fast = FastConfig()
-  if "swa" in kinds:
-    swa = groups.group("swa")
-    attention["swa_window"] = swa.size("window_size")
-    swa.finish()
-  if "jet" in kinds:
-    fast = _fast(groups.group("jet"))
-  groups.finish(("swa", "jet"))
-  fields.only("hidden_act", ("silu",), "the MLP is SwiGLU")
-  fields.only("use_mrope", (None, False), "positions are one-dimensional")
-  fields.only("sliding_window", (None,), "the window stands in efficient_attention_config")
-  fields.only("use_sliding_window", (None, False), "the window stands in efficient_attention_config")
+  if "swa" in kinds or "jet" in kinds:
+    groups = fields.group("efficient_attention_config")
+    if "swa" in kinds:
+      swa = groups.group("swa")
+      attention["swa_window"] = swa.size("window_size", most=LONGEST_WINDOW)
+      swa.finish()
+    if "jet" in kinds:
+      fast = _fast(groups.group("jet", published.JET_BLOCK))
+    groups.skip("swa", "jet")
+    groups.finish()
+  fields.skip("efficient_attention_config")
+  fields.only("hidden_act", ACTIVATIONS, "the MLP is SwiGLU")
+  fields.only("sliding_window", (), "the window stands in efficient_attention_config")
+  fields.only("use_sliding_window", (False,), "the window stands in efficient_attention_config")
+  for name in ("attention_bias", "mlp_bias"):
+    fields.only(name, (False,), "only queries, keys and values of attention have a bias")
+  if fields.given("head_dim"):
+    attention["head_dim"] = fields.size("head_dim")
+  fields.skip("head_dim")
+  heads = fields.size("num_attention_heads")
   return {
     "vocab_size": fields.size("vocab_size"),
     "embed_dim": fields.size("hidden_size"),
     "mlp_dim": fields.size("intermediate_size"),
     "blocks": kinds,
-    "norm_eps": fields.get("rms_norm_eps", float),
+    "norm_eps": fields.positive("rms_norm_eps"),
     "tied_embeddings": fields.get("tie_word_embeddings", bool),
     "attention": AttentionConfig(
-      num_heads=fields.size("num_attention_heads"),
-      num_kv_heads=fields.size("num_key_value_heads"),
+      num_heads=heads,
+      num_kv_heads=fields.size("num_key_value_heads", heads),
       rope_theta=rope_theta(fields),
       qk_norm=False,
       bias=True,
@@ -50,16 +61,31 @@ def read_config(fields: Fields) -> dict[str, Any]:
 
 def _fast(jet: Fields) -> FastConfig:
   """Sizes of the JetBlocks. The width of a value is rounded: expand_v is a decimal of few digits."""
-  heads, key = jet.size("num_heads"), jet.size("head_dim")
-  value, rest = divmod(round(heads * key * jet.get("expand_v", float)), heads)
-  if rest or value < 1:
-    raise PretrainedError(f"{jet.where}: num_heads x head_dim x expand_v must be a multiple of num_heads")
-  jet.only("norm_eps", ("1e-5", 1e-5), "the output norm's epsilon is 1e-5")
+  heads, key, expand = jet.size("num_heads"), jet.size("head_dim"), jet.positive("expand_v")
+  wide = heads * key * expand
+  if not 1 <= wide <= LARGEST:
+    raise jet.error("expand_v", f"x num_heads x head_dim must lie in 1..{LARGEST}, got {wide}")
+  value, rest = divmod(round(wide), heads)
+  if rest or abs(wide - heads * value) > 1e-5 * wide:
+    raise jet.error("expand_v", f"x num_heads x head_dim must be a multiple of num_heads, got {wide}")
   for name in ("mode", "dconv_implementation"):
-    jet.get(name, str, "")  # names a kernel, not another result
+    jet.get(name, str)  # names a kernel, not another result
   taps, reduction = jet.size("conv_size"), jet.size("dconv_generator_reduction")
+  eps = _decimal(jet, "norm_eps")
   jet.finish()
-  return FastConfig(heads, key, value, conv_size=taps, generator_reduction=reduction)
+  return FastConfig(heads, key, value, conv_size=taps, generator_reduction=reduction, out_norm_eps=eps)
+
+
+def _decimal(fields: Fields, name: str) -> float:
+  """A number above 0 that may stand there as text, as the published `norm_eps` does."""
+  value = fields.values.get(name)
+  if isinstance(value, str):
+    fields.skip(name)
+    try:
+      fields = Fields({name: float(value)}, fields.where, prefix=fields.prefix)
+    except ValueError:
+      raise fields.error(name, f"must be a number, got {shown(value)}") from None
+  return fields.positive(name)
 
 
 def _published(hidden: int, mlp: int, heads: int, kinds: list[str], jet: dict[str, Any], swa: int) -> dict:

@@ -1,51 +1,54 @@
-"""From a folder in published format to a config and a tree of weights, and back, to the bit."""
+"""From a folder of safetensors and `config.json` to a config and a tree of weights."""
 
+import contextlib
 import dataclasses
 import functools
-import json
-import math
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import config, model, params, sharding
-from sleep_jax.config import ModelConfig
-from sleep_jax.pretrained import dense, jet_nemotron, ouro, safetensors_io, weight_map
-from sleep_jax.pretrained.fields import Fields, PretrainedError
+from sleep_jax import config, layers, model, params, rules, sharding
+from sleep_jax.config import ConfigError, ModelConfig
+from sleep_jax.pretrained import (
+  dense,
+  files,
+  jet_nemotron,
+  ouro,
+  own_format,
+  published,
+  safetensors_io,
+  weight_map,
+)
+from sleep_jax.pretrained.fields import LARGEST, Fields, PretrainedError, listing, shown
 
 ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
-  jet_nemotron.ARCHITECTURE: jet_nemotron.read_config,
-  ouro.ARCHITECTURE: ouro.read_config,
-  dense.QWEN2: functools.partial(dense.read_config, bias=True),
-  dense.LLAMA: functools.partial(dense.read_config, bias=False),
+  published.JET_NEMOTRON: jet_nemotron.read_config,
+  published.OURO: ouro.read_config,
+  published.QWEN2: functools.partial(dense.read_config, bias=True),
+  published.LLAMA: functools.partial(dense.read_config, bias=False),
 }
+CONFIG = "config.json"
 # What is added to a model lies beside it, so that the rest stays what was published.
 MEMORY_CONFIG, MEMORY_TENSORS = "memory.json", "memory.safetensors"
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-COMPANIONS = (
-  "tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json merges.txt generation_config.json"
-  " LICENSE".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint in published format, opened and checked: its headers agree with its config.
+  """A checkpoint that was opened and checked: its headers agree with its config.
 
   Attributes:
     folder: where it lies.
     config: `config.json`.
     model: the architecture.
-    tensors: of the published model.
+    tensors: of the model.
     memory: of added blocks; None without.
-    ignore: fields of `config` that are known to change nothing.
+    ignore: dotted names of unknown fields of `config` that change nothing.
   """
 
   folder: pathlib.Path
@@ -55,47 +58,79 @@ class Source:
   memory: safetensors_io.Tensors | None = None
   ignore: tuple[str, ...] = ()
 
+  @property
+  def own(self) -> bool:
+    """Whether the checkpoint is in our own format, not in a published one."""
+    return own_format.is_own(self.config)
+
+  def entries(self, cfg: ModelConfig | None = None) -> list[weight_map.Entry]:
+    """The weights of a model (by default this one) with their names in files like these."""
+    cfg = self.model if cfg is None else cfg
+    return weight_map.plain_entries(cfg) if self.own else weight_map.entries(cfg)
+
+  def stored_name(self, name: str) -> str:
+    """The tensor that holds a weight. A tied model may have its embedding under the head's name alone."""
+    tied = self.model.tied_embeddings and not self.own
+    return HEAD if tied and name == EMBED and EMBED not in self.tensors.files else name
+
+  @property
+  def repeated(self) -> str | None:
+    """The head's name, if the model is tied and holds the embedding under that name as well."""
+    both = HEAD in self.tensors.files and EMBED in self.tensors.files
+    return HEAD if both and self.model.tied_embeddings and not self.own else None
+
+  @property
+  def buffers(self) -> list[str]:
+    """Tensors that are no parameters."""
+    return [] if self.own else [n for n, s in self.tensors.shapes.items() if published.is_buffer(n, s)]
+
 
 def open_source(folder: str | os.PathLike, *, ignore: Collection[str] = (), **changes: Any) -> Source:
   """Reads config and headers, no weights.
 
   Args:
-    folder: with `config.json` and safetensors.
-    ignore: fields of `config.json` that are known to change nothing, beside those known here.
+    folder: with `config.json` and safetensors; in published format or in our own.
+    ignore: dotted names of unknown fields of `config.json` that change nothing:
+      `rope_parameters.mrope_section`.
     changes: fields of `ModelConfig` that a checkpoint does not say, or is to be run with: `window`, `dtype`,
-      `predict_passes`. L is 2000 unless changed, more if a sliding layer needs it.
+      `predict_passes`. Of a published checkpoint, L is 2000 unless changed, more if a sliding layer needs it.
 
   Raises:
-    PretrainedError: if the architecture is unknown, a field or tensor unknown, missing or misshapen.
+    PretrainedError: if the architecture is unknown, a field or tensor is unknown, missing or misshapen, or a
+      file is damaged, missing or lies outside of the folder.
     ConfigError: if the fields do not fit each other.
   """
   folder = pathlib.Path(folder)
-  if not folder.is_dir():
+  if not files.is_folder(folder):
     raise PretrainedError(f"{folder}: there is no such folder")
-  published = safetensors_io.read_json(folder / "config.json")
-  names = published.get("architectures")
-  name = names[0] if isinstance(names, list) and len(names) == 1 else names
-  if not isinstance(name, str) or name not in ARCHITECTURES:
-    raise PretrainedError(f"config.json: unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
-  fields = Fields(published, "config.json")
-  fields.only("attention_dropout", (None, 0, 0.0), "there is no dropout")
-  values = ARCHITECTURES[name](fields)
-  fields.finish(ignore)
+  values = files.read_json(folder / CONFIG)
+  if own_format.is_own(values):
+    with _blamed(CONFIG):
+      cfg = own_format.read_config(values)
+    cfg = config.replace(cfg, **changes)
+    source = Source(folder, values, cfg, safetensors_io.Tensors(folder), None, tuple(ignore))
+    _check_tensors(source, {})
+    return source
+  fields = _fields(values, ignore)
+  with _blamed(CONFIG, fields):
+    said = ARCHITECTURES[_architecture(values)](fields)
+    fields.finish()
+    cfg = ModelConfig(**{"window": max(2000, said["attention"].swa_window or 0), **said})
   memory = None
-  if (folder / MEMORY_CONFIG).exists():
-    values |= _memory_fields(safetensors_io.read_json(folder / MEMORY_CONFIG), values["blocks"])
+  if files.is_there(folder / MEMORY_CONFIG):
+    with _blamed(MEMORY_CONFIG):
+      cfg = dataclasses.replace(cfg, **_memory_fields(files.read_json(folder / MEMORY_CONFIG), cfg.blocks))
     memory = safetensors_io.Tensors(folder, MEMORY_TENSORS)
-  window = max(2000, values["attention"].swa_window or 0)
-  cfg = ModelConfig(**{"window": window, **values, **changes})
-  source = Source(folder, published, cfg, safetensors_io.Tensors(folder), memory, tuple(ignore))
-  _check_tensors(source)
+  cfg = dataclasses.replace(cfg, **changes)
+  source = Source(folder, values, cfg, safetensors_io.Tensors(folder), memory, tuple(ignore))
+  _check_tensors(source, fields.assumed)
   return source
 
 
 def load(
   folder: str | os.PathLike, *, param_dtype: str = "float32", ignore: Collection[str] = (), **changes: Any
 ) -> tuple[ModelConfig, model.Params, Source]:
-  """A checkpoint as a config and weights, each put tensor by tensor where the mesh that is set wants it.
+  """A checkpoint as a config and weights. Each tensor goes where the mesh that is set wants it.
 
   On the host there is never more than one open shard and one tensor (and its copy in another dtype).
 
@@ -110,104 +145,77 @@ def load(
   config.one_of(param_dtype, ("float32", "bfloat16"), "param_dtype")
   source = open_source(folder, ignore=ignore, **changes)
   declared = model.declare(source.model)
-  files = {**source.tensors.files, **({} if source.memory is None else source.memory.files)}
+  places = {**source.tensors.files, **({} if source.memory is None else source.memory.files)}
   placed = {}
-  for entry in sorted(weight_map.entries(source.model), key=lambda e: (e.memory, files[e.name])):
-    tensors = source.memory if entry.memory else source.tensors
+  for entry in sorted(source.entries(), key=lambda e: (e.memory, places[source.stored_name(e.name)])):
     dtype = jnp.dtype(param_dtype if entry.weight.decay else "float32")
-    placed[entry.path] = _place(entry.to_ours(tensors.read(entry.name)), entry.weight, dtype)
-  if _repeats_the_embedding(source):
-    same = np.array_equal(source.tensors.read(HEAD), source.tensors.read(EMBED))
-    config.check(same, HEAD, "differs from the embedding, to which config.json ties it")
+    placed[entry.path] = _place(entry.to_ours(read(source, entry)), entry.weight, dtype)
+  _check_repeated(source)
   paths, treedef = jax.tree_util.tree_flatten_with_path(declared, is_leaf=params.is_weight)
   return source.model, jax.tree.unflatten(treedef, [placed[params.name_of(p)] for p, _ in paths]), source
 
 
-def export(
-  folder: str | os.PathLike,
-  cfg: ModelConfig,
-  weights: model.Params,
-  source: Source,
-  *,
-  dtype: str = "published",
-) -> None:
-  """Writes weights in the format of `source`: its names, shapes, dtypes, shards and config.
-
-  Weights that were loaded in a dtype at least as wide come out bit-equal. Added blocks go to
-  `memory.safetensors` (float32; `memory.layers.{j}.` and the names of a JetBlock) with their places and sizes
-  in `memory.json`; the other files stay a checkpoint that other programs read.
-
-  Args:
-    folder: must not exist. It appears when it is complete, or not at all.
-    cfg: of the weights.
-    weights: the tree.
-    source: the checkpoint that the weights come from.
-    dtype: `published`: each tensor's in `source`, to which trained weights are rounded. `float32`: of all
-      tensors, which loses nothing; `config.json` then says so.
-
-  Raises:
-    PretrainedError: if `folder` exists, or the model is not that of `source`, additions aside.
-  """
-  config.one_of(dtype, ("published", "float32"), "dtype")
-  folder = pathlib.Path(folder)
-  if folder.exists():
-    raise PretrainedError(f"{folder}: exists already")
-  kinds = {n: "F32" if dtype == "float32" else kind for n, kind in source.tensors.dtypes.items()}
-  entries = {e.name: e for e in weight_map.entries(cfg)}
-  flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
-  wanted = {name: e.shape for name, e in entries.items() if not e.memory}
-  there = {
-    n: s for n, s in source.tensors.shapes.items() if n in wanted or not _repeats_the_embedding(source)
-  }
-  if wanted != {n: s for n, s in there.items() if n != HEAD or HEAD in wanted}:
-    raise PretrainedError(f"{folder}: the weights are not those of a model like {source.folder}")
-
-  def get(name: str) -> np.ndarray:
-    entry = entries[EMBED if name == HEAD and HEAD not in entries else name]
-    return entry.to_published(np.asarray(jax.device_get(flat[entry.path])))
-
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  made = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-  try:
-    for file in sorted(set(source.tensors.files.values())):
-      inside = [name for name, f in source.tensors.files.items() if f == file]
-      safetensors_io.write(made / file, {n: (kinds[n], source.tensors.shapes[n]) for n in inside}, get)
-    if memory := {n: ("F32", e.shape) for n, e in entries.items() if e.memory}:
-      safetensors_io.write(made / MEMORY_TENSORS, memory, get)
-      (made / MEMORY_CONFIG).write_text(json.dumps(_memory_json(cfg), indent=2) + "\n", encoding="utf-8")
-    for name in ("config.json", safetensors_io.INDEX, *COMPANIONS):
-      if (source.folder / name).is_file():
-        shutil.copyfile(source.folder / name, made / name)
-    if kinds != source.tensors.dtypes:
-      _say_float32(made, source)
-    os.chmod(made, 0o755)
-    os.rename(made, folder)
-  finally:
-    shutil.rmtree(made, ignore_errors=True)
+def read(source: Source, entry: weight_map.Entry) -> np.ndarray:
+  """The tensor of a weight, as it is stored."""
+  tensors = source.memory if entry.memory else source.tensors
+  return tensors.read(source.stored_name(entry.name))
 
 
 def differing(source: Source, weights: model.Params) -> list[str]:
   """Names of the tensors that do not hold what `weights` do, to the bit in float32; read one at a time."""
   flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
-  told = []
-  for entry in weight_map.entries(source.model):
-    stored = (source.memory if entry.memory else source.tensors).read(entry.name)
+  names = []
+  for entry in source.entries():
+    stored = read(source, entry)
     wanted = entry.to_published(np.asarray(jax.device_get(flat[entry.path]), np.float32))
     if not np.array_equal(np.float32(stored).view(np.uint32), np.ascontiguousarray(wanted).view(np.uint32)):
-      told.append(entry.name)
-  return told
+      names.append(entry.name)
+  return names
 
 
-def _say_float32(folder: pathlib.Path, source: Source) -> None:
-  """Corrects what the copied files say of dtypes and sizes."""
-  named = {name: "float32" for name in ("torch_dtype", "dtype") if name in source.config}
-  written = {"config.json": source.config | named}
-  if source.tensors.index is not None:
-    total = sum(4 * math.prod(shape) for shape in source.tensors.shapes.values())
-    told = source.tensors.index.get("metadata") or {}
-    written[safetensors_io.INDEX] = source.tensors.index | {"metadata": told | {"total_size": total}}
-  for name, values in written.items():
-    (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _architecture(values: dict[str, Any]) -> str:
+  """The name of the architecture: `architectures`, or where that is absent what `model_type` stands for."""
+  names, kind = values.get("architectures"), values.get("model_type")
+  by_type = {family.model_type: name for name, family in published.FAMILIES.items()}
+  if names is None and isinstance(kind, str) and kind in by_type:
+    return by_type[kind]
+  name = names[0] if isinstance(names, list) and len(names) == 1 else names
+  if not isinstance(name, str) or name not in ARCHITECTURES:
+    raise PretrainedError(f"{CONFIG}: unknown architecture {shown(name)}; known: {', '.join(ARCHITECTURES)}")
+  wanted = published.FAMILIES[name].model_type
+  if kind is not None and kind != wanted:
+    raise PretrainedError(f"{CONFIG}: model_type = {shown(kind)} is not supported ({name} is {wanted!r})")
+  return name
+
+
+def _fields(values: dict[str, Any], ignore: Collection[str]) -> Fields:
+  """The fields of a published `config.json`, of which those are checked that all architectures share."""
+  family = published.FAMILIES[_architecture(values)]
+  fields = Fields(values, CONFIG, defaults=family.defaults, ignore=ignore)
+  for name, (allowed, why) in published.SETTLED.items():
+    fields.only(name, allowed, why)
+  return fields
+
+
+@contextlib.contextmanager
+def _blamed(file: str, fields: Fields | None = None) -> Iterator[None]:
+  """Names the file in the error of a config that it gives, and the defaults that went into it."""
+  try:
+    yield
+  except PretrainedError:
+    raise
+  except (ConfigError, OverflowError) as e:
+    clause = "" if fields is None else _assumptions(fields.assumed, fields.values)
+    raise PretrainedError(f"{file}: {' '.join(str(e).split())}{clause}") from e
+
+
+def _assumptions(assumed: dict[str, Any], values: dict[str, Any]) -> str:
+  """A clause that says which sizes were taken from the published defaults; empty if none were."""
+  if not assumed:
+    return ""
+  source = published.FAMILIES[_architecture(values)].source.rpartition(" ")[2]
+  said = listing([f"{name} = {value}" for name, value in sorted(assumed.items())])
+  return f" (where {CONFIG} says nothing, the defaults of {source} hold: {said})"
 
 
 def _place(x: np.ndarray, weight: params.Weight, dtype: jnp.dtype) -> jax.Array:
@@ -219,20 +227,24 @@ def _place(x: np.ndarray, weight: params.Weight, dtype: jnp.dtype) -> jax.Array:
   return jax.make_array_from_callback(x.shape, layout, lambda index: np.ascontiguousarray(x[index], dtype))
 
 
-def _repeats_the_embedding(source: Source) -> bool:
-  return source.model.tied_embeddings and HEAD in source.tensors.files
+def _check_repeated(source: Source) -> None:
+  """Refuses a tied model whose file holds a head that is not the embedding."""
+  if source.repeated is not None:
+    same = np.array_equal(source.tensors.read(HEAD), source.tensors.read(EMBED))
+    config.check(same, HEAD, "differs from the embedding, to which config.json ties it")
 
 
-def _check_tensors(source: Source) -> None:
-  """Refuses missing, unexpected and misshapen tensors, all in one message."""
-  entries = weight_map.entries(source.model)
+def _check_tensors(source: Source, assumed: dict[str, Any]) -> None:
+  """Refuses missing, unexpected and misshapen tensors, all in one message; and buffers that say otherwise."""
   problems = []
   for memory, tensors in ((False, source.tensors), (True, source.memory)):
     if tensors is None:
       continue
-    wanted = {e.name: e.shape for e in entries if e.memory == memory}
-    if not memory and _repeats_the_embedding(source):
-      wanted[HEAD] = wanted[EMBED]
+    wanted = {source.stored_name(e.name): e.shape for e in source.entries() if e.memory == memory}
+    if not memory:
+      if source.repeated is not None:
+        wanted[HEAD] = wanted[EMBED]
+      wanted |= {name: tensors.shapes[name] for name in source.buffers}
     there = tensors.shapes
     missing, unexpected = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
     misshapen = [
@@ -241,17 +253,42 @@ def _check_tensors(source: Source) -> None:
       if there[n] != wanted[n]
     ]
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
-      problems += [f"{kind}: {safetensors_io.listing(names)}"] if names else []
+      problems += [f"{kind}: {listing(names)}"] if names else []
   if problems:
-    raise PretrainedError(f"{source.folder}: tensors do not fit config.json; {'; '.join(problems)}")
+    clause = _assumptions(assumed, source.config)
+    raise PretrainedError(f"{source.folder}: tensors do not fit config.json; {'; '.join(problems)}{clause}")
+  _check_absent(source)
+  _check_buffers(source)
 
 
-def _memory_json(cfg: ModelConfig) -> dict[str, Any]:
-  """Places and sizes of added blocks."""
-  return {
-    "blocks": {str(i): cfg.blocks[i] for i in cfg.without_mlp},
-    "fast": config.to_dict(dataclasses.replace(cfg.fast, kernel=None)),
-  }
+def _check_absent(source: Source) -> None:
+  """Refuses an index that names tensors which no shard holds, unless nobody needs them."""
+  needless = {HEAD, EMBED} if source.model.tied_embeddings else set()
+  lacking = [n for n in source.tensors.absent if n not in needless and not published.is_buffer(n, ())]
+  if lacking:
+    raise PretrainedError(
+      f"{safetensors_io.INDEX}: weight_map and the shards disagree about {listing(lacking)}"
+    )
+
+
+def _check_buffers(source: Source) -> None:
+  """Refuses stored frequencies of rotary angles that are not those which config.json says.
+
+  Older programs read them, so that a model can depend on them. They may be rounded to the dtype of the file,
+  and scaled already or not.
+  """
+  attention, half = source.model.attention, source.model.head_dim // 2
+  for name in source.buffers:
+    if not name.endswith("inv_freq"):
+      continue
+    if source.tensors.shapes[name] != (half,):
+      raise PretrainedError(f"{name}: must have shape [{half}], half of head_dim")
+    stored = np.asarray(source.tensors.read(name), np.float64)
+    plain = attention.rope_theta ** (-np.arange(half) / half)
+    scaled = layers.scaled(jnp.asarray(plain, jnp.float32), attention.rope_scaling)
+    if not any(np.allclose(stored, x, rtol=2.0**-7, atol=2.0**-24) for x in (plain, np.asarray(scaled))):
+      theta = f"rope_theta = {attention.rope_theta} in config.json"
+      raise PretrainedError(f"{name}: differs from what {theta} gives")
 
 
 def _memory_fields(values: dict[str, Any], blocks: tuple[str, ...]) -> dict[str, Any]:
@@ -261,10 +298,31 @@ def _memory_fields(values: dict[str, Any], blocks: tuple[str, ...]) -> dict[str,
   numbers = {str(i) for i in range(size)}
   if set(values) != {"blocks", "fast"} or not isinstance(added, dict) or not set(added) <= numbers:
     raise PretrainedError(f"{MEMORY_CONFIG}: must hold blocks (number below {size} -> kind) and fast")
+  for number, kind in added.items():
+    known = isinstance(kind, str) and kind in rules.RULES
+    names = ", ".join(rules.RULES)
+    config.check(known, f"{MEMORY_CONFIG}: blocks.{number}", f"= {shown(kind)} is not one of {names}")
   rest = iter(blocks)
   return {
-    "blocks": tuple(str(added[str(i)]) if str(i) in added else next(rest) for i in range(size)),
+    "blocks": tuple(added[str(i)] if str(i) in added else next(rest) for i in range(size)),
     "without_mlp": tuple(sorted(map(int, added))),
-    "fast": config.from_dict(config.FastConfig, values["fast"], f"{MEMORY_CONFIG}: fast."),
+    "fast": _memory_sizes(values["fast"]),
     "predict_passes": 1,
+    "exit_threshold": None,
   }
+
+
+def _memory_sizes(values: Any) -> config.FastConfig:
+  """The sizes of added layers."""
+  where = f"{MEMORY_CONFIG}: fast"
+  if not isinstance(values, dict):
+    raise PretrainedError(f"{where} must be an object, got {shown(values)}")
+  for name, value in values.items():
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(x, (int, float)) and not abs(x) <= LARGEST for x in numbers):
+      raise PretrainedError(
+        f"{where}.{listing([name])} must lie in -{LARGEST}..{LARGEST}, got {shown(value)}"
+      )
+  if values.get("kernel") is not None:
+    raise PretrainedError(f"{where}.kernel must be null, got {shown(values['kernel'])}")
+  return config.from_dict(config.FastConfig, values, f"{where}.")

@@ -7,9 +7,11 @@ passes asleep and one awake: `predict_passes=1`, with fast weights added by `add
 from typing import Any
 
 from sleep_jax.config import AttentionConfig, ModelConfig
-from sleep_jax.pretrained.fields import Fields, rope_theta
+from sleep_jax.pretrained import published
+from sleep_jax.pretrained.dense import ACTIVATIONS, full_attention
+from sleep_jax.pretrained.fields import LAYERS, PASSES, Fields, rope_theta
 
-ARCHITECTURE = "OuroForCausalLM"
+ARCHITECTURE = published.OURO
 
 
 def read_config(fields: Fields) -> dict[str, Any]:
@@ -18,28 +20,28 @@ def read_config(fields: Fields) -> dict[str, Any]:
   `early_exit_threshold` = 1 means the last loop, which is what None forces: in bfloat16 the sum of
   probabilities can round up to 1 before.
   """
-  count = fields.size("num_hidden_layers")
-  fields.names("layer_types", count, ("full_attention",), "full_attention")
-  fields.only("hidden_act", ("silu",), "the MLP is SwiGLU")
-  fields.only("use_sliding_window", (None, False), "attention is full")
-  fields.only("sliding_window", (None,), "attention is full")
-  threshold = fields.get("early_exit_threshold", float, 1.0)
+  count = fields.size("num_hidden_layers", most=LAYERS)
+  full_attention(fields, count)
+  fields.only("hidden_act", ACTIVATIONS, "the MLP is SwiGLU")
+  for name in ("attention_bias", "mlp_bias"):
+    fields.only(name, (False,), "nothing but the exit gate has a bias")
+  threshold, heads = fields.positive("early_exit_threshold"), fields.size("num_attention_heads")
   return {
     "vocab_size": fields.size("vocab_size"),
     "embed_dim": fields.size("hidden_size"),
     "mlp_dim": fields.size("intermediate_size"),
     "blocks": ("attn",) * count,
-    "norm_eps": fields.get("rms_norm_eps", float),
+    "norm_eps": fields.positive("rms_norm_eps"),
     "norm_placement": "sandwich",
     "norm_cast": "first",
     "loop_norm": True,
     "tied_embeddings": fields.get("tie_word_embeddings", bool),
-    "predict_passes": fields.size("total_ut_steps"),
+    "predict_passes": fields.size("total_ut_steps", most=PASSES),
     "exit_gate": True,
     "exit_threshold": None if threshold >= 1 else threshold,
     "attention": AttentionConfig(
-      num_heads=(heads := fields.size("num_attention_heads")),
-      num_kv_heads=fields.size("num_key_value_heads"),
+      num_heads=heads,
+      num_kv_heads=fields.size("num_key_value_heads", heads),
       head_dim=fields.size("head_dim", fields.size("hidden_size") // heads),
       rope_theta=rope_theta(fields),
       qk_norm=False,

@@ -49,7 +49,6 @@ _BLOCK = {
   "mixer/conv_w2": "self_attn.dynamic_conv1d.kernel_generator.w2.weight",
   "mixer/conv_b2": "self_attn.dynamic_conv1d.kernel_generator.w2.bias",
 }
-_AS_THEY_ARE = ("embed",)
 _VECTORS = ("norm", "bias", "A_log", "conv_b2", "exit_gate/b")  # how the names of our vectors end
 
 
@@ -58,57 +57,74 @@ class Entry:
   """One tensor.
 
   Attributes:
-    name: as published.
-    path: ours, as `blocks/0/mixer/q`.
+    name: in the file.
+    path: of our weight, as `blocks/0/mixer/q`.
     weight: its declaration.
-    memory: whether it belongs to a block that was added (`ModelConfig.without_mlp`).
+    memory: whether it belongs to a block that was added (`ModelConfig.without_mlp`) and lies in a file beside
+      the published ones.
+    published: whether it has the published layout; otherwise it lies in the file as it is here.
   """
 
   name: str
   path: str
   weight: params.Weight
   memory: bool = False
+  published: bool = True
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """As published."""
+    """In the file."""
     ours, n = self.weight.shape, self.weight.num_in
-    if self.path in _AS_THEY_ARE:
+    if not self.published or self.path == "embed":
       return ours
     if self.path.endswith(_VECTORS):
       return (math.prod(ours),)
     return (math.prod(ours[n:]), math.prod(ours[:n]))
 
   def to_ours(self, x: np.ndarray) -> np.ndarray:
-    """A published tensor in our layout; a view."""
-    flat = x if len(self.shape) == 1 or self.path in _AS_THEY_ARE else x.T
-    return flat.reshape(self.weight.shape)
+    """A tensor of the file in our layout; a view."""
+    return (x.T if self._turned else x).reshape(self.weight.shape)
 
   def to_published(self, x: np.ndarray) -> np.ndarray:
-    """Our array in the published layout."""
-    if len(self.shape) == 1 or self.path in _AS_THEY_ARE:
-      return x.reshape(self.shape)
-    return x.reshape(self.shape[::-1]).T
+    """Our array in the file's layout."""
+    return x.reshape(self.shape[::-1]).T if self._turned else x.reshape(self.shape)
+
+  @property
+  def _turned(self) -> bool:
+    return self.published and self.path != "embed" and len(self.shape) == 2
 
 
 def entries(cfg: ModelConfig) -> list[Entry]:
-  """Every weight of a model, with its published name.
+  """Every weight of a model of a published architecture, with its published name.
 
   Added blocks are `memory.layers.{j}.*`, counted from 0, with the names that a JetBlock has; the others keep
-  the numbers that they had before.
+  the numbers that they had before. What a JetBlock lacks (the short convolutions of a `gdn` block, say) has
+  our name and our layout.
   """
   numbers, memories = {}, {}
   for i in range(len(cfg.blocks)):
     group = memories if i in cfg.without_mlp else numbers
     group[str(i)] = len(group)
   found = []
-  paths, _ = jax.tree_util.tree_flatten_with_path(model.declare(cfg), is_leaf=params.is_weight)
-  for path, weight in paths:
-    ours = params.name_of(path)
+  for ours, weight in _declared(cfg):
     if not ours.startswith("blocks/"):
       found.append(Entry(_MODEL[ours], ours, weight))
       continue
     _, i, inner = ours.split("/", 2)
-    prefix = f"memory.layers.{memories[i]}" if i in memories else f"model.layers.{numbers[i]}"
-    found.append(Entry(f"{prefix}.{_BLOCK[inner]}", ours, weight, i in memories))
+    if i in numbers:
+      found.append(Entry(f"model.layers.{numbers[i]}.{_BLOCK[inner]}", ours, weight))
+      continue
+    name = _BLOCK.get(inner, f"self_attn.{inner.rpartition('/')[2]}")
+    found.append(Entry(f"memory.layers.{memories[i]}.{name}", ours, weight, True, inner in _BLOCK))
   return found
+
+
+def plain_entries(cfg: ModelConfig) -> list[Entry]:
+  """Every weight of any model under our own name, with dots for slashes, in our own layout."""
+  return [Entry(ours.replace("/", "."), ours, weight, published=False) for ours, weight in _declared(cfg)]
+
+
+def _declared(cfg: ModelConfig) -> list[tuple[str, params.Weight]]:
+  """Name and declaration of every weight."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(model.declare(cfg), is_leaf=params.is_weight)
+  return [(params.name_of(path), weight) for path, weight in paths]

@@ -13,7 +13,6 @@ Nothing is ever unpickled: a checkpoint holds arrays and JSON. Several processes
 together if they share the directory; then every method but `poll` is collective.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -25,23 +24,24 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sleep_jax.runtime import processes
-from sleep_jax.runtime.checkpoint_files import (
-  TRASH,
+from sleep_jax.runtime.checkpoint_files import TRASH, CheckpointFiles
+from sleep_jax.runtime.files import LostError, RunFailedError, is_mistake, shown, why
+from sleep_jax.runtime.manifest import (
   CheckpointError,
-  CheckpointFiles,
+  SaveError,
   describe,
   differences,
   read_manifest,
   some,
 )
+from sleep_jax.runtime.run_config import RunConfig
+from sleep_jax.runtime.state_tree import flatten, is_key, key_impl, non_finite, sharding
 
-__all__ = ["CheckpointError", "Checkpoints"]
+__all__ = ["CheckpointError", "Checkpoints", "SaveError"]
 
 
 class Checkpoints:
@@ -53,18 +53,21 @@ class Checkpoints:
     *,
     keep: int = 3,
     read_only: bool = False,
+    config: RunConfig | None = None,
     report: Callable[[str], None] = logging.warning,
   ):
     """Opens a directory of checkpoints, made if absent, and clears up what a killed run left behind.
 
     Args:
-      directory: a local or shared file system path; one writer at a time.
+      directory: a local or shared file system path, of any name; one writer at a time.
       keep: how many of the newest steps stay; at least 1.
       read_only: restore only; nothing is made, moved or deleted, so a running trainer is not disturbed.
+      config: of the run. Every step names it, and a step that names another one is refused. None: neither.
       report: takes one line about a damaged step or a failed save.
 
     Raises:
       CheckpointError: if `directory` cannot be used, or a step in it is a symbolic link.
+      SaveError: if its disk is full or does not work.
     """
     if keep < 1:
       raise CheckpointError(f"keep must be at least 1, got {keep}")
@@ -73,16 +76,11 @@ class Checkpoints:
     self._pending: _Pending | None = None
     self._failed: str | None = None  # why the last save failed, until another one succeeds
     self._news: list[int] = []
-    self._files = CheckpointFiles(self.directory, report, read_only)
+    self._files = CheckpointFiles(self.directory, report, read_only=read_only, config=config)
+    self._shared(self._files.make)
+    self._guarded(self._files.open)
     self._shared(self._files.tidy)
-    options = ocp.CheckpointManagerOptions(todelete_subdir=TRASH, cleanup_tmp_directories=True)
-    try:
-      handler = ocp.PyTreeCheckpointHandler()
-      self._manager = (
-        None if read_only else ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
-      )
-    except (OSError, ValueError) as e:
-      raise CheckpointError(f"cannot use {self.directory} for checkpoints: {_one_line(e)}") from e
+    self._manager = None if read_only else self._open_manager()
     self._saved = self._files.saved()
 
   def __enter__(self) -> Self:
@@ -124,24 +122,27 @@ class Checkpoints:
       Whether a save was started: False if `step` is the latest saved step.
 
     Raises:
-      CheckpointError: if the state holds NaN, infinity or something that is no jax.Array; if `step` is older
-        than the latest; if two saves in a row failed.
+      CheckpointError: if the state holds something that is no jax.Array, or `step` is older than the latest.
+      SaveError: if the state holds NaN or infinity, or if two saves in a row failed.
+      LostError: if the directory was deleted, moved or replaced; see `rescue`.
     """
     if self._read_only:
-      raise CheckpointError(f"{self.directory} was opened for reading only; step {step} cannot be saved")
-    flat = _flatten(state)
+      raise CheckpointError(f"{self._name} was opened for reading only; step {step} cannot be saved")
+    self._shared(self._files.look_after)
+    return self._save(step, state, block)
+
+  def _save(self, step: int, state: Any, block: bool) -> bool:
+    flat = flatten(state)
     self._settle()
     if step == self.latest_step:
       return False
     if step < 0 or (self._saved and step < self.latest_step):
-      raise CheckpointError(
-        f"step {step} cannot be saved in {self.directory}: it holds step {self.latest_step}"
-      )
-    if self._files.path(step).exists():
-      raise CheckpointError(f"{self._files.path(step)} exists but is no finished checkpoint; restore first")
-    bad = _non_finite(flat)
+      raise CheckpointError(f"step {step} cannot be saved in {self._name}: it holds step {self.latest_step}")
+    if os.path.lexists(self._files.path(step)):
+      raise CheckpointError(f"{self._name}/{step} exists but is no finished checkpoint; restore first")
+    bad = non_finite(flat)
     if bad:
-      raise CheckpointError(
+      raise SaveError(
         f"step {step} is not saved, its state holds NaN or infinity in {some(bad)}; "
         f"the latest checkpoint remains step {self.latest_step}"
       )
@@ -149,6 +150,34 @@ class Checkpoints:
     if block or self._failed:
       self._settle()
     return True
+
+  def lost(self) -> str | None:
+    """What became of the directory, in one clause; None while it is where people look for it."""
+    return self._files.lost()
+
+  def rescue(self, step: int, state: Any) -> str:
+    """Saves `state` wherever that still can be, after the run's folder was lost; waits for it.
+
+    A folder that was moved is still held and can be written to; one that was deleted alone is made again in
+    its parent. With several processes nothing is tried: the others know nothing of the loss.
+
+    Returns:
+      A clause that says which step is saved, and where; or that nothing more could be.
+    """
+    try:
+      if jax.process_count() > 1:
+        raise CheckpointError("the other processes are still at work")
+      with contextlib.suppress(CheckpointError):
+        self._settle()
+      before = self._files.base
+      where = self._guarded(self._files.recover)
+      if self._files.base != before:
+        self._saved, self._manager = [], self._open_manager()
+      if step != self.latest_step:
+        self._save(step, state, block=True)
+      return f"step {step} is saved in {shown(where)}"
+    except (CheckpointError, RunFailedError) as e:
+      return f"nothing more can be saved: {e}"
 
   def poll(self) -> list[int]:
     """The steps saved since the last call, oldest first; never waits for a save that is still running."""
@@ -161,11 +190,11 @@ class Checkpoints:
     """Waits until the save in flight is saved.
 
     Raises:
-      CheckpointError: if it failed, and so did the second attempt or the state was donated meanwhile.
+      SaveError: if it failed, and so did the second attempt or the state was donated meanwhile.
     """
     self._settle()
     if self._failed:
-      raise CheckpointError(self._failed)
+      raise SaveError(self._failed)
     if not self._read_only and processes.primary():
       self._files.purge()
 
@@ -189,12 +218,12 @@ class Checkpoints:
       (step, state), or None if no step was ever saved here.
 
     Raises:
-      CheckpointError: if all steps are damaged (then nothing is moved), `step` is or was not saved, or the
-        saved arrays have other paths, shapes or dtypes than asked for.
+      CheckpointError: if all steps are damaged (then nothing is moved), if one is another run's, if `step` is
+        damaged or was not saved, or if the saved arrays have other paths, shapes or dtypes than asked for.
     """
     self._settle()
     if step is not None and not self._read_only:
-      raise CheckpointError(f"{self.directory} goes on from its newest step; step {step} can only be read")
+      raise CheckpointError(f"{self._name} goes on from its newest step; step {step} can only be read")
     choose = self._files.choose if step is None else functools.partial(self._files.chosen, step)
     step = self._shared(choose)
     if step is None:
@@ -202,23 +231,24 @@ class Checkpoints:
     if self._manager:
       self._manager.reload()
     self._saved = [s for s in self._files.saved() if s <= step]
-    wanted = _flatten(abstract_state, abstract=True)
+    wanted = flatten(abstract_state, abstract=True)
     misfit = differences(read_manifest(self._files.path(step))["tree"], describe(wanted), subset)
     if misfit:
-      raise CheckpointError(f"step {step} in {self.directory} does not fit: {misfit}")
+      raise CheckpointError(f"step {step} in {self._name} does not fit: {misfit}")
     item, arguments = {}, {}
     for path, leaf in wanted.items():
-      stored = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+      stored = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
       item[path] = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
-      arguments[path] = ocp.ArrayRestoreArgs(sharding=_sharding(path, leaf), global_shape=stored.shape)
+      arguments[path] = ocp.ArrayRestoreArgs(sharding=sharding(path, leaf), global_shape=stored.shape)
     try:
+      self._open_again(step, item)
       asked = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=subset)
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         flat = reader.restore(self._files.path(step) / "default", args=asked)
     except Exception as e:  # TensorStore raises bare Exceptions
-      raise CheckpointError(f"step {step} in {self.directory} cannot be read: {_one_line(e)}") from e
+      raise CheckpointError(f"step {step} in {self._name} cannot be read: {self._one_line(e)}") from e
     leaves = [
-      jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf.dtype)) if _is_key(leaf) else flat[path]
+      jax.random.wrap_key_data(flat[path], impl=key_impl(leaf.dtype)) if is_key(leaf) else flat[path]
       for path, leaf in wanted.items()
     ]
     return step, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -228,10 +258,11 @@ class Checkpoints:
   def _start(self, step: int, flat: dict[str, jax.Array]) -> None:
     tree = describe(flat)
     pending = self._pending = _Pending(step, flat)
+    data = {path: jax.random.key_data(x) if is_key(x) else x for path, x in flat.items()}
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), data)
     try:
       if processes.primary():
         self._files.begin(step)
-      data = {path: jax.random.key_data(x) if _is_key(x) else x for path, x in flat.items()}
       with jax.transfer_guard("allow"):  # the one place where the whole state is meant to leave the device
         if not self._manager.save(step, args=ocp.args.PyTreeSave(data), force=True):
           raise RuntimeError("Orbax declined to save it")
@@ -245,6 +276,7 @@ class Checkpoints:
             self._files.purge()
           self._manager.wait_until_finished()
           if processes.primary():
+            self._open_again(step, types)
             self._files.finish(step, tree)
           pending.flat = {}  # nothing to try again
       except BaseException as e:  # nothing may end this thread and look like a success
@@ -252,6 +284,21 @@ class Checkpoints:
 
     pending.thread = threading.Thread(target=finish, name=f"save-{step}")
     pending.thread.start()
+
+  def _open_again(self, step: int, types: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Opens arrays of a committed step; raises if one is not there, or not as wide and long as it should be.
+
+    What a reader has to allocate follows from the stored pieces: they are no larger than their arrays.
+    """
+    there = ocp.PyTreeCheckpointHandler().metadata(self._files.path(step) / "default").tree
+    for path, wanted in types.items():
+      if path not in there:
+        raise ValueError(f"{path} was not found when it was opened again")
+      found = there[path]
+      pieces = found.storage.chunk_shape if found.storage else found.shape
+      fits = all(piece <= max(size, 1) for piece, size in zip(pieces, wanted.shape, strict=True))
+      if (tuple(found.shape), found.dtype) != (wanted.shape, wanted.dtype) or not fits:
+        raise ValueError(f"{path} was opened again as {found.dtype}{list(found.shape)} in pieces {pieces}")
 
   def _settle(self) -> None:
     """Joins the save in flight, if any: books its success, or reports its failure and tries again."""
@@ -270,14 +317,16 @@ class Checkpoints:
       self._news.append(step)
       self._retire()
       return
-    reason = _one_line(pending.error) if pending.error else "it failed in another process"
-    second, free = self._failed is not None, shutil.disk_usage(self.directory).free
-    self._failed = f"step {step} was not saved: {reason} ({free / 1e6:.0f} MB free in {self.directory})"
+    reason = self._one_line(pending.error) if pending.error else "it failed in another process"
+    second, free = self._failed is not None, self._free()
+    self._failed = f"step {step} was not saved: {reason} ({free} in {self._name})"
     self._forget_errors()
+    if jax.process_count() == 1 and self.lost():
+      return  # that is what has to be said
     self._shared(lambda: self._files.clear_failed(step))
     self._manager.reload()
     if second:
-      raise CheckpointError(f"{self._failed}; it was the second attempt")
+      raise SaveError(f"{self._failed}; it was the second attempt")
     if gone:
       self._report(f"{self._failed}; its arrays were donated, the next save is the second attempt")
       return
@@ -298,16 +347,38 @@ class Checkpoints:
       with contextlib.suppress(FileNotFoundError):  # somebody else deleted it
         self._manager.delete(step)
 
-  def _shared(self, decide: Callable[[], int | None]) -> int | None:
-    """What process 0 decides; its CheckpointErrors are raised in every process."""
+  def _open_manager(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(todelete_subdir=TRASH)
+    try:
+      handler = ocp.PyTreeCheckpointHandler()
+      return ocp.CheckpointManager(self._files.base, options=options, item_handlers=handler)
+    except (OSError, ValueError) as e:
+      raise CheckpointError(f"cannot use {self._name} for checkpoints: {self._one_line(e)}") from e
 
-    def guarded() -> int | None:
-      try:
-        return decide()
-      except OSError as e:
-        raise CheckpointError(f"cannot use {self.directory} for checkpoints: {_one_line(e)}") from e
+  @property
+  def _name(self) -> str:
+    return shown(self.directory)
 
-    return processes.agree(guarded, CheckpointError)
+  def _free(self) -> str:
+    try:
+      return f"{shutil.disk_usage(self._files.base).free / 1e6:.0f} MB free"
+    except OSError as e:
+      return why(e)
+
+  def _shared(self, decide: Callable[[], Any]) -> Any:
+    """What process 0 decides; its errors are raised in every process."""
+    return processes.agree(lambda: self._guarded(decide), SaveError, CheckpointError, LostError)
+
+  def _guarded(self, do: Callable[[], Any]) -> Any:
+    try:
+      return do()
+    except OSError as e:
+      kind = CheckpointError if is_mistake(e) else SaveError
+      raise kind(f"cannot use {self._name} for checkpoints: {why(e)}") from e
+
+  def _one_line(self, error: BaseException) -> str:
+    text = " ".join(str(error).replace(str(self._files.base), self._name).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
 
 
 @dataclasses.dataclass
@@ -318,67 +389,3 @@ class _Pending:
   flat: dict[str, jax.Array]
   error: BaseException | None = None
   thread: threading.Thread | None = None
-
-
-# Trees: a state is saved as a flat mapping from dotted path to array, so that restoring depends on no class.
-
-
-def _flatten(tree: Any, *, abstract: bool = False) -> dict[str, Any]:
-  flat = {}
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    path = jax.tree_util.keystr(key_path, simple=True, separator=".") or "value"
-    if path in flat:
-      raise CheckpointError(f"two leaves of the state are both called {path}")
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype") if abstract else isinstance(leaf, jax.Array)):
-      raise CheckpointError(f"{path} is a {type(leaf).__name__}, a state holds nothing but jax arrays")
-    flat[path] = leaf
-  if not flat:
-    raise CheckpointError("the state holds no arrays")
-  return flat
-
-
-def _is_key(leaf: Any) -> bool:
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(dtype: Any) -> str:
-  for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
-    if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:
-      return impl
-  raise CheckpointError(f"PRNG keys of type {dtype} cannot be restored")
-
-
-def _sharding(path: str, leaf: Any) -> jax.sharding.Sharding:
-  sharding, mesh = getattr(leaf, "sharding", None), jax.sharding.get_mesh()
-  on_abstract_mesh = isinstance(sharding, NamedSharding) and isinstance(
-    sharding.mesh, jax.sharding.AbstractMesh
-  )
-  if sharding is not None and not on_abstract_mesh:
-    return sharding
-  if not mesh.empty:
-    return NamedSharding(mesh, sharding.spec if on_abstract_mesh else PartitionSpec())
-  if jax.process_count() > 1 or (on_abstract_mesh and not sharding.mesh.empty):
-    raise CheckpointError(f"{path} has no devices to be restored to; enter the mesh with jax.set_mesh first")
-  return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([jnp.isfinite(x).all() for x in leaves])
-
-
-def _non_finite(flat: dict[str, jax.Array]) -> list[str]:
-  groups = collections.defaultdict(list)  # one compiled check takes arrays of one set of devices
-  for path, x in flat.items():
-    if x.size and jnp.issubdtype(x.dtype, jnp.inexact):
-      groups[frozenset(x.sharding.device_set)].append(path)
-  bad = []
-  for paths in groups.values():
-    finite = jax.device_get(_all_finite([flat[path] for path in paths]))
-    bad += [path for path, ok in zip(paths, finite, strict=True) if not ok]
-  return bad
-
-
-def _one_line(error: BaseException) -> str:
-  text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

@@ -6,67 +6,129 @@
     .trash/                retired steps, renamed there in one go before anything of them is deleted
     in_flight.json         the step being saved, until its manifest is written
 
-A manifest is written once its step is committed, and carries a hash of itself, so that damage to it reads as
-damage and not as a model of another shape. Symbolic links are followed nowhere. Nothing here knows of JAX.
+A manifest is written once its step is committed. It holds the configuration of its run, so that a step which
+was copied here from another run is refused; one that is older than this is taken as this run's. Symbolic
+links are followed nowhere. Nothing here knows of JAX.
 """
 
-import concurrent.futures
-import difflib
-import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from sleep_jax.runtime import workdir
+from sleep_jax.runtime.files import Folder, LostError, read_json, shown, write_file
+from sleep_jax.runtime.manifest import (
+  MAX_NAMED,
+  NAME,
+  CheckpointError,
+  damage,
+  read_manifest,
+  some,
+  write_manifest,
+)
+from sleep_jax.runtime.run_config import RunConfig
 
 ASIDE, TRASH = "aside", ".trash"
-_MANIFEST, _IN_FLIGHT = "manifest.json", "in_flight.json"
-_FORMAT = 1
-_MAX_NAMED = 10  # steps or paths named in one message
-
-
-class CheckpointError(ValueError):
-  """A checkpoint cannot be saved or restored; the message is one line and says which and why."""
+_IN_FLIGHT = "in_flight.json"
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
+_UNFINISHED = re.compile(r"[0-9]+\.orbax-checkpoint-tmp.*", re.ASCII | re.DOTALL)
 
 
 class CheckpointFiles:
-  """The steps below one directory. One process at a time may call what writes."""
+  """The steps below one directory. One process at a time may call what writes.
 
-  def __init__(self, directory: pathlib.Path, report: Callable[[str], None], read_only: bool):
-    self.directory, self._report, self._read_only = directory, report, read_only
+  Attributes:
+    directory: its absolute name, for people.
+    base: the same directory, for programs; see `files.Folder`.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    report: Callable[[str], None],
+    *,
+    read_only: bool = False,
+    config: RunConfig | None = None,
+  ):
+    self.directory, self._report, self._read_only, self._config = directory, report, read_only, config
+    self.base, self._folder, self._parent = directory, None, None
+
+  def make(self) -> None:
+    """Makes the directory if absent."""
+    if not self._read_only:
+      self.directory.mkdir(parents=True, exist_ok=True)
+
+  def open(self) -> None:
+    """Holds the directory, in every process; what is done with it until `close` is done with this very one.
+
+    Raises:
+      OSError: if it cannot be opened.
+    """
+    if self._read_only and not self.directory.is_dir():
+      return
+    self._folder, self._parent = Folder(self.directory), Folder(self.directory.parent)
+    self.base = self._folder.base
+
+  def lost(self) -> str | None:
+    """What became of the directory, in one clause; None while it is where people look for it."""
+    fate = self._folder and self._folder.lost()
+    return f"{shown(self.directory)} {fate} while its run was going on" if fate else None
+
+  def look_after(self) -> None:
+    """Raises LostError if the directory is lost."""
+    lost = self.lost()
+    if lost:
+      raise LostError(lost)
+
+  def recover(self) -> pathlib.Path:
+    """Makes the directory again if it was deleted and its parent was not; where it is now.
+
+    Raises:
+      CheckpointError: if nothing is left of it.
+    """
+    if not self._folder.exists():
+      if not self._parent.exists():
+        raise CheckpointError("its folder is gone")
+      again = self._parent.base / self.directory.name
+      again.mkdir()
+      self._folder = Folder(again)
+      self.base = self._folder.base
+      return (self._parent.moved_to() or self._parent.path) / self.directory.name
+    return self._folder.moved_to() or self.directory
 
   def path(self, step: int) -> pathlib.Path:
-    return self.directory / str(step)
+    """The directory of a step, for programs."""
+    return self.base / str(step)
 
   def saved(self) -> list[int]:
     """The steps that have a manifest, oldest first."""
-    return [step for step in self._committed() if (self.path(step) / _MANIFEST).is_file()]
+    return [step for step in self._committed() if (self.path(step) / NAME).is_file()]
 
   def tidy(self) -> None:
-    """Makes the directory if absent and clears up after a run that was killed."""
-    if self._read_only:
-      self._committed()
-      return
-    self.directory.mkdir(parents=True, exist_ok=True)
+    """Clears up after a run that was killed."""
     self._committed()
+    if self._read_only:
+      return
     unfinished = self._unfinished()
     if unfinished is not None:
-      where = self._set_aside(unfinished)
+      where = self._set_aside(str(unfinished))
       self._report(f"step {unfinished} was still being saved when its run ended; not used, see {where}")
-    (self.directory / _IN_FLIGHT).unlink(missing_ok=True)
+    self._unlink_note()
+    for path in self.base.iterdir():
+      if _UNFINISHED.fullmatch(path.name):
+        _delete(path)
     self.purge()
 
   def begin(self, step: int) -> None:
     """Notes that `step` is about to be written: without its manifest it is unfinished then, not damaged."""
-    workdir.write_file(self.directory / _IN_FLIGHT, json.dumps({"step": step}))
+    write_file(self.base / _IN_FLIGHT, json.dumps({"step": step}))
 
   def finish(self, step: int, tree: Mapping[str, str]) -> None:
     """Writes the manifest of a committed step; from here on the step is saved."""
-    write_manifest(self.path(step), tree)
-    (self.directory / _IN_FLIGHT).unlink(missing_ok=True)
+    write_manifest(self.path(step), tree, self._config)
+    self._unlink_note()
 
   def choose(self) -> int | None:
     """The newest step that is what its manifest says; None if nothing was ever saved.
@@ -75,9 +137,10 @@ class CheckpointFiles:
     second try would find an empty directory and start the run from the beginning.
 
     Raises:
-      CheckpointError: if all are damaged.
+      CheckpointError: if all are damaged, or if one is another run's.
     """
     damaged, good, unfinished = {}, None, self._unfinished()
+    self._refuse_strangers()
     for step in reversed(self._committed()):
       if step == unfinished:  # another process is at it, and we only read
         continue
@@ -87,160 +150,102 @@ class CheckpointFiles:
         break
       damaged[step] = problem
     if damaged and good is None:
-      told = "; ".join(f"step {step}: {problem}" for step, problem in list(damaged.items())[:_MAX_NAMED])
-      raise CheckpointError(f"all checkpoints in {self.directory} are damaged, nothing was changed: {told}")
+      told = "; ".join(f"step {step}: {problem}" for step, problem in list(damaged.items())[:MAX_NAMED])
+      raise CheckpointError(
+        f"all checkpoints in {shown(self.directory)} are damaged, nothing was changed: {told}"
+      )
     for step, problem in damaged.items():
-      kept = "" if self._read_only else f"; the damaged one is kept as {self._set_aside(step)}"
+      kept = "" if self._read_only else f"; the damaged one is kept as {self._set_aside(str(step))}"
       self._report(f"step {step} is damaged ({problem}), falling back to step {good}{kept}")
+    if good is not None and self._config and "config" not in read_manifest(self.path(good)):
+      self._report(f"step {good} was saved before checkpoints named their run; it is taken as this run's")
     return good
+
+  def _refuse_strangers(self) -> None:
+    """Raises CheckpointError if a step was saved by a run with another configuration."""
+    for step in reversed(self._committed() if self._config else []):
+      try:
+        stored = read_manifest(self.path(step)).get("config")
+      except CheckpointError:  # damage is another matter
+        continue
+      told = stored is not None and self._config.differences(stored, "checkpoint")
+      if told:
+        raise CheckpointError(f"step {step} in {shown(self.directory)} is of another run: {told}")
 
   def chosen(self, step: int) -> int:
     """The step itself, if it was saved and is what its manifest says; nothing is moved.
 
     Raises:
-      CheckpointError: if it was not saved, or is damaged.
+      CheckpointError: if it was not saved or is damaged, or if any step is another run's.
     """
     saved = self.saved()
     if step not in saved:
       known = some([str(s) for s in saved]) if saved else "none"
-      raise CheckpointError(f"step {step} was not saved in {self.directory}; saved steps: {known}")
+      raise CheckpointError(f"step {step} was not saved in {shown(self.directory)}; saved steps: {known}")
+    self._refuse_strangers()
     problem = damage(self.path(step))
     if problem is not None:
-      raise CheckpointError(f"step {step} in {self.directory} is damaged ({problem})")
+      raise CheckpointError(f"step {step} in {shown(self.directory)} is damaged ({problem})")
     return step
 
   def purge(self) -> None:
     """Empties the trash. What cannot be deleted now is tried again next time."""
-    trash = self.directory / TRASH
+    trash = self.base / TRASH
     if trash.is_dir() and not trash.is_symlink():
       for path in trash.iterdir():
-        if path.name.isdecimal():
-          shutil.rmtree(path, ignore_errors=True)
+        if _STEP.fullmatch(path.name):
+          _delete(path)
 
   def clear_failed(self, step: int) -> None:
     """Makes room for a second attempt at `step`: the trash, and whatever the first one wrote."""
     self.purge()
-    for path in self.directory.glob(f"{step}*"):
+    for path in self.base.iterdir():
       if path.name == str(step) or path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
 
   def _committed(self) -> list[int]:
-    if not self.directory.is_dir():
+    if not self.base.is_dir():
       return []
-    paths = [p for p in self.directory.iterdir() if p.name.isdecimal() or p.name in (TRASH, ASIDE)]
+    paths = [p for p in self.base.iterdir() if _STEP.fullmatch(p.name) or p.name in (TRASH, ASIDE)]
     for path in paths:
+      name = shown(self.directory / path.name)
       if path.is_symlink():
-        raise CheckpointError(f"{path} is a symbolic link; a checkpoint directory must hold its files itself")
-      if not path.is_dir():
-        raise CheckpointError(f"{path} is a file, but has the name of a directory of checkpoints")
-    return sorted(int(p.name) for p in paths if p.name.isdecimal())
+        raise CheckpointError(f"{name} is a symbolic link; a checkpoint directory must hold its files itself")
+      if path.name in (TRASH, ASIDE) and not path.is_dir():
+        raise CheckpointError(f"{name} is a file, but has the name of a directory of checkpoints")
+    return sorted(int(p.name) for p in paths if p.name not in (TRASH, ASIDE))
 
   def _unfinished(self) -> int | None:
     """The step that was committed but has no manifest yet, if there is one."""
     try:
-      step = int(json.loads((self.directory / _IN_FLIGHT).read_bytes())["step"])
+      step = read_json(self.base / _IN_FLIGHT)["step"]
     except (OSError, ValueError, KeyError, TypeError):
       return None
-    return step if self.path(step).is_dir() and not (self.path(step) / _MANIFEST).exists() else None
+    if not isinstance(step, int) or not _STEP.fullmatch(str(step)):
+      return None
+    folder = self.path(step)
+    return step if folder.is_dir() and not os.path.lexists(folder / NAME) else None
 
-  def _set_aside(self, step: int) -> pathlib.Path:
-    aside = self.directory / ASIDE
+  def _unlink_note(self) -> None:
+    note = self.base / _IN_FLIGHT
+    if note.is_dir() and not note.is_symlink():
+      self._set_aside(_IN_FLIGHT)
+    note.unlink(missing_ok=True)
+
+  def _set_aside(self, name: str) -> str:
+    """Moves a step, or what has the name of another file, out of the way; where to, for people."""
+    aside = self.base / ASIDE
     aside.mkdir(exist_ok=True)
-    target, n = aside / str(step), 1
-    while target.exists():
-      target, n = aside / f"{step}.{n}", n + 1
-    os.rename(self.path(step), target)
-    return target
+    target, n = name, 1
+    while os.path.lexists(aside / target):
+      target, n = f"{name}.{n}", n + 1
+    os.rename(self.base / name, aside / target)
+    return shown(self.directory / ASIDE / target)
 
 
-# Manifests.
-
-
-def describe(flat: Mapping[str, Any]) -> dict[str, str]:
-  """The type of every array, by path: `float32[256,64]`. Leaves need only `shape` and `dtype`."""
-  return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in flat.items()}
-
-
-def differences(saved: Mapping[str, str], wanted: Mapping[str, str], subset: bool) -> str | None:
-  """One line about the paths that do not fit; with `subset`, saved arrays that nobody asked for do fit."""
-  faults = []
-  for path, ours in wanted.items():
-    if path not in saved:
-      near = difflib.get_close_matches(path, saved.keys() - wanted.keys() or saved, n=1, cutoff=0.0)
-      faults.append(f"{path} is not in it (nearest name: {', '.join(near)})")
-    elif saved[path] != ours:
-      faults.append(f"{path} is {saved[path]}, {ours} was asked for")
-  if not subset:
-    faults += [f"{path} was not asked for" for path in saved if path not in wanted]
-  return some(faults, "; ") if faults else None
-
-
-def write_manifest(folder: pathlib.Path, tree: Mapping[str, str]) -> None:
-  """Hashes all files below a step's folder and writes its manifest, durably and whole or not at all."""
-  paths = (path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-  files = _hash_all(folder, sorted(path.relative_to(folder).as_posix() for path in paths))
-  manifest = {"format": _FORMAT, "step": int(folder.name), "tree": dict(tree), "files": files}
-  workdir.write_file(folder / _MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}))
-
-
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """The manifest of a step: `step`, `tree` (as `describe` gives it), `files` (name: [bytes, SHA-256]).
-
-  Raises:
-    CheckpointError: if it is missing, not what was written, or of another step.
-  """
-  try:
-    manifest = json.loads((folder / _MANIFEST).read_bytes())
-    written = manifest.pop("sha256")
-  except FileNotFoundError:
-    raise CheckpointError(f"{_MANIFEST}: found no file") from None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise CheckpointError(f"{_MANIFEST}: unreadable, {type(e).__name__}") from e
-  found = _digest(manifest)
-  if written != found:
-    raise CheckpointError(f"{_MANIFEST}: expected sha256 {str(written)[:12]} of its text, found {found[:12]}")
-  if manifest["format"] != _FORMAT or str(manifest["step"]) != folder.name:
-    raise CheckpointError(f"{_MANIFEST}: is in format {manifest['format']} and of step {manifest['step']}")
-  return manifest
-
-
-def damage(folder: pathlib.Path) -> str | None:
-  """The first file of a step that is not what its manifest says, and how it differs; None if all are."""
-  try:
-    expected = read_manifest(folder)["files"]
-  except CheckpointError as e:
-    return str(e)
-  found = _hash_all(folder, list(expected))
-  bad = [name for name in expected if found[name] != expected[name]]
-  if not bad:
-    return None
-  more = f"; {len(bad) - 1} more differ" if len(bad) > 1 else ""
-  return f"{bad[0]}: expected {_told(expected[bad[0]])}, found {_told(found[bad[0]])}{more}"
-
-
-def some(names: list[str], separator: str = ", ") -> str:
-  """The first of the names, and how many more there are."""
-  more = f"{separator}and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-  return separator.join(names[:_MAX_NAMED]) + more
-
-
-def _told(size_and_hash: list) -> str:
-  size, sha256 = size_and_hash
-  return f"{size} bytes with sha256 {sha256[:12]}" if sha256 else "no file"
-
-
-def _hash(path: pathlib.Path) -> list:
-  """[bytes, SHA-256] of a file; [0, ""] if there is none. A symbolic link is none."""
-  if path.is_symlink() or not path.is_file():
-    return [0, ""]
-  with open(path, "rb") as f:
-    return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-
-
-def _hash_all(folder: pathlib.Path, names: list[str]) -> dict[str, list]:
-  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing frees the GIL
-    return dict(zip(names, pool.map(_hash, [folder / name for name in names]), strict=True))
-
-
-def _digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _delete(path: pathlib.Path) -> None:
+  """Deletes a folder, as far as that can be done; of a link only itself."""
+  if path.is_symlink() or not path.is_dir():
+    path.unlink(missing_ok=True)
+  else:
+    shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ lock          held while the run lives; its text says who holds it
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -19,18 +20,31 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import jax
 
 from sleep_jax.runtime import metrics, processes
+from sleep_jax.runtime.files import (
+  Folder,
+  WriteError,
+  create,
+  is_mistake,
+  is_open_at,
+  open_file,
+  read_json,
+  shown,
+  why,
+  write_file,
+)
+from sleep_jax.runtime.run_config import RunConfig
 
 _CONFIG, _ENV, _METRICS, _LOCK = "config.json", "env.json", "metrics.jsonl", "lock"
 _FOLDERS = ("checkpoints", "figures", "tb")
-_ABSENT = object()
-_MAX_NAMED = 10  # keys named in one message
+_MAX_EARLIER = 1000  # starts that env.json remembers
+_ROOM = 256  # bytes that the longest path below a workdir adds to it
+_MAX_PATH = 4096
 _SECRET = re.compile(r"((?:^|[-_.])(?:token|secret|password|api_?key)=).*", re.IGNORECASE)
 
 
@@ -40,9 +54,18 @@ class WorkdirError(ValueError):
 
 @dataclasses.dataclass
 class Workdir:
-  """A directory that belongs to this process until it is closed. A context manager."""
+  """A directory that belongs to this process until it is closed. A context manager.
+
+  Attributes:
+    path: its absolute name.
+    config: of the run; None in one that was not prepared.
+    taken: another run has it now, so that nothing more may be written.
+  """
 
   path: pathlib.Path
+  config: RunConfig | None = None
+  taken: bool = False
+  _folder: Folder | None = None
   _lock: int | None = None  # file descriptor
 
   @property
@@ -59,10 +82,34 @@ class Workdir:
 
   @property
   def done_step(self) -> int | None:
-    """The step at which a run here ended by itself, None if none did (yet)."""
-    if not self.metrics.exists():
+    """The step at which a run here ended by itself, None if none did (yet).
+
+    Raises:
+      MetricsError: if metrics.jsonl is damaged.
+    """
+    if not os.path.lexists(self.metrics):
       return None
     return max((row["step"] for row in metrics.read(self.metrics) if row["kind"] == "done"), default=None)
+
+  def lost(self) -> str | None:
+    """What became of the directory, in one clause; None while it is this process's.
+
+    A lock that was deleted is made anew, unless another run was faster: then `taken` is true from here on.
+    """
+    if self._lock is None:
+      return None
+    fate = self._folder.lost()
+    if fate is not None:
+      return f"the workdir {shown(self.path)} {fate} while its run was going on"
+    if not is_open_at(self._lock, self._folder.base / _LOCK):
+      try:
+        again = _take_lock(self._folder)
+      except (WorkdirError, WriteError) as e:
+        self.taken = True
+        return f"the lock of the workdir was deleted or replaced while its run was going on, and {e}"
+      os.close(self._lock)
+      self._lock = again
+    return None
 
   def close(self) -> None:
     """Lets the next run in. The file stays: to delete a lock is to hand it to two."""
@@ -82,6 +129,7 @@ def prepare(
   config: Mapping[str, Any],
   *,
   may_change: Collection[str] = (),
+  may_grow: Collection[str] = (),
   defaults: Mapping[str, Any] | None = None,
 ) -> Workdir:
   """Makes a directory ready for a run, or for the resumption of the run that it holds.
@@ -92,148 +140,132 @@ def prepare(
   Args:
     path: the directory, made if absent. A relative one is taken from the current directory.
     config: the configuration as nested mappings, sequences, strings, numbers, booleans and None.
-    may_change: dotted keys that may differ from config.json; it then takes the new values.
-    defaults: values, nested like `config`, that fields had before there was such a field: a config.json which
-      lacks one of them is of that time, and counts as if it had it. None: every field must be there.
+    may_change: dotted keys that may differ from config.json, which then takes the new values.
+    may_grow: dotted keys of numbers that may be larger than in config.json, likewise.
+    defaults: values for fields added after a run began, nested like `config`. A config.json that lacks such
+      a field is read as if it had this value. None: every field must be there.
 
   Raises:
     WorkdirError: if the path is a file, cannot be written, is in use, holds another configuration (every
-      difference is named, by dotted key), an unreadable one, or files without any.
+      difference is named, by dotted key), an unreadable one, files without any, or links to other folders.
+    WriteError: if the disk is full or does not work.
   """
-  if "://" in os.fspath(path):
-    raise WorkdirError(f"{os.fspath(path)}: a workdir is a directory of a mounted file system, not a URL")
-  if not os.fspath(path):
+  try:
+    text = os.fspath(path)
+    wanted = RunConfig(config, may_change=may_change, may_grow=may_grow, defaults=defaults)
+  except (TypeError, ValueError) as e:
+    raise WorkdirError(str(e)) from e
+  if "://" in text:
+    raise WorkdirError(f"{shown(text)}: a workdir is a directory of a mounted file system, not a URL")
+  if not text:
     raise WorkdirError("the workdir is an empty path")
-  workdir = Workdir(pathlib.Path(os.path.abspath(os.path.expanduser(path))))
-  processes.agree(lambda: _take(workdir, config, may_change, defaults), WorkdirError)
+  if "\0" in text:
+    raise WorkdirError(f"{shown(text)}: the name of a workdir holds no NUL")
+  try:
+    workdir = Workdir(pathlib.Path(os.path.abspath(os.path.expanduser(text))), wanted)
+  except OSError as e:
+    raise WorkdirError(f"{shown(text)}: the current directory was deleted, name the whole path") from e
+  length = len(os.fsencode(workdir.path))
+  if length > _MAX_PATH - _ROOM:
+    raise WorkdirError(
+      f"the workdir's path has {length} bytes, too many for the files in it: at most {_MAX_PATH - _ROOM}"
+    )
+  processes.agree(lambda: _take(workdir), WorkdirError, WriteError)
   return workdir
 
 
-def _take(
-  workdir: Workdir,
-  config: Mapping[str, Any],
-  may_change: Collection[str],
-  defaults: Mapping[str, Any] | None,
-) -> None:
+def _take(workdir: Workdir) -> None:
   """Makes the directory, checks what it holds, locks it and writes what runs there."""
-  wanted = _as_json(config)
-  if workdir.path.exists() and not workdir.path.is_dir():
-    raise WorkdirError(f"{workdir.path} is a file, a workdir is a directory")
+  name = shown(workdir.path)
+  if os.path.lexists(workdir.path) and not workdir.path.is_dir():
+    kind = "a link to nothing" if not workdir.path.exists() else "a file"
+    raise WorkdirError(f"{name} is {kind}, a workdir is a directory")
   try:
     workdir.path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir.path):
-      pass
-  except OSError as e:
-    raise WorkdirError(f"{workdir.path} cannot be written: {e.strerror}") from e
-  _check_foreign(workdir.path)
-  workdir._lock = _take_lock(workdir.path / _LOCK)
-  try:
-    if _resolve_config(workdir.path / _CONFIG, wanted, may_change, _as_json(defaults or {})):
-      write_file(workdir.path / _CONFIG, json.dumps(wanted, indent=2) + "\n")
-    write_file(workdir.path / _ENV, json.dumps(_env(workdir.path / _ENV), indent=2) + "\n")
-    for folder in _FOLDERS:
-      (workdir.path / folder).mkdir(exist_ok=True)
+    workdir._folder = folder = Folder(workdir.path)
+    _check_contents(folder)
+    workdir._lock = _take_lock(folder)
+    if _resolve_config(folder, workdir.config):
+      write_file(folder.base / _CONFIG, json.dumps(workdir.config.values, indent=2) + "\n")
+    write_file(folder.base / _ENV, json.dumps(_env(folder.base / _ENV), indent=2) + "\n")
+    for inner in _FOLDERS:
+      (folder.base / inner).mkdir(exist_ok=True)
   except OSError as e:
     workdir.close()
-    raise WorkdirError(f"{workdir.path} cannot be written: {e}") from e
+    kind = WorkdirError if is_mistake(e) else WriteError
+    raise kind(f"{name} cannot be written: {why(e)}") from e
   except BaseException:
     workdir.close()
     raise
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
-  """Writes a file that after a crash is the new one, whole, or still the old one."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w", encoding="utf-8") as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
-  folder = os.open(path.parent, os.O_RDONLY)
-  try:
-    os.fsync(folder)  # the rename itself
-  finally:
-    os.close(folder)
-
-
-def _check_foreign(path: pathlib.Path) -> None:
-  """Refuses files without a configuration: they are not ours, or nobody knows of which run."""
-  if (path / _CONFIG).exists():
+def _check_contents(folder: Folder) -> None:
+  """Refuses links to other folders, and files without a configuration: nobody knows of which run they are."""
+  for name in _FOLDERS:
+    path = folder.base / name
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+      kind = "a symbolic link" if path.is_symlink() else "a file"
+      raise WorkdirError(f"{shown(folder.path / name)} is {kind}; a workdir holds this folder itself")
+  if os.path.lexists(folder.base / _CONFIG):
     return
   harmless = {_LOCK, _ENV, f".{_CONFIG}.tmp", f".{_ENV}.tmp"}  # all that a run killed at its start leaves
-  for entry in sorted(path.iterdir()):
+  for entry in sorted(folder.base.iterdir()):
     if entry.name in harmless or (entry.name in _FOLDERS and entry.is_dir() and not any(entry.iterdir())):
       continue
     raise WorkdirError(
-      f"{path} holds {entry.name} but no {_CONFIG}, so it is no workdir; name an empty directory"
+      f"{shown(folder.path)} holds {shown(entry.name)} but no {_CONFIG}, so it is no workdir; name an empty"
+      " directory"
     )
 
 
-def _take_lock(path: pathlib.Path) -> int:
-  # The kernel drops the lock with the process, however that ends, so what a dead run leaves does no harm.
-  lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as e:
-    holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
-    os.close(lock)
-    if not isinstance(e, BlockingIOError):
-      raise WorkdirError(f"{path} cannot be locked: {e.strerror}") from e
-    raise WorkdirError(f"{path.parent} is in use by {holder or 'another run'}; one run at a time") from e
+def _take_lock(folder: Folder) -> int:
+  """The lock, held: the kernel drops it with the process, so what a dead run leaves does no harm.
+
+  A lock that has another name elsewhere (of a copy made with hard links, say) is replaced by one of its own
+  before anything is written to it.
+  """
+  path, name = folder.base / _LOCK, shown(folder.path / _LOCK)
+  while True:
+    try:
+      lock = open_file(path, os.O_RDWR | os.O_CREAT)
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
+      os.close(lock)
+      by = shown(holder) or "another run"
+      raise WorkdirError(f"{shown(folder.path)} is in use by {by}; one run at a time") from e
+    except OSError as e:
+      kind = WorkdirError if is_mistake(e) or e.errno == errno.ENOLCK else WriteError
+      raise kind(f"{name} cannot be opened and locked: {why(e)}") from e
+    if is_open_at(lock, path):
+      if os.fstat(lock).st_nlink == 1:
+        break
+      temporary = path.with_name(f".{_LOCK}.tmp")
+      os.close(create(temporary))
+      os.replace(temporary, path)
+    os.close(lock)  # replaced, by us or by somebody else: the next one under its name counts
   os.ftruncate(lock, 0)
   os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, started {_now()}\n".encode(), 0)
   return lock
 
 
-def _resolve_config(
-  path: pathlib.Path, wanted: dict[str, Any], may_change: Collection[str], defaults: dict[str, Any]
-) -> bool:
+def _resolve_config(folder: Folder, wanted: RunConfig) -> bool:
   """Whether config.json is to be written: it is absent, lacks defaults, or differs only where it may."""
-  if not path.exists():
+  path = folder.base / _CONFIG
+  if not os.path.lexists(path):
     return True
+  name = shown(folder.path / _CONFIG)
   try:
-    here = json.loads(path.read_bytes())
+    here = read_json(path)
     if not isinstance(here, dict):
       raise ValueError("it holds no object")
   except (OSError, ValueError) as e:
-    raise WorkdirError(f"{path} cannot be read: {e}; nothing was overwritten") from e
-  old, new = dict(_dotted(here)), dict(_dotted(wanted))
-  lacking = {key: value for key, value in _dotted(defaults) if key in new and key not in old}
-  old |= lacking
-  changed = [key for key in {**old, **new} if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))]
-  refused = [key for key in changed if key not in may_change]
+    told = why(e) if isinstance(e, OSError) else e
+    raise WorkdirError(f"{name} cannot be read: {told}; nothing was overwritten") from e
+  refused = wanted.differences(here, "workdir")
   if refused:
-    told = "; ".join(
-      f"{key}: {_told(old.get(key, _ABSENT))} in the workdir, {_told(new.get(key, _ABSENT))} asked for"
-      for key in refused[:_MAX_NAMED]
-    )
-    more = f"; and {len(refused) - _MAX_NAMED} more" if len(refused) > _MAX_NAMED else ""
-    raise WorkdirError(f"{path.parent} was made with another configuration: {told}{more}")
-  return bool(changed or lacking)
-
-
-def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The configuration as it reads back from JSON; NaN and infinity as the strings that `metrics` uses."""
-  try:
-    return json.loads(metrics.dumps(config))
-  except (TypeError, ValueError) as e:
-    raise WorkdirError(f"the configuration cannot be written as JSON: {e}") from e
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in tree.items():
-    if isinstance(value, Mapping) and value:
-      yield from _dotted(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value
-
-
-def _same(a: Any, b: Any) -> bool:
-  return a == b and isinstance(a, bool) == isinstance(b, bool)  # 1 == True, but they are not one setting
-
-
-def _told(value: Any) -> str:
-  return "absent" if value is _ABSENT else json.dumps(value)
+    raise WorkdirError(f"{shown(folder.path)} was made with another configuration: {refused}")
+  return wanted.is_new_to(here)
 
 
 def _now() -> str:
@@ -247,9 +279,10 @@ def _env(path: pathlib.Path) -> dict[str, Any]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
   earlier = []
-  with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged record stops no run
-    last = json.loads(path.read_bytes())
-    earlier = [*last.pop("earlier", []), last]
+  with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # a damaged record stops no run
+    last = read_json(path)
+    starts = [*last.pop("earlier", []), last]
+    earlier = [start for start in starts if isinstance(start, dict)][-_MAX_EARLIER:]
   return {
     "started": _now(),
     "command": [_SECRET.sub(r"\1***", word) for word in sys.argv],
@@ -270,7 +303,11 @@ def git_state() -> dict[str, Any] | None:
   def git(*command: str) -> str:
     here = os.path.dirname(os.path.abspath(__file__))
     done = subprocess.run(
-      ["git", "-C", here, *command], capture_output=True, text=True, timeout=20, check=True
+      ["git", "--no-optional-locks", "-C", here, *command],  # the user's own git is never in our way
+      capture_output=True,
+      text=True,
+      timeout=20,
+      check=True,
     )
     return done.stdout.strip()
 

@@ -132,7 +132,7 @@ def perturbed_loss(
         logits.append(out)
         continue
       start = _add(carry.open_window(state, cfg), {i: x[window] for i, x in added[0].items()})
-      h, opened, _ = blocks.run(prelude, model.embed(weights, tokens, cfg), start, cfg, valid=valid)
+      h, opened, _ = blocks.run(prelude, model.embed(weights, tokens, cfg, valid), start, cfg, valid=valid)
 
       def one_pass(looping, extra, start=start, opened=opened, valid=valid):
         h, memory = looping

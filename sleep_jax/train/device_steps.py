@@ -9,7 +9,7 @@ import numpy as np
 
 from sleep_jax import model, windows
 from sleep_jax.config import Config, check
-from sleep_jax.cost import flops
+from sleep_jax.cost import flops, need
 from sleep_jax.data import limits
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_position
@@ -41,6 +41,7 @@ class DeviceTask:
 
   def check(self, cfg: Config) -> None:
     """See `task.Task`. The index of a sequence is an int32, so that a longer stream would repeat itself."""
+    need.check(cfg, len(self.layout))
     sequences = cfg.train.steps * cfg.train.batch_size
     check(
       sequences <= limits.STREAM,

@@ -1,6 +1,6 @@
 """Training on batches that the host makes: one compiled step a shape, the next batches already on the device.
 
-A thread takes planned batches from `pipeline.feed` and puts them where the mesh wants them, while the device
+A thread takes planned batches from `batching.feed` and puts them where the mesh wants them, while the device
 runs the step before. Position = step: a run that resumes asks for its next step's batch, and nothing else of
 the data is remembered.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from sleep_jax import model, sharding, windows
 from sleep_jax.config import Config, check
-from sleep_jax.cost import flops
+from sleep_jax.cost import flops, need
 from sleep_jax.data import batching
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_group
@@ -52,6 +52,7 @@ class HostTask:
   def check(self, cfg: Config) -> None:
     """See `task.Task`."""
     check_fits(cfg, self.cut)
+    check_size(cfg, self.cut)
 
   def steps(self, cfg: Config, one_step: OneStep, mesh: jax.sharding.Mesh) -> "HostSteps":
     """See `task.Task`."""
@@ -75,6 +76,11 @@ def check_fits(cfg: Config, cut: batching.CutConfig) -> None:
     "train.steps_per_dispatch",
     f"must be 1 where the host makes the batches, got {cfg.train.steps_per_dispatch}",
   )
+
+
+def check_size(cfg: Config, cut: batching.CutConfig) -> None:
+  """Raises `ConfigError` where the longest sequences need more memory than there is."""
+  need.check(cfg, cut.max_tokens, grouped=cut.bucket_batches)
 
 
 def check_tokens(cfg: Config, *tokens: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from sleep_jax import model, optim
 from sleep_jax.config import Config
 from sleep_jax.runtime import checkpoint, metrics, processes, workdir
+from sleep_jax.runtime.files import LostError
 from sleep_jax.runtime.signals import stop_signals
 from sleep_jax.train.check import check_fits
 from sleep_jax.train.profiler import Profiler
@@ -62,6 +63,7 @@ def train(
     PreemptedError: after SIGTERM or Ctrl-C, when the state is saved.
     ConfigError: where fields do not fit each other or the devices.
     CheckpointError: if the workdir's checkpoints cannot be restored or saved.
+    LostError: if the workdir was deleted, moved or replaced meanwhile; it says what could be saved.
   """
   mesh = check_fits(cfg, task)
   if not processes.primary():
@@ -72,7 +74,9 @@ def train(
       stack.enter_context(jax.set_mesh(mesh))
     stopped_at = stack.enter_context(_asked_to_stop(report))
     checkpoints = stack.enter_context(
-      checkpoint.Checkpoints(run.checkpoints, keep=cfg.train.keep_checkpoints, report=report)
+      checkpoint.Checkpoints(
+        run.checkpoints, keep=cfg.train.keep_checkpoints, config=run.config, report=report
+      )
     )
     start = functools.partial(init_state, cfg, tx)
     restored = checkpoints.restore(jax.eval_shape(start))
@@ -108,7 +112,8 @@ def train(
       _read(pending, recorder, checkpoints)
       pending = (done, measured, loads)
       last = done == cfg.train.steps
-      stopped = stopped_at(done // len(loads))  # a signal from here on is answered after the next dispatch
+      lost = _lost(run, writer, checkpoints)
+      stopped = stopped_at(done // len(loads)) or lost  # what comes later is answered after the next dispatch
       saves, tests = (last or done % every == 0 for every in (cfg.train.save_every, cfg.train.eval_every))
       if saves or tests or stopped:
         _read(pending, recorder, checkpoints)
@@ -118,6 +123,9 @@ def train(
       if saves or stopped:
         steps.saved(done, recorder)
         with recorder.clock.paused():
+          if lost:
+            rescued = "nothing more is saved" if run.taken else checkpoints.rescue(done, state)
+            raise LostError(f"{lost}; {rescued}")
           checkpoints.save(done, state)
       _say_saved(checkpoints, report)
       if stopped and not last:
@@ -127,6 +135,8 @@ def train(
     _say_saved(checkpoints, report)
     row = row or evaluation(state.params)
     recorder.finished(done, state.params, *steps.sample())
+    if lost := _lost(run, writer, checkpoints):
+      raise LostError(f"{lost}; step {done} was the last")
     return row
 
 
@@ -167,6 +177,16 @@ def _read(
 def _say_saved(checkpoints: checkpoint.Checkpoints, report: Callable[[str], None]) -> None:
   for step in checkpoints.poll():
     report(f"saved step {step}")
+
+
+def _lost(
+  run: workdir.Workdir, writer: metrics.Writer | metrics.Silent, checkpoints: checkpoint.Checkpoints
+) -> str | None:
+  """What became of the workdir, if it is no longer this run's: one process decides that for itself alone.
+
+  Several processes learn it when they next save together.
+  """
+  return None if jax.process_count() > 1 else run.lost() or writer.lost() or checkpoints.lost()
 
 
 def _say_nothing(line: str) -> None:

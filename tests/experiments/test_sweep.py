@@ -117,6 +117,8 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(runner.status(self.record("started")), "stopped at step 0")
     done = self.record("done", ("eval", 0), ("train", 20), ("done", 20))
     self.assertEqual(runner.status(done), "done at step 20")
+    for steps, state in ((20, "done at step 20"), (30, "stopped at step 20")):
+      self.assertEqual(runner.status(done, ["python", f"--config.train.steps={steps}"]), state)
 
   @parameterized.parameters(1, 2, 5)
   def test_all_are_run_and_each_gives_its_code(self, jobs):

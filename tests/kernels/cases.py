@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.common.op import declared
 from sleep_jax.kernels.delta import delta
 from sleep_jax.kernels.gated_delta import gated_delta
 from sleep_jax.kernels.gated_hebbian import gated_hebbian
@@ -16,6 +16,7 @@ from sleep_jax.kernels.gdn2 import gdn2
 from sleep_jax.kernels.kda import kda
 
 RULES = {"gated_delta": gated_delta, "gated_hebbian": gated_hebbian, "delta": delta, "kda": kda, "gdn2": gdn2}
+OPS = declared()
 IMPLEMENTATIONS = ("xla", "reference")
 
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -37,15 +38,16 @@ def random_inputs(rule: str, B, T, H, K, V, *, seed=0, decay=1.0, dtype=np.float
   q, k = rng.normal(size=(2, B, T, H, K))
   k /= np.linalg.norm(k, axis=-1, keepdims=True)
   x = {"q": q / K**0.5, "k": k}
-  for name, axes in [*dispatch.OPERANDS[rule].items(), ("S", "BHKV")]:
-    shape = [sizes[axis] for axis in axes]
-    if name == "g":
+  op = OPS[rule]
+  for name in (*op.operands, "S"):
+    shape = op.shape(name, sizes)
+    if name == op.log_decay:
       x[name] = -decay * rng.exponential(size=shape)
-    elif name in dispatch.GATES:
+    elif name in op.float32:
       x[name] = rng.uniform(size=shape) * (rng.uniform(size=shape) > 0.1)
     elif name in "vS":
       x[name] = rng.normal(size=shape)
-  return [x[name].astype(dtype) for name in (*dispatch.OPERANDS[rule], "S")]
+  return [x[name].astype(dtype) for name in (*op.operands, "S")]
 
 
 def outputs_and_gradients(f: Callable, inputs, seed: int = 1) -> list[np.ndarray]:

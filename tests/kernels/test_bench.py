@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from sleep_jax.kernels import bench
 from sleep_jax.kernels.common import dispatch
-from sleep_jax.kernels.measure import chart, shapes
-from sleep_jax.kernels.measure import peers as peers
+from sleep_jax.kernels.measure import bench, chart, peers, shapes
 
 
 def test_writes_one_row_per_contestant_with_its_error(tmp_path, monkeypatch, capsys):
@@ -64,10 +62,10 @@ def test_half_precision_is_judged_by_what_it_was_given(monkeypatch):
   assert 1e-5 < row.error <= 2.0**-8
 
 
-@pytest.mark.parametrize("rule", dispatch.OPERANDS)
+@pytest.mark.parametrize("rule", shapes.RULES)
 def test_inputs_are_what_the_rule_takes(rule):
   named, cotangents = shapes.make_inputs(rule, (2, 5, 3, 4, 6), decay=20.0)
-  o, S = jax.eval_shape(functools.partial(dispatch.call, rule), *named.values())
+  o, S = jax.eval_shape(functools.partial(dispatch.call, shapes.RULES[rule]), *named.values())
   assert [x.shape for x in cotangents] == [o.shape, S.shape]
   assert all(x.dtype == np.float32 for x in named.values())
   np.testing.assert_allclose(np.linalg.norm(named["k"], axis=-1), 1, rtol=1e-5)

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from sleep_jax.kernels.common import dispatch
 from sleep_jax.kernels.conv_gated_delta import conv_gated_delta, pallas_tpu_fused, reference, xla
+from sleep_jax.kernels.conv_gated_delta.spec import SPEC
 from tests.kernels import cases
 
 fused = functools.partial(pallas_tpu_fused.conv_gated_delta, interpret=True)
-NAMES = (*dispatch.operands("conv_gated_delta"), "S")
+NAMES = (*SPEC.operands, "S")
 
 
 @pytest.fixture
@@ -31,9 +32,8 @@ def on_this_cpu(monkeypatch):
 def random_inputs(B, T, H, K, V, *, c=4, seed=0, dtype=np.float32) -> list[np.ndarray]:
   """The arguments in order; decays of a token between 0.3 and 1."""
   rng = np.random.default_rng(seed)
-  sizes = {"B": B, "T": T, "H": H, "K": K, "V": V, "X": 2 * K + V, "c": c, "c-1": c - 1}
-  shapes = {name: [sizes[axis] for axis in dispatch.axes_of("conv_gated_delta", name)] for name in NAMES}
-  inputs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+  sizes = {"B": B, "T": T, "H": H, "K": K, "V": V, "c": c}
+  inputs = {name: rng.normal(size=SPEC.shape(name, sizes)) for name in NAMES}
   inputs["dt_bias"] -= 2
   return [x.astype(dtype) for x in inputs.values()]
 
@@ -170,7 +170,7 @@ def test_eight_devices_give_what_one_gives(implementation, on_this_cpu):
   mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2, devices=jax.devices()[:8])
   where = {"B": "data", "H": "model"}
   with jax.set_mesh(mesh):
-    specs = [P(*map(where.get, dispatch.axes_of("conv_gated_delta", name))) for name in NAMES]
+    specs = [P(*map(where.get, SPEC.axes(name))) for name in NAMES]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs, strict=True)]
     got = grad(implementation)(tuple(placed), jax.device_put(mask, P("data", None)))
     assert [x.sharding.spec for x in got[1]] == specs

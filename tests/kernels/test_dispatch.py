@@ -40,7 +40,7 @@ SPECS = {4: P("data", None, "model", None), 3: P("data", None, "model")}
   ],
 )
 def test_a_mistake_is_answered_with_one_line(rule, name, change, error, line):
-  names = (*dispatch.OPERANDS[rule], "S")
+  names = (*cases.OPS[rule].operands, "S")
   if name == "b" and rule == "gdn2":
     name, line = (
       "e",
@@ -147,13 +147,13 @@ def test_a_pod_can_be_checked_without_one():
 @every_rule
 def test_one_token_updates_the_state_where_it_lies(rule):
   """What the rule gives for T = 1; and the compiled program writes S into the memory that S came in."""
-  *tokens, S = cases.random_inputs(rule, 2, 1, 3, 4, 6)
+  op, (*tokens, S) = cases.OPS[rule], cases.random_inputs(rule, 2, 1, 3, 4, 6)
   want = [np.asarray(x) for x in cases.jitted(rule, "reference")(*tokens, S)]
-  token = {name: jnp.asarray(x[:, 0]) for name, x in zip(dispatch.OPERANDS[rule], tokens, strict=True)}
-  program = dispatch.update.lower(rule, token, jnp.asarray(S)).compile()
+  token = {name: jnp.asarray(x[:, 0]) for name, x in zip(op.operands, tokens, strict=True)}
+  program = dispatch.update.lower(op, token, jnp.asarray(S)).compile()
   assert program.memory_analysis().alias_size_in_bytes == S.nbytes
   assert "input_output_alias" in program.as_text()
-  o, S_after = dispatch.step(rule, *token.values(), S)
+  o, S_after = dispatch.step(op, *token.values(), S)
   cases.assert_near([o[:, None], S_after], want, 2e-6)
 
 
@@ -161,18 +161,18 @@ def test_one_token_updates_the_state_where_it_lies(rule):
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_one_token_on_a_mesh_of_eight_moves_no_state(rule, kind):
   """Rows over one axis, heads over the other: no communication, no copy of S, updated where it lies."""
-  *tokens, S = cases.random_inputs(rule, 4, 1, 4, 6, 5)
+  op, (*tokens, S) = cases.OPS[rule], cases.random_inputs(rule, 4, 1, 4, 6, 5)
   want = [np.asarray(x) for x in cases.jitted(rule, "reference")(*tokens, S)]
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
   with jax.set_mesh(mesh):
     place = lambda x: jax.device_put(x, NamedSharding(mesh, P("data", "model")))  # noqa: E731
-    token = {name: place(x[:, 0]) for name, x in zip(dispatch.OPERANDS[rule], tokens, strict=True)}
-    program = dispatch.update.lower(rule, token, S := place(S)).compile()
+    token = {name: place(x[:, 0]) for name, x in zip(op.operands, tokens, strict=True)}
+    program = dispatch.update.lower(op, token, S := place(S)).compile()
     text = program.as_text()
     assert program.memory_analysis().alias_size_in_bytes == S.nbytes // 8
     for moved in ("all-", "collective-", "f32[1,2,6,5]{3,2,1,0} copy("):
       assert moved not in text, moved
-    o, after = dispatch.step(rule, *token.values(), S)
+    o, after = dispatch.step(op, *token.values(), S)
   assert S.is_deleted() and after.sharding.spec[:2] == ("data", "model") == o.sharding.spec[:2]
   cases.assert_near([o[:, None], after], want, 2e-6)
 
@@ -184,12 +184,14 @@ def test_one_token_of_a_replicated_operand_is_split_as_the_state_is():
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
   with jax.set_mesh(mesh):
     token = [jnp.asarray(x[:, 0]) for x in tokens]
-    o, after = dispatch.step("kda", *token, jax.device_put(S, NamedSharding(mesh, P("data", "model"))))
+    o, after = dispatch.step(
+      cases.OPS["kda"], *token, jax.device_put(S, NamedSharding(mesh, P("data", "model")))
+    )
     assert after.sharding.spec[:2] == ("data", "model")
     cases.assert_near([o[:, None], after], want, 2e-6)
     wide = jax.device_put(S, NamedSharding(mesh, P(None, None, "model")))
     with pytest.raises(ValueError, match="kda: S is split along K over 'model'; only B and H may be split"):
-      dispatch.step("kda", *token, wide)
+      dispatch.step(cases.OPS["kda"], *token, wide)
 
 
 def test_a_positive_log_decay_is_refused_where_it_can_be_seen():

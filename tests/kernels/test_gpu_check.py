@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 
-from sleep_jax.kernels import bench, gpu_check
-from sleep_jax.kernels.gpu_check import PEER, Error, Time
+from sleep_jax.kernels.measure import bench, gpu_check
+from sleep_jax.kernels.measure.gpu_check import PEER, Error, Time
 
 SMALL = (2, 9, 2, 16, 8)
 

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from sleep_jax.kernels import gpu_check
 from sleep_jax.kernels.gated_delta import pallas_gpu, reference
+from sleep_jax.kernels.measure import gpu_check
 from tests.kernels import cases
 
 # The older interpreter lacks the context manager, its Mosaic GPU some of the calls.

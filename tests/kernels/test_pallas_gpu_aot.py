@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleep_jax.kernels import static_gpu
+from sleep_jax.kernels.measure import static_gpu
 from tests.kernels.test_pallas_gpu import new_enough
 
 pytestmark = [pytest.mark.aot, new_enough]

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from sleep_jax.kernels import static_tpu
 from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused
 from sleep_jax.kernels.gated_delta import pallas_tpu
+from sleep_jax.kernels.measure import static_tpu
 
 pytestmark = pytest.mark.aot
 every_device = pytest.mark.parametrize("device", static_tpu.TOPOLOGIES)

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from sleep_jax.kernels import static_gpu
-from sleep_jax.kernels.static_gpu import Kernel, Memory
+from sleep_jax.kernels.measure import static_gpu
+from sleep_jax.kernels.measure.static_gpu import Kernel, Memory
 
 REPORT = """ptxas info    : Compiling entry function 'kernel_mosaic_gpu_kernel' for 'sm_90a'
     0 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 
 import pytest
 
-from sleep_jax.kernels import static_tpu
+from sleep_jax.kernels.measure import processes, static_tpu
 
 HLO = """
 HloModule jit_f
@@ -80,3 +81,11 @@ def test_without_libtpu(monkeypatch, capsys):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   assert static_tpu.main([]) == 2
   assert capsys.readouterr().err == f"static_tpu: {static_tpu.NO_LIBTPU}\n"
+
+
+def test_a_child_process_is_found_from_any_folder(tmp_path, monkeypatch):
+  """By the name that is installed, whatever lies in the folder that the command was called in."""
+  (tmp_path / "sleep_jax.py").write_text("raise ImportError('another one')")
+  monkeypatch.chdir(tmp_path)
+  done = processes.run_module(static_tpu.MODULE, "--help", environment=os.environ)
+  assert done.returncode == 0 and "--write-budgets" in done.stdout, done.stderr

@@ -210,11 +210,11 @@ def test_scaled_rotary_angles_as_older_and_newer_files_write_them(written, read)
     ),
     (
       {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear"}},
-      "config.json: rope_scaling: factor is missing",
+      "config.json: rope_scaling.factor is missing",
     ),
     (
       {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "more": 1}},
-      "rope_scaling: unknown field.s. more",
+      "config.json: unknown field.s. rope_scaling.more",
     ),
     (
       {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2.0}},

@@ -85,6 +85,11 @@ def held_by_optimizer(folder: pathlib.Path) -> set[str]:
   return {w.replace(".", "/") for w in sorted(weights) if any(name.endswith(f".{w}") for name in state)}
 
 
+def model_and_weights(folder: pathlib.Path):
+  run = pretrained.load_run(folder)
+  return run.config.model, run.weights
+
+
 def logits_of(cfg, weights):
   tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, (1, 8), dtype=np.int32)
   return np.asarray(
@@ -114,8 +119,9 @@ def test_ouro_from_checkpoint_to_table_in_two_stages(commands, tmp_path):
   )
   assert table(out) == [["1", "2"], ["2", "2"]]
   cfg, begun, _ = pretrained.load(memory)
-  _, after, source, step = pretrained.load_run(first)
-  assert step == 2 and source.folder == memory
+  run = pretrained.load_run(first)
+  after = run.weights
+  assert run.step == 2 and run.tokenizer is not None and pretrained.open_run(first).origin == memory
   assert changed(begun, after) == {name for name in names_of(begun) if name.startswith("blocks/1/")}
   assert held_by_optimizer(first) == changed(begun, after)
 
@@ -130,7 +136,7 @@ def test_ouro_from_checkpoint_to_table_in_two_stages(commands, tmp_path):
     "run", f"{RUN}:ouro_sliding", *SHORT, f"--config.pretrained.folder={tuned}", f"--workdir={second}"
   )
   assert table(out) == [["1", "2"], ["2", "2"]]
-  run_cfg, after, _, _ = pretrained.load_run(second)
+  run_cfg, after = model_and_weights(second)
   assert (run_cfg.eviction, run_cfg.blocks, run_cfg.without_mlp) == ("sliding", ("attn", "jet", "attn"), (1,))
   # In one pass awake nobody asks the exit gate: its matrix decays, its bias stays.
   assert set(names_of(after)) - changed(exported, after) == {"exit_gate/b"}
@@ -157,7 +163,7 @@ def test_jet_nemotron_sleeps_with_its_own_memory(commands, tmp_path):
     "run", f"{RUN}:jet_2b", *SHORT, *looped, f"--config.pretrained.folder={published}", f"--workdir={folder}"
   )
   assert table(out) == [["1", "2"], ["2", "2"]]
-  run_cfg, after, _, _ = pretrained.load_run(folder)
+  run_cfg, after = model_and_weights(folder)
   _, begun, _ = pretrained.load(published)
   assert run_cfg.blocks == ("jet", "jet", "attn", "swa")
   assert changed(begun, after) == held_by_optimizer(folder) == set(names_of(after))
@@ -184,7 +190,8 @@ def test_ouro_is_given_its_memory_on_the_way_and_the_next_run_goes_on_from_the_w
     "run", f"{RUN}:ouro", *SHORT, *inserted, f"--config.pretrained.folder={plain}", f"--workdir={first}"
   )
   assert table(out) == [["1", "2"], ["2", "2"]]
-  run_cfg, after, source, _ = pretrained.load_run(first)
+  run_cfg, after = model_and_weights(first)
+  source = pretrained.run_source(pretrained.open_run(first))
   assert source.folder == plain and source.memory is None
   values = presets.get_config("ouro_sliding")
   values.pretrained.folder = str(first)

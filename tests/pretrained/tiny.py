@@ -7,14 +7,16 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from sleep_jax import model, params
 from sleep_jax.config import ModelConfig
 from sleep_jax.data import gsm_infinite as generator
-from sleep_jax.pretrained import dense, jet_nemotron, loading, ouro, weight_map
+from sleep_jax.pretrained import jet_nemotron, loading, ouro, published, weight_map
 from sleep_jax.pretrained.fields import Fields
 
 VOCAB = 512
@@ -41,12 +43,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "ouro": ouro.PUBLISHED_1_4B | SIZES | {"num_hidden_layers": 2, "head_dim": 8, "total_ut_steps": 2},
   "qwen2": SIZES
   | {
-    "architectures": [dense.QWEN2],
+    "architectures": [published.QWEN2],
     "num_hidden_layers": 2,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
     "tie_word_embeddings": True,
     "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+  },
+  "llama": SIZES
+  | {
+    "architectures": [published.LLAMA],
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
     "torch_dtype": "bfloat16",
   },
 }
@@ -65,6 +78,14 @@ def checkpoint(folder: pathlib.Path, name: str, *, seed: int = 0, tokenizer: boo
   if tokenizer:
     make_tokenizer(folder / "tokenizer.json")
   return folder
+
+
+def weights(cfg: ModelConfig, seed: int = 0) -> Any:
+  """Random weights of a model, drawn without compiling anything."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda w: rng.normal(size=w.shape).astype(np.float32), model.declare(cfg), is_leaf=params.is_weight
+  )
 
 
 def make_tokenizer(path: pathlib.Path, size: int = VOCAB) -> None:

@@ -148,3 +148,25 @@ def test_blocks_passes_and_windows_have_names_in_the_program():
   text = train.make_dispatch(cfg, task, one_step, plan).lower(state).as_text(debug_info=True)
   for name in ("window", "asleep", "awake", "pass", "block_0", "gdn", "attn", "mlp"):
     assert re.search(rf"[/\"(]{name}[/\")]", text), name
+
+
+def test_a_finished_run_made_longer_ends_as_one_that_was_long_from_the_start(kind, tmp_path):
+  cfg, task = kind
+  longer = config.replace(cfg, train={"steps": 8, "eval_every": 4})
+  ends = {}
+  for name, lengths in (("grown", (cfg, longer)), ("whole", (longer,))):
+    for one in lengths:
+      with workdir.prepare(tmp_path / name, config.to_dict(one), may_grow=("train.steps",)) as run:
+        ends[name] = train.train(one, task, run, report=lambda line: None)
+  assert ends["grown"] == ends["whole"]
+  losses = {
+    name: [
+      (r["step"], r["loss"]) for r in metrics.read(tmp_path / name / "metrics.jsonl") if r["kind"] == "train"
+    ]
+    for name in ends
+  }
+  assert losses["grown"] == losses["whole"]
+  assert [r["step"] for r in metrics.read(tmp_path / "grown" / "metrics.jsonl") if r["kind"] == "done"] == [
+    4,
+    8,
+  ]

@@ -83,6 +83,11 @@ class TaskConfig(GsmInfiniteConfig):
     )
 
   @property
+  def length(self) -> int:
+    """T, tokens of the longest sequence."""
+    return self.cut.max_tokens
+
+  @property
   def longest_answer(self) -> str:
     """The longest text that an answer may be, as wide as any."""
     if self.subset == "symbolic":

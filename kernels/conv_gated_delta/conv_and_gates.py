@@ -1,4 +1,4 @@
-"""What a Gated DeltaNet layer does between its projections and the rule, in plain JAX."""
+"""The part of a Gated DeltaNet layer between its projections and the rule, in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 NORM_EPS = 1e-6  # under the root of the norm of q and k
 
 
-def front(
+def conv_and_gates(
   x: jax.Array,
   taps: jax.Array,
   context: jax.Array,
@@ -15,7 +15,7 @@ def front(
   A_log: jax.Array,
   dt_bias: jax.Array,
   S: jax.Array,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Short causal convolution, SiLU, l2 norm of q and k, gates (arXiv 2412.06464), all in S's dtype.
 
       z_t = sum_i taps_i x_{t - (c-1) + i};   [q, k, v] = silu(z)

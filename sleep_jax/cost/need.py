@@ -1,0 +1,166 @@
+"""The memory that a run cannot do without, counted from its config, against what there is.
+
+All is plain arithmetic on sizes: whatever they are, nothing is allocated, traced or compiled. It is a lower
+bound: a run that passes may still be too large. `footprint` counts more closely.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sleep_jax import config, model, params
+from sleep_jax.config import ATTENTION, Config, ConfigError, ModelConfig, SleepConfig
+
+FLOAT32, TOKEN = 4, 12  # bytes; of a token in a batch: its id, its target, its share in the loss
+BLOCKS = "model.blocks"
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check(cfg: Config, tokens: int, *, grouped: int = 1, available: int | None = None) -> None:
+  """Refuses a run that cannot fit, before anything of it is made.
+
+  Args:
+    cfg: of the run.
+    tokens: T, of the longest sequence.
+    grouped: batches that the host holds at once.
+    available: bytes. None: those of the devices, or of this machine where it is itself the device; an
+      accelerator that does not say how much it has lets everything pass.
+
+  Raises:
+    ConfigError: naming the field that has most to do with it.
+  """
+  have = memory() if available is None else available
+  need = total(cfg, tokens, grouped)
+  if have is None or need <= have:
+    return
+  field, value = _largest(cfg, tokens, grouped)
+  part, size = max(least(cfg, tokens, grouped).items(), key=lambda item: item[1])
+  raise ConfigError(
+    f"{field}: {value} is too much for the {_bytes(have)} of memory here: such a run needs at least"
+    f" {_bytes(need)} ({part}: {_bytes(size)})"
+  )
+
+
+def total(cfg: Config, tokens: int, grouped: int = 1) -> int:
+  """Bytes that a run needs at least, on all devices together."""
+  return sum(least(cfg, tokens, grouped).values())
+
+
+def least(cfg: Config, tokens: int, grouped: int = 1) -> dict[str, int]:
+  """Bytes that a run needs at least, by what they are for.
+
+  Args:
+    cfg, tokens, grouped: as in `check`.
+  """
+  declared = jax.tree.leaves(model.declare(cfg.model), is_leaf=params.is_weight)
+  count = {group: sum(math.prod(w.shape) for w in declared if w.group == group) for group in params.GROUPS}
+  every = cfg.optim.trained == ("*",)  # of frozen weights nothing but themselves is held
+  training = _awake(cfg.model, tokens, cfg.train.batch_size // cfg.train.microbatches)
+  training += _asleep(cfg.model, cfg.sleep, tokens, cfg.train.batch_size // cfg.train.microbatches)
+  testing = _awake(cfg.model, tokens, cfg.train.eval_batch_size) + cfg.train.eval_batch_size * tokens * TOKEN
+  return {
+    "weights": FLOAT32 * sum(count.values()),
+    "gradients and optimizer": FLOAT32 * (2 * count["muon"] + 3 * count["adam"]) if every else 0,
+    "batch": grouped * cfg.train.batch_size * tokens * TOKEN,
+    "activations": max(training, testing),
+    "measurements": cfg.train.steps_per_dispatch * 2 * FLOAT32,
+  }
+
+
+def memory() -> int | None:
+  """Bytes of all devices together, of the machines themselves where these are CPUs; None: it is not known."""
+  devices = jax.devices()
+  if devices[0].platform == "cpu":
+    return _physical() * jax.process_count()
+  stats = devices[0].memory_stats() or {}
+  return stats["bytes_limit"] * len(devices) if "bytes_limit" in stats else None
+
+
+def _physical() -> int:
+  """Bytes of memory that this machine, or its container, has."""
+  limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+  for path in map(pathlib.Path, CGROUPS):
+    try:
+      limits.append(int(path.read_text()))
+    except (OSError, ValueError):  # no such limit
+      continue
+  return min(limits)
+
+
+def _awake(cfg: ModelConfig, tokens: int, batch: int) -> int:
+  """Bytes of a block's hidden states, of its scores and MLP, of S and of one answer's logits."""
+  length, width = min(cfg.window, tokens), 2 if cfg.dtype == "bfloat16" else 4
+  scores = cfg.attention.num_heads * length**2 * FLOAT32 if set(cfg.blocks) & set(ATTENTION) else 0
+  mlp = (cfg.mlp_dim or 2 * cfg.embed_dim) * length * width if len(cfg.without_mlp) < len(cfg.blocks) else 0
+  return batch * (cfg.embed_dim * length * width + max(scores, mlp) + _state(cfg) + cfg.vocab_size * FLOAT32)
+
+
+def _asleep(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, batch: int) -> int:
+  """Bytes that a gradient keeps of every pass it goes through: what the pass began with, h and S."""
+  windows = max((tokens - 1) // cfg.window, 0)
+  length, width = min(cfg.window, tokens), 2 if cfg.dtype == "bfloat16" else 4
+  passes = sleep_cfg.backprop_passes or sleep_cfg.num_passes
+  if passes == 1 or not windows:
+    return 0
+  at_once = 1 if sleep_cfg.remat == "window" else windows
+  state = _state(cfg, *sleep_cfg.looped(len(cfg.blocks)))
+  return batch * at_once * passes * (cfg.embed_dim * length * width + state)
+
+
+def _state(cfg: ModelConfig, first: int = 0, last: int | None = None) -> int:
+  """Bytes of a sequence's fast weights in blocks `first` .. `last` - 1."""
+  memories = sum(kind not in ATTENTION for kind in cfg.blocks[first:last])
+  return memories * cfg.fast.num_heads * cfg.fast.key_dim * cfg.fast.value_dim * FLOAT32
+
+
+def _largest(cfg: Config, tokens: int, grouped: int) -> tuple[str, Any]:
+  """The field whose usual value would save most, and its value; where all are usual, whose half would."""
+  found = []
+  for usual in (True, False):
+    for name, value, smaller in _smaller(cfg, usual):
+      try:
+        other = _changed(cfg, name, smaller)
+      except ConfigError:  # it does not fit the other fields
+        continue
+      length = getattr(other.data, "length", tokens) if name.startswith("data.") else tokens
+      found.append((total(other, length, grouped), name, value))
+    if found and min(found)[0] < total(cfg, tokens, grouped):
+      return min(found)[1:]
+  return "train.batch_size", cfg.train.batch_size
+
+
+def _smaller(group: Any, usual: bool, path: str = "") -> Iterator[tuple[str, int, int]]:
+  """Name, value and a smaller value, the usual one or the half, of every size in a config."""
+  for field in dataclasses.fields(group):
+    name, value, default = f"{path}{field.name}", getattr(group, field.name), field.default
+    if dataclasses.is_dataclass(value):
+      yield from _smaller(value, usual, f"{name}.")
+    if name == BLOCKS:
+      value, default = len(value), len(default)
+    if isinstance(value, int) and not isinstance(value, bool):
+      default = default if isinstance(default, int) else 2
+      smaller = default if usual else value // 2
+      if 0 < smaller < value:
+        yield name, value, smaller
+
+
+def _changed(cfg: Config, name: str, smaller: int) -> Config:
+  """The config with one size changed; of the blocks the first ones stay."""
+  *groups, key = name.split(".")
+  change: Any = {key: cfg.model.blocks[:smaller] if name == BLOCKS else smaller}
+  for group in reversed(groups):
+    change = {group: change}
+  return config.replace(cfg, **change)
+
+
+def _bytes(size: int) -> str:
+  """`3.2 GB`."""
+  for power, unit in enumerate(("B", "kB", "MB", "GB", "TB", "PB")):
+    if size < 1000 ** (power + 1):
+      return f"{size / 1000**power:.3g} {unit}"
+  return "more than 1000 PB"

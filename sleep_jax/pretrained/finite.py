@@ -1,0 +1,21 @@
+"""Whether the weights of a checkpoint are numbers."""
+
+import jax
+import jax.numpy as jnp
+
+from sleep_jax import model, params
+from sleep_jax.config import ModelConfig
+from sleep_jax.pretrained import weight_map
+
+
+def first_not_finite(cfg: ModelConfig, weights: model.Params) -> str | None:
+  """The published name of the first tensor that holds NaN or infinity; None if none does."""
+  flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
+  names = {entry.name: flat[entry.path] for entry in weight_map.entries(cfg)}
+  good = jax.device_get({name: _finite(x) for name, x in names.items()})
+  return next((name for name in names if not good[name]), None)
+
+
+@jax.jit
+def _finite(x):
+  return jnp.all(jnp.isfinite(x))
