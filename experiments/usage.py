@@ -81,7 +81,7 @@ def presets(module: ModuleType) -> dict[str, str]:
 
 def _config_of(words: Sequence[str]) -> str | None:
   """FILE.py:PRESET of a command line."""
-  for word, following in zip(words, [*words[1:], None], strict=True):
+  for word, following in zip(words, [*words[1:], None], strict=False):
     name, equals, value = word.partition("=")
     if name in ("-config", "--config"):
       return value if equals else following

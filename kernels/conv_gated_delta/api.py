@@ -1,4 +1,4 @@
-"""The public face of the gated delta rule with the front of its layer: the only file that callers see."""
+"""The public face of the gated delta rule behind a convolution and gates: the only file that callers see."""
 
 import jax
 import jax.numpy as jnp

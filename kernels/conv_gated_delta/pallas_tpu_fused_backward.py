@@ -1,4 +1,4 @@
-"""The way back of the fused TPU kernel: chunks in reverse, with the front made again and its gradients."""
+"""The way back of the fused TPU kernel: chunks in reverse; convolution and gates are computed again."""
 
 import functools
 
@@ -7,27 +7,41 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sleep_jax.kernels.conv_gated_delta import pallas_tpu_front as front
-from sleep_jax.kernels.conv_gated_delta.pallas_tpu_front import BEFORE, LANES, Cut, Front
+from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused_parts as conv
+from sleep_jax.kernels.conv_gated_delta.pallas_tpu_fused_parts import BEFORE, LANES, ConvRefs, Tiles
 from sleep_jax.kernels.gated_delta import pallas_tpu_backward
 from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
 
 PREVIOUS = 16  # rows of x before a chunk that are fetched: a tile of bfloat16
 
 
-@functools.partial(jax.jit, static_argnames=("cut", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def backward(
-  x, taps, context, a, b, A_log, dt_bias, S_after, inverse, met, do, dS_after, *, cut: Cut, interpret
+  x,
+  taps,
+  context,
+  a,
+  b,
+  A_log,
+  dt_bias,
+  S_after,
+  inverse,
+  chunk_S,
+  do,
+  dS_after,
+  *,
+  tiles: Tiles,
+  interpret,
 ):
   """Gradients of x, taps, context, a, b, A_log, dt_bias and of the S on entry.
 
   Args:
     x, taps, context, a, b, A_log, dt_bias: as given to the rule. S_after: what it returned.
-    inverse: [R, T', C] and met: [R, n, K', V'], as the forward kernel kept them.
+    inverse: [R, T', C] and chunk_S: [R, n, K', V'], as the forward kernel kept them.
     do: [B, T, H, V]. dS_after: [B, H, K, V]. Cotangents.
   """
-  rule, c = cut.rule, cut.c
-  r, n, C, K, V, X = rule.r, rule.n, rule.C, rule.Kp, rule.Vp, cut.X
+  rule, c = tiles.rule, tiles.c
+  r, n, C, K, V, X = rule.r, rule.n, rule.C, rule.Kp, rule.Vp, tiles.X
   R, steps = rule.groups * r, C // PREVIOUS
   tokens = lambda width: pl.BlockSpec((r, C, width), lambda i, j: (i, n - 1 - j, 0))  # noqa: E731
   previous = pl.BlockSpec((r, PREVIOUS, X), lambda i, j: (i, jnp.maximum((n - 1 - j) * steps - 1, 0), 0))
@@ -36,14 +50,14 @@ def backward(
   heads = pl.BlockSpec((1, 2, r, C), lambda i, j: (i, 0, 0, 0))
   rates = pl.BlockSpec((1, r, C), lambda i, j: (i, 0, 0))
   state = pl.BlockSpec((r, K, V), lambda i, j: (i, 0, 0))
-  chunk_S = pl.BlockSpec((r, 1, K, V), lambda i, j: (i, n - 1 - j, 0, 0))
+  states = pl.BlockSpec((r, 1, K, V), lambda i, j: (i, n - 1 - j, 0, 0))
   shape = jax.ShapeDtypeStruct
   channels = lambda rows: pltpu.VMEM((r, X // LANES, rows, LANES), jnp.float32)  # noqa: E731
-  rows = cut.x(x)
+  rows = tiles.x(x)
   dx, dz, dtaps, da, db, dA, dS = pl.pallas_call(
-    functools.partial(_backward_kernel, cut=cut),
+    functools.partial(_backward_kernel, tiles=tiles),
     grid=(rule.groups, n),
-    in_specs=[tokens(X), previous, few, few, gate, gate, heads, tokens(C), chunk_S, tokens(V), state, state],
+    in_specs=[tokens(X), previous, few, few, gate, gate, heads, tokens(C), states, tokens(V), state, state],
     out_specs=[tokens(X), few, few, gate, gate, rates, state],
     out_shape=[
       shape((R, n * C, X), x.dtype),
@@ -71,25 +85,25 @@ def backward(
   )(
     rows,
     rows,
-    cut.taps(taps),
-    cut.context(context),
-    cut.closed(a),
-    cut.closed(b),
-    cut.heads(-jnp.exp(A_log), dt_bias),
+    tiles.taps(taps),
+    tiles.context(context),
+    tiles.closed(a),
+    tiles.closed(b),
+    tiles.heads(-jnp.exp(A_log), dt_bias),
     inverse,
-    met,
+    chunk_S,
     rule.rows(do, V),
     rule.state(S_after),
     rule.state(dS_after),
   )
-  whole = lambda y: cut.gather(y)[: rule.B * rule.H].reshape(rule.B, rule.H, *y.shape[1:-1], -1)  # noqa: E731
-  dz, dtaps = whole(dz), whole(dtaps)  # [B, H, BEFORE, X]; of z / 2 at the first tokens, of taps / 2
+  ungrouped = lambda y: tiles.gather(y)[: rule.B * rule.H].reshape(rule.B, rule.H, *y.shape[1:-1], -1)  # noqa: E731
+  dz, dtaps = ungrouped(dz), ungrouped(dtaps)  # [B, H, BEFORE, X]; of z / 2 at the first tokens, of taps / 2
   # Entry j of the context meets tap i at token j - i.
   dcontext = [sum(0.5 * taps[i] * dz[:, :, j - i] for i in range(j + 1)) for j in range(c - 1)]
   da, db = rule.ungates(da), rule.ungates(db)
   dA = jnp.sum(dA, 2).reshape(-1)[: rule.B * rule.H].reshape(rule.B, rule.H)
   return (
-    jnp.moveaxis(cut.gather(dx)[: rule.B * rule.H, : rule.T].reshape(rule.B, rule.H, rule.T, -1), 1, 2),
+    jnp.moveaxis(tiles.gather(dx)[: rule.B * rule.H, : rule.T].reshape(rule.B, rule.H, rule.T, -1), 1, 2),
     jnp.moveaxis(0.5 * jnp.sum(dtaps, 0)[:, :c], 0, 1),
     jnp.stack(dcontext, 1).astype(context.dtype),
     da,
@@ -101,14 +115,14 @@ def backward(
 
 
 def _backward_kernel(
-  x_ref, previous_ref, taps_ref, context_ref, a_ref, b_ref, heads_ref, inverse_ref, met_ref, do_ref,
+  x_ref, previous_ref, taps_ref, context_ref, a_ref, b_ref, heads_ref, inverse_ref, chunk_S_ref, do_ref,
   S_after_ref, dS_after_ref, dx_ref, first_ref, dtaps_ref, da_ref, db_ref, dA_ref, dS_ref,
-  end_ref, window_ref, slope_ref, dz_ref, q_ref, k_ref, v_ref, *, cut,
+  inner_ref, window_ref, slope_ref, dz_ref, q_ref, k_ref, v_ref, *, tiles,
 ):  # fmt: skip
   """One chunk of r heads, the last chunk first. dS and the first rows of dz stay in VMEM."""
-  (r, C, _), c, K, V = x_ref.shape, cut.c, cut.rule.Kp, cut.rule.Vp
-  blocks = range(cut.X // LANES)
-  refs = pallas_tpu_backward.Chunk(q_ref, k_ref, v_ref, inverse_ref, met_ref, do_ref, dS_ref, end_ref)
+  (r, C, _), c, K, V = x_ref.shape, tiles.c, tiles.rule.Kp, tiles.rule.Vp
+  blocks = range(tiles.X // LANES)
+  refs = pallas_tpu_backward.Chunk(q_ref, k_ref, v_ref, inverse_ref, chunk_S_ref, do_ref, dS_ref, inner_ref)
   pallas_tpu_backward.start(refs, S_after_ref, dS_after_ref)
 
   @pl.when(pl.program_id(1) == 0)
@@ -119,27 +133,27 @@ def _backward_kernel(
 
   row, col = parts.grid_of(C)
   rate = heads_ref[0, 0]
-  g, b, soft, soft_slope = front.open_gates(a_ref[0, 0], b_ref[0, 0], rate, heads_ref[0, 1])
+  g, b, soft, soft_slope = conv.open_gates(a_ref[0, 0], b_ref[0, 0], rate, heads_ref[0, 1])
   gates = parts.gates(g, b)
-  before = Front(x_ref, taps_ref, window_ref, q_ref, k_ref, v_ref, slope_ref)
+  before = ConvRefs(x_ref, taps_ref, window_ref, q_ref, k_ref, v_ref, slope_ref)
   is_first = pl.program_id(1) == pl.num_programs(1) - 1
   for h in range(r):
     for block in blocks:
-      at = front.lanes(block)
+      at = conv.lanes(block)
       previous = previous_ref[h, PREVIOUS - BEFORE :, at].astype(jnp.float32)
       window_ref[h, block, :BEFORE] = jnp.where(is_first, context_ref[h, :, at], previous)
     for name in ("k", "q", "v"):
-      front.forward(h, name, before, cut)
+      conv.forward(h, name, before, tiles)
 
   def give(name, h, gradient):
-    own = front.blocks_of(name, K, V)
+    own = conv.blocks_of(name, K, V)
     if name != "v":  # what is along q or k does not pass the norm
       unit = getattr(refs, name)[h].astype(jnp.float32)
-      along = jnp.sum(unit * gradient, 1, keepdims=True) * (cut.rule.K if name == "q" else 1)
+      along = jnp.sum(unit * gradient, 1, keepdims=True) * (tiles.rule.K if name == "q" else 1)
       gradient = gradient - along * unit
     for block in own:
-      at = front.lanes(block)
-      dz = slope_ref[h, block] * gradient[:, front.lanes(block - own.start)]
+      at = conv.lanes(block)
+      dz = slope_ref[h, block] * gradient[:, conv.lanes(block - own.start)]
       dz_ref[h, block, :C] = dz
       products = (taps_ref[h, i : i + 1, at] * dz_ref[h, block, c - 1 - i : c - 1 - i + C] for i in range(c))
       dx = functools.reduce(jnp.add, products)
@@ -151,7 +165,7 @@ def _backward_kernel(
       dz_ref[h, block, C:] = dz_ref[h, block, :BEFORE]
       first_ref[h, :, at] = dz_ref[h, block, :BEFORE]
 
-  dg, db = pallas_tpu_backward.retreat(refs, gates, row, col, give)
+  dg, db = pallas_tpu_backward.backward_chunk(refs, gates, row, col, give)
   da_ref[0, 0] = dg * rate * soft_slope
   db_ref[0, 0] = db * b * (1 - b)
   dA_ref[0] += dg * rate * soft

@@ -1,8 +1,8 @@
-"""The front's equations, then the recurrence as printed: slow, obvious, the judge."""
+"""Convolution and gates, then the recurrence as printed: slow, obvious, the judge."""
 
 import jax
 
-from sleep_jax.kernels.conv_gated_delta.front import front
+from sleep_jax.kernels.conv_gated_delta.conv_and_gates import conv_and_gates
 from sleep_jax.kernels.gated_delta import reference
 
 
@@ -16,10 +16,10 @@ def conv_gated_delta(
   dt_bias: jax.Array,
   S: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Arguments as in `api.conv_gated_delta`; all is computed in S's dtype.
+  """Arguments as in `api.conv_gated_delta`. Everything is computed in the dtype of S.
 
   Returns:
     o [B, T, H, V] in x's dtype, and S after the last token.
   """
-  o, S = reference.gated_delta(*front(x, taps, context, a, b, A_log, dt_bias, S), S)
+  o, S = reference.gated_delta(*conv_and_gates(x, taps, context, a, b, A_log, dt_bias, S), S)
   return o.astype(x.dtype), S

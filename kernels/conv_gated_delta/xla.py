@@ -1,9 +1,9 @@
-"""The front in plain JAX, then the rule in chunks. Runs on whatever XLA compiles for."""
+"""Convolution and gates in plain JAX, then the rule in chunks. Runs on whatever XLA compiles for."""
 
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.kernels.conv_gated_delta.front import front
+from sleep_jax.kernels.conv_gated_delta.conv_and_gates import conv_and_gates
 from sleep_jax.kernels.gated_delta import xla
 
 
@@ -17,7 +17,7 @@ def conv_gated_delta(
   dt_bias: jax.Array,
   S: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """What `reference.conv_gated_delta` gives, up to rounding: q, k and v are rounded to x's dtype."""
-  q, k, v, g, b = front(x, taps, context, a, b, A_log, dt_bias, S)
+  """Computes what `reference.conv_gated_delta` does, up to rounding: q, k and v are rounded to x's dtype."""
+  q, k, v, g, b = conv_and_gates(x, taps, context, a, b, A_log, dt_bias, S)
   q, k, v = (y.astype(jnp.promote_types(x.dtype, jnp.bfloat16)) for y in (q, k, v))
   return xla.gated_delta(q, k, v, g, b, S)

@@ -8,13 +8,13 @@ from jax.lax import Precision
 def delta(
   q: jax.Array, k: jax.Array, v: jax.Array, b: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The error v - S^T k is read from S as the token finds it; o is read after the write.
+  """The error v - S^T k is read from S before the write, o after it.
 
   Args:
     q, k: [B, T, H, K]. v: [B, T, H, V]. b: [B, T, H]. S: [B, H, K, V], float32 or float64.
 
   Returns:
-    o [B, T, H, V] in v's dtype, and S after the last token in its own dtype, in which all is computed.
+    o [B, T, H, V] in v's dtype, and S after the last token. Everything is computed in the dtype of S.
   """
 
   def step(S: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

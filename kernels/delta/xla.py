@@ -9,5 +9,5 @@ from sleep_jax.kernels.common import chunked_head, tiling
 def delta(
   q: jax.Array, k: jax.Array, v: jax.Array, b: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """What `reference.delta` gives, up to rounding. Gradients: `kernels.common.chunked_head`."""
+  """Computes what `reference.delta` does, up to rounding. Gradient: `kernels.common.chunked_head`."""
   return chunked_head.chunked(q, k, v, jnp.zeros_like(b), b, S, tiling.make_plan(q, v, S, solve=True))

@@ -7,7 +7,7 @@ that depends on S passes through shared memory. The columns of V do not meet; ea
 T gives the errors themselves, E = T (V - e^G K S), and U = b E.
 
 Backward, `_walk` goes once more and keeps E and the S that each chunk met; `_retreat` walks the chunks in
-reverse with the gradient of S in registers, on the same tiles. The rest is `gradients`, on XLA.
+reverse with the gradient of S in registers, on the same tiles. The rest is `pallas_gpu_gradients`, on XLA.
 """
 
 import jax
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sleep_jax.kernels.gated_delta import gradients, xla
+from sleep_jax.kernels.gated_delta import pallas_gpu_gradients, xla
 
 C = 64  # tokens of a chunk
 WIDTHS = (64, 128)  # of q and k in the kernels; others are padded
 FORGET, STEP = -1000.0, 16.0  # floor of g, and steps a unit of the coarse part of g (kernels/README.md)
 TILE = 64  # columns of V in a block of the grid: the rows of one wgmma
-COARSE, FINE, SINCE, UNTIL, WRITE, ROWS = 0, 1, 2, 3, 4, 8  # rows of the gates' array, padded to 8
+COARSE, FINE, DECAY_IN, DECAY_OUT, WRITE, ROWS = 0, 1, 2, 3, 4, 8  # rows of the gates' array, padded to 8
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -29,7 +29,7 @@ ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 def gated_delta(
   q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """What `reference.gated_delta` gives, with products in bfloat16 and sums in float32.
+  """Computes what `reference.gated_delta` does, with products in bfloat16 and sums in float32.
 
   The gradient likewise; second derivatives are those of `xla`, in float32. The inverse is built in float16
   with float32 sums: keys are taken to have a length of about 1.
@@ -108,19 +108,19 @@ def _backward(q, k, v, g, b, S, do, dS):
   q, k, gates = _rows(q), _rows(k), _gates(g, b)
   v, do = (_columns(_rows(x.astype(BF16)), n) for x in (v, do))
   P, inverse = _prepare(q, k, gates)
-  S_after, E, met = _walk(q, k, v, P, inverse, gates, _flat(S).mT, keep=True)
+  S_after, E, chunk_S = _walk(q, k, v, P, inverse, gates, _flat(S).mT, keep=True)
   dv, dS_before, dS_after = _retreat(q, k, do, P, inverse, gates, _flat(dS).mT)
 
   chunked = lambda x: x.reshape(x.shape[0], n, -1, x.shape[-1])  # noqa: E731
-  met, dS_chunks = chunked(met), chunked(dS_after)
-  left = jnp.concatenate([met[:, 1:].astype(F32), S_after[:, None]], 1)
+  chunk_S, dS_chunks = chunked(chunk_S), chunked(dS_after)
+  left = jnp.concatenate([chunk_S[:, 1:].astype(F32), S_after[:, None]], 1)
   end = jnp.sum(left * dS_chunks.astype(F32), (-2, -1))
   rows = chunked(gates)
   between = rows[..., (COARSE, FINE), :, None] - rows[..., (COARSE, FINE), None, :]
   decay = jnp.exp(jnp.where(jnp.tri(C, dtype=bool), between.sum(-3), -jnp.inf))
-  factors = gradients.Gates(decay, *(rows[..., row, :] for row in (SINCE, UNTIL, WRITE)))
-  dq, dk, dg, db = gradients.gradients(
-    chunked(q), chunked(k), factors, chunked(do), chunked(dv), chunked(E), met, dS_chunks, end
+  factors = pallas_gpu_gradients.Gates(decay, *(rows[..., row, :] for row in (DECAY_IN, DECAY_OUT, WRITE)))
+  dq, dk, dg, db = pallas_gpu_gradients.gradients(
+    chunked(q), chunked(k), factors, chunked(do), chunked(dv), chunked(E), chunk_S, dS_chunks, end
   )
   found = [x.reshape(x.shape[0], n * C, -1) for x in (dq[..., :K], dk[..., :K])]
   found += [_columns(dv, n), *(x.reshape(x.shape[0], n * C, 1) for x in (dg, db))]
@@ -170,8 +170,8 @@ def _gates(g: jax.Array, b: jax.Array) -> jax.Array:
   g = jnp.maximum(g, FORGET)
   coarse = jnp.round(g * STEP) / STEP  # whole sixteenths: their sums are exact (kernels/README.md)
   coarse, fine = jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)
-  until = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
-  rows = jnp.stack([coarse, fine, jnp.exp(coarse + fine), until, b], -2)
+  decay_out = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+  rows = jnp.stack([coarse, fine, jnp.exp(coarse + fine), decay_out, b], -2)
   rows = jnp.pad(rows, [(0, 0), (0, 0), (0, ROWS - rows.shape[-2]), (0, 0)])
   return rows.reshape(rows.shape[0], -1, C)
 
@@ -289,19 +289,19 @@ def _walk(q, k, v, P, inverse, gates, S, *, keep: bool = False):
 
   def step(v, k, inverse, *more):
     *asked, gates, S, leave = more
-    since, until, b = (_gate(gates, row, COLUMN) for row in (SINCE, UNTIL, WRITE))
+    decay_in, decay_out, b = (_gate(gates, row, COLUMN) for row in (DECAY_IN, DECAY_OUT, WRITE))
     S16 = S.astype(BF16)
-    X = v[...].astype(F32) - _spread(since, (TILE, C), 1) * _product((S16, k.T))
+    X = v[...].astype(F32) - _spread(decay_in, (TILE, C), 1) * _product((S16, k.T))
     E = _product((X.astype(BF16), inverse.T))
     U = E * _spread(b, (TILE, C), 1)
     if keep:
       leave(E, S16)
     else:
       q, P = asked
-      seen = _product((S16, q.T)) * _spread(since, (TILE, C), 1)
+      seen = _product((S16, q.T)) * _spread(decay_in, (TILE, C), 1)
       leave(seen + _product((U.astype(BF16), P.T)))
-    kept = (U * _spread(until, (TILE, C), 1)).astype(BF16)
-    return S * gates[SINCE, C - 1] + _product((kept, k))
+    kept = (U * _spread(decay_out, (TILE, C), 1)).astype(BF16)
+    return S * gates[DECAY_IN, C - 1] + _product((kept, k))
 
   if keep:
     return _along("walk_keep", step, v, (k, inverse), gates, S, (C, q.shape[2]))
@@ -317,14 +317,14 @@ def _retreat(q, k, do, P, inverse, gates, dS):
   """
 
   def step(do, q, k, P, inverse, gates, dS, leave):
-    since, until, b = (_gate(gates, row, COLUMN) for row in (SINCE, UNTIL, WRITE))
+    decay_in, decay_out, b = (_gate(gates, row, COLUMN) for row in (DECAY_IN, DECAY_OUT, WRITE))
     dS16 = dS.astype(BF16)
-    dU = _product((do, P)) + _spread(until, (TILE, C), 1) * _product((dS16, k.T))
+    dU = _product((do, P)) + _spread(decay_out, (TILE, C), 1) * _product((dS16, k.T))
     dv = _product(((dU * _spread(b, (TILE, C), 1)).astype(BF16), inverse))
     leave(dv, dS16)
-    read = do[...].astype(F32) * _spread(since, (TILE, C), 1)
-    missed = -dv * _spread(since, (TILE, C), 1)
-    return dS * gates[SINCE, C - 1] + _product((read.astype(BF16), q), (missed.astype(BF16), k))
+    read = do[...].astype(F32) * _spread(decay_in, (TILE, C), 1)
+    missed = -dv * _spread(decay_in, (TILE, C), 1)
+    return dS * gates[DECAY_IN, C - 1] + _product((read.astype(BF16), q), (missed.astype(BF16), k))
 
   widths = (C, q.shape[2])
   whole = (q, k, P, inverse)

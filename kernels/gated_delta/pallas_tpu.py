@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sleep_jax.kernels.gated_delta import pallas_tpu_backward
 from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
-from sleep_jax.kernels.gated_delta.pallas_tpu_parts import Cut, dot
+from sleep_jax.kernels.gated_delta.pallas_tpu_parts import Tiles, dot
 
 Ref = Any  # a reference to an array in VMEM
 
@@ -27,7 +27,7 @@ def gated_delta(
   *,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """What `reference.gated_delta` gives, up to rounding, with its gradients.
+  """Computes what `reference.gated_delta` does, up to rounding, and its gradients.
 
   Operands of the products are bfloat16 if q, k and v all are, else float32 at full precision; sums, decays
   and S are float32. Only reverse mode, once. Under `jax.checkpoint` the residuals are named
@@ -45,34 +45,34 @@ def gated_delta(
   Raises:
     NotImplementedError: a dtype or width that the kernels do not take.
   """
-  return _rule(q, k, v, g, b, S, parts.make_cut(q, k, v, g, b, S), interpret)
+  return _rule(q, k, v, g, b, S, parts.make_tiles(q, k, v, g, b, S), interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _rule(q, k, v, g, b, S, cut: Cut, interpret):
-  return _forward(q, k, v, g, b, S, cut=cut, interpret=interpret, keep=False)[:2]
+def _rule(q, k, v, g, b, S, tiles: Tiles, interpret):
+  return _forward(q, k, v, g, b, S, tiles=tiles, interpret=interpret, keep=False)[:2]
 
 
-def _rule_fwd(q, k, v, g, b, S, cut: Cut, interpret):
-  o, S_after, inverse, met = _forward(q, k, v, g, b, S, cut=cut, interpret=interpret, keep=True)
+def _rule_fwd(q, k, v, g, b, S, tiles: Tiles, interpret):
+  o, S_after, inverse, chunk_S = _forward(q, k, v, g, b, S, tiles=tiles, interpret=interpret, keep=True)
   inverse = checkpoint_name(inverse, "fast_weight_inverse")
-  met = checkpoint_name(met, "fast_weight_chunk_S")
+  chunk_S = checkpoint_name(chunk_S, "fast_weight_chunk_S")
   o, S_after = checkpoint_name(o, "fast_weight_o"), checkpoint_name(S_after, "fast_weight_S")
-  return (o, S_after), (q, k, v, g, b, S_after, inverse, met)
+  return (o, S_after), (q, k, v, g, b, S_after, inverse, chunk_S)
 
 
-def _rule_bwd(cut: Cut, interpret, kept, cotangents):
-  return pallas_tpu_backward.backward(*kept, *cotangents, cut=cut, interpret=interpret)
+def _rule_bwd(tiles: Tiles, interpret, kept, cotangents):
+  return pallas_tpu_backward.backward(*kept, *cotangents, tiles=tiles, interpret=interpret)
 
 
 _rule.defvjp(_rule_fwd, _rule_bwd)
 
 
-@functools.partial(jax.jit, static_argnames=("cut", "interpret", "keep"))
-def _forward(q, k, v, g, b, S, *, cut: Cut, interpret, keep: bool):
-  """o and S after; with `keep` also the inverses [R, T', C] and the S that each chunk met [R, n, K', V']."""
-  r, n, C, K, V = cut.r, cut.n, cut.C, cut.Kp, cut.Vp
-  R = cut.groups * r
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret", "keep"))
+def _forward(q, k, v, g, b, S, *, tiles: Tiles, interpret, keep: bool):
+  """o and S after; with `keep` also the inverses [R, T', C] and the S before each chunk [R, n, K', V']."""
+  r, n, C, K, V = tiles.r, tiles.n, tiles.C, tiles.Kp, tiles.Vp
+  R = tiles.groups * r
   tokens = lambda width: pl.BlockSpec((r, C, width), lambda i, j: (i, j, 0))  # noqa: E731
   gate = pl.BlockSpec((1, 1, r, C), lambda i, j: (i, j, 0, 0))
   state = pl.BlockSpec((r, K, V), lambda i, j: (i, 0, 0))
@@ -84,12 +84,12 @@ def _forward(q, k, v, g, b, S, *, cut: Cut, interpret, keep: bool):
   if keep:
     out_specs += [tokens(C), pl.BlockSpec((r, 1, K, V), lambda i, j: (i, j, 0, 0))]
     out_shape += [
-      jax.ShapeDtypeStruct((R, n * C, C), cut.dtype),
-      jax.ShapeDtypeStruct((R, n, K, V), cut.dtype),
+      jax.ShapeDtypeStruct((R, n * C, C), tiles.dtype),
+      jax.ShapeDtypeStruct((R, n, K, V), tiles.dtype),
     ]
   outputs = pl.pallas_call(
     _forward_kernel,
-    grid=(cut.groups, n),
+    grid=(tiles.groups, n),
     in_specs=[tokens(K), tokens(K), tokens(V), gate, gate, state],
     out_specs=out_specs,
     out_shape=out_shape,
@@ -98,8 +98,8 @@ def _forward(q, k, v, g, b, S, *, cut: Cut, interpret, keep: bool):
     ),
     interpret=interpret,
     name="gated_delta_forward",
-  )(cut.rows(q, K), cut.rows(k, K), cut.rows(v, V), cut.gates(g), cut.gates(b), cut.state(S))
-  return (cut.unrows(outputs[0], cut.V), cut.unstate(outputs[1]), *outputs[2:])
+  )(tiles.rows(q, K), tiles.rows(k, K), tiles.rows(v, V), tiles.gates(g), tiles.gates(b), tiles.state(S))
+  return (tiles.unrows(outputs[0], tiles.V), tiles.unstate(outputs[1]), *outputs[2:])
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, g_ref, b_ref, S_in_ref, o_ref, S_ref, *kept_refs):
@@ -123,33 +123,33 @@ class Chunk(NamedTuple):
   v: Ref  # [r, C, V], as o
   S: Ref  # [r, K, V]
   o: Ref
-  kept: tuple[Ref, ...]  # the inverse [r, C, C] and the S that is met [r, 1, K, V], or nothing
+  kept: tuple[Ref, ...]  # the inverse [r, C, C] and the S before it [r, 1, K, V], or nothing
 
 
 def head(h: int, refs: Chunk, gates: parts.Gates, row: jax.Array, col: jax.Array) -> Generator:
   """The chunk of head h: a task for `parts.in_step`."""
   dtype, C = refs.q.dtype, refs.q.shape[1]
   reads, S = jnp.concatenate([refs.q[h], refs.k[h]], 0), refs.S[h]
-  b, since = gates.column("b", h), gates.column("since", h)
+  b, decay_in = gates.column("b", h), gates.column("decay_in", h)
   kT = refs.k[h].T
   scores = dot(reads, kT)
   yield
   decay = gates.decay(h, row, col)
   A = jnp.where(row > col, b * decay * scores[C:], 0.0)
-  writes = (kT.astype(jnp.float32) * gates.until_row[h : h + 1]).astype(dtype)
+  writes = (kT.astype(jnp.float32) * gates.decay_out_row[h : h + 1]).astype(dtype)
   uses = jnp.concatenate(
     [(decay * scores[:C] * gates.kept_row[h : h + 1]).astype(dtype), writes], 0
   )  # of U: for o and for S
   inverse = yield from parts.unit_lower_inverse(A, dtype)
-  seen = dot(reads, S.astype(dtype))
+  answers = dot(reads, S.astype(dtype))
   yield
-  U = dot(inverse, (b * (refs.v[h].astype(jnp.float32) - since * seen[C:])).astype(dtype))
+  U = dot(inverse, (b * (refs.v[h].astype(jnp.float32) - decay_in * answers[C:])).astype(dtype))
   yield
   if refs.kept:
-    inverse_ref, met_ref = refs.kept
+    inverse_ref, chunk_S_ref = refs.kept
     inverse_ref[h] = inverse
-    met_ref[h, 0] = S.astype(dtype)
+    chunk_S_ref[h, 0] = S.astype(dtype)
   used = dot(uses, U.astype(dtype))
   yield
-  refs.o[h] = (since * seen[:C] + used[:C]).astype(refs.o.dtype)
-  refs.S[h] = gates.whole[h : h + 1] * S + used[C:]
+  refs.o[h] = (decay_in * answers[:C] + used[:C]).astype(refs.o.dtype)
+  refs.S[h] = gates.decay_all[h : h + 1] * S + used[C:]

@@ -1,6 +1,6 @@
-"""What the TPU kernels of the gated delta rule share: products, decays, the inverse, the cut into blocks.
+"""What the TPU kernels of the gated delta rule share: products, decays, the inverse, the tiles.
 
-Everything here runs inside a kernel on one chunk, except `Cut` and its methods, which run around it.
+Everything here runs inside a kernel on one chunk, except `Tiles` and its methods, which run around it.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ DONE = object()  # what a task that has ended answers
 LEAF = 16  # width of the blocks on the diagonal that are inverted row by row
 WIDEST = 512  # K and V up to which the blocks of a grid step fit into VMEM
 VMEM_BYTES = 48 << 20
-STEP, FORGET = 16.0, -1000.0  # as in kernels/common/chunked_head.py and tiling.py
+STEP, FORGET = 16.0, -1000.0  # as in kernels/common/chunked_head.py and tiles.py
 TINY = 1e-20  # stands in for b = 0 where the gradient of b divides by it
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-  """How arrays [B, T, H, ...] are cut: R = B * H rows in groups of r, T in n chunks of C, K and V padded.
+class Tiles:
+  """How arrays [B, T, H, ...] are tiled: R = B * H rows in groups of r, T in n chunks of C, K and V padded.
 
   Attributes:
     B, T, H, K, V: the caller's sizes.
@@ -81,7 +81,7 @@ class Cut:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def make_cut(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array) -> Cut:
+def make_tiles(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array) -> Tiles:
   """Decides from shapes and dtypes alone.
 
   Raises:
@@ -98,11 +98,11 @@ def make_cut(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Arra
     if x > WIDEST:
       raise NotImplementedError(f"pallas_tpu: {name} is {x}, takes up to {WIDEST}")
   dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in (q, k, v)) else jnp.float32
-  return cut_of(B, T, H, K, V, jnp.dtype(dtype))
+  return tiles_of(B, T, H, K, V, jnp.dtype(dtype))
 
 
-def cut_of(B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype, tile: int = 16) -> Cut:
-  """The cut for these sizes; K and V are padded to multiples of `tile`."""
+def tiles_of(B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype, tile: int = 16) -> Tiles:
+  """The tiles for these sizes; K and V are padded to multiples of `tile`."""
   n = -(-T // CHUNK)
   C = min(CHUNK, max(16, 1 << (T - 1).bit_length()))
   Kp, Vp = -(-K // tile) * tile, -(-V // tile) * tile
@@ -111,7 +111,7 @@ def cut_of(B: int, T: int, H: int, K: int, V: int, dtype: jnp.dtype, tile: int =
   r = max(m for m in range(1, min(most, rows) + 1) if rows % m == 0)
   if 2 * r <= most and r < rows:  # an awkward number of rows: zeros cost less than empty matrix units
     r = most
-  return Cut(B, T, H, K, V, r, -(-rows // r), n, C, Kp, Vp, dtype)
+  return Tiles(B, T, H, K, V, r, -(-rows // r), n, C, Kp, Vp, dtype)
 
 
 def dot(x: jax.Array, y: jax.Array, contract: str = "nn") -> jax.Array:
@@ -136,15 +136,15 @@ class Gates:
 
   coarse_row: jax.Array
   fine_row: jax.Array
-  until_row: jax.Array  # 0 where b is
+  decay_out_row: jax.Array  # 0 where b is
   kept_row: jax.Array  # 0 where b is, else 1
-  whole: jax.Array  # [r, 1] exp(G_C)
-  columns: jax.Array  # [C, 6 r]: coarse, fine, b, kept b, since, until
+  decay_all: jax.Array  # [r, 1] exp(G_C)
+  columns: jax.Array  # [C, 6 r]: coarse, fine, b, kept b, decay_in, decay_out
   r: int
 
   def column(self, name: str, h: int) -> jax.Array:
     """[C, 1] of head h."""
-    at = ("coarse", "fine", "b", "kept_b", "since", "until").index(name) * self.r + h
+    at = ("coarse", "fine", "b", "kept_b", "decay_in", "decay_out").index(name) * self.r + h
     return self.columns[:, at : at + 1]
 
   def decay(self, h: int, row: jax.Array, col: jax.Array) -> jax.Array:
@@ -162,12 +162,12 @@ def gates(g: jax.Array, b: jax.Array) -> Gates:
   coarse = jnp.round(g * STEP) * (1 / STEP)
   G = dot(jnp.concatenate([coarse, g - coarse], 0), (row <= col).astype(jnp.float32))
   coarse, fine = G[:r], G[r:]
-  since = jnp.exp(coarse + fine)
-  until = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
+  decay_in = jnp.exp(coarse + fine)
+  decay_out = jnp.exp((coarse[:, C - 1 :] - coarse) + (fine[:, C - 1 :] - fine))
   kept = jnp.where(b == 0, 0.0, 1.0)
   safe = jnp.where(jnp.abs(b) < TINY, TINY, b)
-  columns = jnp.concatenate([coarse, fine, safe, b, since, until], 0).T
-  return Gates(coarse, fine, until * kept, kept, since[:, C - 1 :], columns, r)
+  columns = jnp.concatenate([coarse, fine, safe, b, decay_in, decay_out], 0).T
+  return Gates(coarse, fine, decay_out * kept, kept, decay_in[:, C - 1 :], columns, r)
 
 
 def in_step(tasks: Sequence[Generator]) -> None:

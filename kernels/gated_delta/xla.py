@@ -8,5 +8,5 @@ from sleep_jax.kernels.common import chunked_head, tiling
 def gated_delta(
   q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """What `reference.gated_delta` gives, up to rounding. Gradients: `kernels.common.chunked_head`."""
+  """Computes what `reference.gated_delta` does, up to rounding. Gradient: `kernels.common.chunked_head`."""
   return chunked_head.chunked(q, k, v, g, b, S, tiling.make_plan(q, v, S, solve=True))

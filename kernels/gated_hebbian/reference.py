@@ -8,13 +8,13 @@ from jax.lax import Precision
 def gated_hebbian(
   q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, b: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """S decays first, then takes the write b k v^T as it comes; o is read after the write.
+  """S decays first, then b k v^T is added to it; o is read after the write.
 
   Args:
     q, k: [B, T, H, K]. v: [B, T, H, V]. g, b: [B, T, H]. S: [B, H, K, V], float32 or float64.
 
   Returns:
-    o [B, T, H, V] in v's dtype, and S after the last token in its own dtype, in which all is computed.
+    o [B, T, H, V] in v's dtype, and S after the last token. Everything is computed in the dtype of S.
   """
 
   def step(S: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

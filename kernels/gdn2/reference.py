@@ -8,13 +8,13 @@ from jax.lax import Precision
 def gdn2(
   q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, e: jax.Array, w: jax.Array, S: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """S decays channel by channel; what e k finds in it is erased, and w v written, at the same key k.
+  """S decays channel by channel. Its answer to e k is erased and w v is written, both at the key k.
 
   Args:
     q, k, g, e: [B, T, H, K]. v, w: [B, T, H, V]. S: [B, H, K, V], float32 or float64.
 
   Returns:
-    o [B, T, H, V] in v's dtype, and S after the last token in its own dtype, in which all is computed.
+    o [B, T, H, V] in v's dtype, and S after the last token. Everything is computed in the dtype of S.
   """
 
   def step(S: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ def kda(
     q, k, g: [B, T, H, K]. v: [B, T, H, V]. b: [B, T, H]. S: [B, H, K, V], float32 or float64.
 
   Returns:
-    o [B, T, H, V] in v's dtype, and S after the last token in its own dtype, in which all is computed.
+    o [B, T, H, V] in v's dtype, and S after the last token. Everything is computed in the dtype of S.
   """
 
   def step(S: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

@@ -44,7 +44,7 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One line of the table; times in milliseconds, cpu of all threads of the process."""
+  """One line of the table. Times are in milliseconds; CPU time is that of all threads of the process."""
 
   rule: str
   shape: str
@@ -78,7 +78,7 @@ def jax_program(rule: str, implementation: str, mode: str) -> Callable:
 def jax_contestants(
   names: Sequence[str], rule: str, mode: str, inputs, cotangents, max_gb: float
 ) -> list[Contestant]:
-  """Our own. Who cannot run here, or needs more than `max_gb` of temporary memory, is left out aloud."""
+  """Our implementations. One that cannot run here, or needs more than `max_gb`, is named and left out."""
   arguments = tuple(map(jnp.asarray, inputs)), tuple(map(jnp.asarray, cotangents))
   field = []
   for name in names:
@@ -106,7 +106,7 @@ def measure(run: Callable) -> tuple[float, float]:
 
 
 def exact(rule: str, mode: str, inputs, cotangents) -> list[np.ndarray]:
-  """The chunked form in float64, which the tests hold against the recurrence to 1e-12."""
+  """The results in float64 of the chunked form, which the tests compare with the recurrence to 1e-12."""
   with jax.enable_x64(True):
     double = [[jnp.asarray(x, jnp.float64) for x in group] for group in (inputs, cotangents)]
     return [np.asarray(x) for x in jax.jit(jax_program(rule, "xla", mode))(double[0], tuple(double[1]))]
@@ -130,7 +130,7 @@ def race(
   dtype: str = "float32",
   max_gb: float = 16.0,
 ) -> list[Row]:
-  """One table section. Who has used up `seconds` sits the remaining rounds out."""
+  """One section of the table. A contestant that has used up `seconds` takes no part in later rounds."""
   named, cotangents = make_inputs(rule, SHAPES[shape], decay)
   named |= {name: named[name].astype(jnp.dtype(dtype)) for name in "qkv"}
   cotangents[0] = cotangents[0].astype(jnp.dtype(dtype))
@@ -156,7 +156,7 @@ def race(
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
-  """The table, with what is needed to read it."""
+  """The table, below the facts that one needs to read it."""
   columns = ["rule", "shape", "mode", "contestant", "wall ms, median", "min", "cpu ms, median", "min"]
   columns += ["XLA temp MB", "compile s", "max error", "rounds"]
   lines = [f"* {name}: {value}" for name, value in facts.items()]
@@ -180,7 +180,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
 
 
 def machine(command: str) -> dict[str, str]:
-  """What the numbers depend on."""
+  """The facts that the numbers depend on: machine, versions, command, date."""
   model = platform.processor() or platform.machine()
   if os.path.exists("/proc/cpuinfo"):
     names = [
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(out: Path, rows: Sequence[Row], text: str) -> None:
-  """OUT.md and OUT.csv, again after every section, so that a race that is stopped leaves what it had."""
+  """Writes OUT.md and OUT.csv, after every section, so that a race that is stopped leaves its results."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".md").write_text(text, encoding="utf-8")
   results.write_csv(out.with_suffix(".csv"), rows)

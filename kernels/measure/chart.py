@@ -69,7 +69,7 @@ def draw(table: Path, column: str = "cpu_min") -> Path:
 
 
 def contestant(row: dict[str, str]) -> str:
-  """The name without the chunk that was chosen."""
+  """The name without the length of chunk in parentheses."""
   return row["name"].split(" ")[0]
 
 

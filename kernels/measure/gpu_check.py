@@ -35,7 +35,7 @@ SPAN = 20.0  # milliseconds: calls are queued back to back for so long, then wai
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-  """Largest differences from float64 relative to the largest entry, of o, S and the gradients in order."""
+  """Largest differences from float64, relative to the largest entry of the array: o, S, then gradients."""
 
   shape: str
   decay: str
@@ -55,7 +55,7 @@ class Error:
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-  """Of one call: wall time in milliseconds, and the median for one token of one head in nanoseconds."""
+  """Time of one call: wall time in milliseconds, and the median for one token of one head in nanoseconds."""
 
   shape: str
   mode: str
@@ -75,7 +75,7 @@ class Contestant:
 
 
 def missing() -> str | None:
-  """Why nothing can be measured here, or None."""
+  """The reason why nothing can be measured on this machine, or None."""
   if jax.__version_info__ < (0, 12):
     return f"pallas_gpu needs jax 0.12 or newer, this is {jax.__version__}"
   device = jax.devices()[0]
@@ -210,7 +210,7 @@ def race(shape: str, mode: str, field: Sequence[Contestant], rounds: int) -> lis
 
 
 def goals(times: Sequence[Time]) -> list[str]:
-  """One line for each speed that is asked for: what was asked, what was measured, met or missed."""
+  """One line for each goal: the speed wanted, the speed measured, and whether the goal is met."""
   ns = {(t.shape, t.mode, t.name): t.ns for t in times}
   lines = []
 

@@ -1,5 +1,7 @@
-"""What others have for the same rules, for `kernels.bench`: the plain PyTorch functions of transformers on a
-CPU, the Triton kernels of flash-linear-attention on a GPU. Absent where they are not installed.
+"""Other projects' functions for the same rules, for `kernels.bench`.
+
+On a CPU they are the plain PyTorch functions of transformers, on a GPU the Triton kernels of
+flash-linear-attention. Those that are not installed take no part.
 """
 
 import importlib
@@ -44,7 +46,7 @@ def contestants(
   cotangents: Sequence,
   time: Callable,
 ) -> dict[str, Run]:
-  """The peers among `names` that can run here, each as a function to the end of its work.
+  """The peers among `names` that can run here, each as a function that returns when its work is done.
 
   Args:
     names: out of `NAMES`.

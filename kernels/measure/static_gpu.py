@@ -1,4 +1,4 @@
-"""What can be known of the GPU programs without a GPU: the compilers' own figures, for an H200.
+"""Measures the GPU programs without a GPU: the compilers' own figures, for an H200.
 
     python -m kernels.static_gpu --out=kernels/results/gpu_static    # needs requirements/aot.txt
 
@@ -64,7 +64,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What XLA plans to hold beside inputs and outputs."""
+  """Temporary memory that XLA plans for, beside inputs and outputs."""
 
   shape: str
   mode: str
@@ -127,7 +127,7 @@ def measure(*, memory: bool = True) -> tuple[list[Kernel], list[Memory]]:
 
 
 def compile_here(folder: Path, memory: bool) -> None:
-  """The child's part: compiles, reads the dumps, writes report.json into `folder`."""
+  """The child process: compiles, reads the dumps and writes report.json into `folder`."""
   topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
   place = SingleDeviceSharding(topology.devices[0])
   jax.default_backend = lambda: "gpu"  # the XLA form plans for the backend that it believes to run on
@@ -162,7 +162,7 @@ def compile_here(folder: Path, memory: bool) -> None:
 
 
 def budget(table: Path = TABLE) -> list[Kernel]:
-  """The committed figures."""
+  """The figures of the committed table."""
   with open(table.with_suffix(".csv"), newline="", encoding="utf-8") as file:
     rows = list(csv.DictReader(file))
   figures = ("registers", "spills", "shared")
@@ -170,7 +170,7 @@ def budget(table: Path = TABLE) -> list[Kernel]:
 
 
 def regressions(now: Sequence[Kernel], before: Sequence[Kernel]) -> list[str]:
-  """What got worse, a line each; a kernel that only one side knows is a line too."""
+  """One line for each figure that got worse, and for each kernel that only one of the two tables has."""
   known = {(k.name, k.K): k for k in before}
   lines = [
     f"{name} K={K}: in the table, but not compiled" for name, K in known.keys() - {(k.name, k.K) for k in now}

@@ -1,4 +1,4 @@
-"""Prices the TPU kernels from what the TPU's own compiler makes of them, on a machine without a TPU.
+"""Prices the TPU kernels by the programs that the TPU's own compiler makes, on a machine without a TPU.
 
     python -m kernels.static_tpu --out=kernels/results/tpu_static
 
@@ -30,7 +30,7 @@ from sleep_jax.kernels.measure import processes, results
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPES = {"128/256": (128, 256), "128/128": (128, 128)}  # K/V
-# "front": what the fused kernel has and the plain one leaves to XLA (`kernels.conv_gated_delta.front`).
+# "front": what the fused kernel has and the plain one leaves to XLA (`conv_and_gates`).
 PROGRAMS = (
   *("forward", "grad", "fused forward", "fused grad"),
   *("xla forward", "xla grad", "xla front forward", "xla front grad"),
@@ -140,9 +140,10 @@ def price(device: str, widths: str, program: str) -> list[Row]:
 
 
 def child(device: str, widths: str, program: str) -> dict[str, float]:
-  """What a compiled program says of itself; the bundles are in the dump."""
+  """The compiler's figures for one program. The bundles are in the dump."""
   from sleep_jax.kernels.common import chunked_head
-  from sleep_jax.kernels.conv_gated_delta import front, pallas_tpu_fused
+  from sleep_jax.kernels.conv_gated_delta import pallas_tpu_fused
+  from sleep_jax.kernels.conv_gated_delta.conv_and_gates import conv_and_gates
   from sleep_jax.kernels.gated_delta import pallas_tpu, pallas_tpu_parts
 
   shape, mode = (1, TOKENS, HEADS, *SHAPES[widths]), program.split()[-1]
@@ -152,7 +153,7 @@ def child(device: str, widths: str, program: str) -> dict[str, float]:
     return chunked_head.chunked(q, k, v, g, b, S, plan)
 
   def xla_front(*x):
-    q, k, v, *gates = front.front(*x)
+    q, k, v, *gates = conv_and_gates(*x)
     return *(y.astype(x[0].dtype) for y in (q, k, v)), *gates
 
   rules = {
@@ -226,7 +227,7 @@ def estimated_cycles(hlo: str) -> int:
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
-  """The table, with what is needed to read it."""
+  """The table, below the facts that one needs to read it."""
   names = [
     "TPU",
     "K/V",
@@ -247,7 +248,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
 
 
 def facts(command: str) -> dict[str, str]:
-  """What the numbers depend on."""
+  """The facts that the numbers depend on: versions, command, date, shape."""
   jax, libtpu = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
   return {
     "versions": f"jax {jax}, libtpu {libtpu}",
@@ -271,7 +272,7 @@ def over_budget(rows: Sequence[Row], budgets: dict[str, dict[str, float]]) -> li
 
 
 def write(out: Path, rows: Sequence[Row], text: str) -> None:
-  """OUT.md and OUT.csv."""
+  """Writes OUT.md and OUT.csv."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".md").write_text(text, encoding="utf-8")
   results.write_csv(out.with_suffix(".csv"), rows)

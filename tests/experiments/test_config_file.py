@@ -1,14 +1,19 @@
 """Config files and what is typed behind them: found from everywhere, executed once, a mistake is one line."""
 
 import inspect
+import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from ml_collections import config_dict
 
+from sleep_jax import config
 from sleep_jax.config import ConfigError
 from sleep_jax.experiments import config_file, rule110, runner, usage
 from sleep_jax.experiments.configs import rule110 as presets
+from tests.forked import ROOT, environment
 
 OWN = str(config_file.CONFIGS / "rule110.py")
 
@@ -180,6 +185,61 @@ def test_a_rule_of_a_config_file_is_known_when_the_config_is_built(tmp_path):
   todo = runner.commands(f"{file}:tiny", str(tmp_path / "all"), 1)
   assert all(f"--config={file}:tiny" in command for command in todo.values())
   assert (tmp_path / "my_study.py.log").read_text() == "executed\n"  # once, however often it was asked for
+
+
+MAINS = (
+  "rule110",
+  "depo",
+  "gsm_infinite",
+  "gsm_infinite_data",
+  "convert",
+  "generate",
+  "memory_table",
+)
+HELP = """
+import importlib, json, sys
+from sleep_jax.experiments import usage
+mains = [importlib.import_module(f"sleep_jax.experiments.{name}") for name in sys.argv[1:]]
+print(json.dumps([[usage.text(main, width=width) for width in (60, 100)] for main in mains]))
+"""
+
+
+def test_help_has_flags_presets_and_every_field():
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", HELP, *MAINS],
+    env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240, check=True,
+  )  # fmt: skip
+  texts = dict(zip(MAINS, json.loads(done.stdout), strict=True))
+  for name in MAINS:
+    for width, text in zip((60, 100), texts[name], strict=True):
+      lines = [
+        x for x in text.splitlines() if x.startswith(" ") and "python -m" not in x and " --config" not in x
+      ]
+      assert all(len(x) <= width or " " not in x.strip() for x in lines), max(lines, key=len)
+      assert "--verbosity" in text
+  for name, kinds in {"rule110": rule110.FIELDS}.items():
+    flat = " ".join(texts[name][1].split())
+    for kind in (
+      *kinds.values(),
+      config.ModelConfig,
+      config.SleepConfig,
+      config.OptimConfig,
+      config.FastConfig,
+    ):
+      for field, said in config.documentation(kind).items():
+        assert field in flat
+        if field not in (
+          "data",
+          "model",
+          "sleep",
+          "optim",
+          "train",
+          "mesh",
+          "attention",
+          "fast",
+          "rope_scaling",
+        ):
+          assert said in flat, (field, said)
 
 
 @pytest.mark.parametrize("file", sorted(config_file.CONFIGS.glob("[a-z]*.py")), ids=lambda p: p.stem)

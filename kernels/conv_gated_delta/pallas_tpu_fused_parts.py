@@ -1,4 +1,4 @@
-"""What the fused TPU kernels share: the operands of the front, its arithmetic on one head of a chunk.
+"""What the fused TPU kernels share: the operands of convolution and gates, and their arithmetic on one head.
 
 `Operands` runs around the kernels, the rest inside. A head's channels lie in blocks of 128 lanes, each in a
 buffer of its own, [8 + C, 128]: rows that start anywhere in it are then one load a register, and the
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.kernels.conv_gated_delta.front import NORM_EPS
+from sleep_jax.kernels.conv_gated_delta.conv_and_gates import NORM_EPS
 from sleep_jax.kernels.conv_gated_delta.spec import CLOSED
 from sleep_jax.kernels.gated_delta import pallas_tpu_parts as parts
 
@@ -21,15 +21,15 @@ BEFORE = 8  # rows before a chunk that are at hand, and rows for the taps: a til
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-  """How the front's arrays are cut. As `parts.Cut`, with q, k and v side by side in X' = 2 K' + V' lanes.
+class Tiles:
+  """How x and its convolution are tiled: as in `parts.Tiles`, q, k and v side by side, X' = 2 K' + V' lanes.
 
   Attributes:
-    rule: the cut of the rest; K' and V' are multiples of 128.
+    rule: the tiles of the rest; K' and V' are multiples of 128.
     c: taps.
   """
 
-  rule: parts.Cut
+  rule: parts.Tiles
   c: int
 
   @property
@@ -51,13 +51,15 @@ class Cut:
 
   def heads(self, *values: jax.Array) -> jax.Array:
     """Some [H] -> [groups, how many, r, C]: the same in every lane."""
-    cut = self.rule
-    x = jnp.tile(jnp.stack(values), cut.B)
-    x = jnp.pad(x, [(0, 0), (0, cut.groups * cut.r - cut.B * cut.H)]).reshape(len(values), cut.groups, cut.r)
-    return jnp.broadcast_to(jnp.moveaxis(x, 0, 1)[..., None], (cut.groups, len(values), cut.r, cut.C))
+    tiles = self.rule
+    x = jnp.tile(jnp.stack(values), tiles.B)
+    x = jnp.pad(x, [(0, 0), (0, tiles.groups * tiles.r - tiles.B * tiles.H)]).reshape(
+      len(values), tiles.groups, tiles.r
+    )
+    return jnp.broadcast_to(jnp.moveaxis(x, 0, 1)[..., None], (tiles.groups, len(values), tiles.r, tiles.C))
 
   def closed(self, x: jax.Array) -> jax.Array:
-    """[B, T, H] -> [groups, n, r, C], where there is no token such that softplus and sigmoid are 0."""
+    """[B, T, H] -> [groups, n, r, C], closed where there is no token."""
     return self.rule.gates(x, CLOSED)
 
   def spread(self, x: jax.Array) -> jax.Array:
@@ -79,13 +81,13 @@ class Cut:
 
   def _few(self, x: jax.Array, first: int) -> jax.Array:
     """[B, H, few, X'] -> [R, BEFORE, X'], from row `first` on."""
-    cut = self.rule
-    x = x.reshape(cut.B * cut.H, *x.shape[2:])
+    tiles = self.rule
+    x = x.reshape(tiles.B * tiles.H, *x.shape[2:])
     end = BEFORE - first - x.shape[1]
-    return jnp.pad(x, [(0, cut.groups * cut.r - x.shape[0]), (first, end), (0, 0)])
+    return jnp.pad(x, [(0, tiles.groups * tiles.r - x.shape[0]), (first, end), (0, 0)])
 
 
-def make_cut(x: jax.Array, taps: jax.Array, S: jax.Array) -> Cut:
+def make_tiles(x: jax.Array, taps: jax.Array, S: jax.Array) -> Tiles:
   """Decides from shapes and dtypes alone.
 
   Raises:
@@ -102,11 +104,11 @@ def make_cut(x: jax.Array, taps: jax.Array, S: jax.Array) -> Cut:
       raise NotImplementedError(f"pallas_tpu_fused: {name} is {width}, takes up to {parts.WIDEST}")
   if taps.shape[0] > BEFORE:
     raise NotImplementedError(f"pallas_tpu_fused: taps has {taps.shape[0]} taps, takes up to {BEFORE}")
-  return Cut(parts.cut_of(B, T, H, K, V, jnp.dtype(x.dtype), LANES), taps.shape[0])
+  return Tiles(parts.tiles_of(B, T, H, K, V, jnp.dtype(x.dtype), LANES), taps.shape[0])
 
 
 def open_gates(a: jax.Array, b: jax.Array, rate: jax.Array, dt_bias: jax.Array) -> tuple[jax.Array, ...]:
-  """g = rate softplus(a + dt_bias) and sigmoid(b); then what their gradients need: softplus, its slope."""
+  """g = rate softplus(a + dt_bias), sigmoid(b), and for their gradients the softplus and its slope."""
   u = a + dt_bias
   soft = jnp.maximum(u, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(u)))
   return rate * soft, sigmoid(b), soft, sigmoid(u)
@@ -121,8 +123,8 @@ def one_and_tanh(half: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return 1 + jnp.tanh(half) if dtype == jnp.bfloat16 else 2 / (1 + jnp.exp(-2 * half))
 
 
-class Front(NamedTuple):
-  """Where the front of one chunk of r heads lies in VMEM. `slope` is None unless gradients follow."""
+class ConvRefs(NamedTuple):
+  """Where x, taps, q, k, v of one chunk of r heads lie in VMEM. `slope` is None unless gradients follow."""
 
   x: Ref  # [r, C, X']
   taps: Ref  # [r, BEFORE, X']
@@ -143,13 +145,13 @@ def lanes(block: int) -> slice:
   return slice(block * LANES, (block + 1) * LANES)
 
 
-def forward(h: int, name: str, refs: Front, cut: Cut) -> None:
+def forward(h: int, name: str, refs: ConvRefs, tiles: Tiles) -> None:
   """q, k or v of head h: convolution, SiLU, norm.
 
   The taps are halved, so that all comes from z / 2: silu(z) = z / 2 (1 + tanh(z / 2)).
   """
-  C, c, out = refs.x.shape[1], cut.c, getattr(refs, name)
-  blocks = blocks_of(name, cut.rule.Kp, cut.rule.Vp)
+  C, c, out = refs.x.shape[1], tiles.c, getattr(refs, name)
+  blocks = blocks_of(name, tiles.rule.Kp, tiles.rule.Vp)
   y, slopes = [], []
   for block in blocks:
     at = lanes(block)
@@ -166,7 +168,7 @@ def forward(h: int, name: str, refs: Front, cut: Cut) -> None:
   scale = None
   if name != "v":
     square = sum(jnp.sum(x * x, 1, keepdims=True) for x in y)
-    scale = jax.lax.rsqrt(square + NORM_EPS) * (cut.rule.K**-0.5 if name == "q" else 1.0)
+    scale = jax.lax.rsqrt(square + NORM_EPS) * (tiles.rule.K**-0.5 if name == "q" else 1.0)
   for i, block in enumerate(blocks):
     at = lanes(block - blocks.start)
     out[h, :, at] = (y[i] if scale is None else y[i] * scale).astype(out.dtype)

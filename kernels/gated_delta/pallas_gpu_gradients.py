@@ -1,4 +1,4 @@
-"""The part of the gated delta rule's backward pass in which no chunk needs another, for half precision.
+"""The part of the backward pass for which no chunk needs another, in half precision.
 
 Derivation: kernels/README.md. Products of operands in the inputs' dtype, summed in float32; XLA fuses what is
 between them. In shape comments `...` stands for the rows of a batch and the chunks.
@@ -17,11 +17,11 @@ F32 = jnp.float32
 
 
 class Gates(NamedTuple):
-  """Of each chunk, float32; G_i is the sum of the log decays up to token i."""
+  """The gates of each chunk, float32. G_i is the sum of the log decays up to token i."""
 
   decay: jax.Array  # [..., C, C] exp(G_i - G_j) for j <= i, else 0
-  since: jax.Array  # [..., C] exp(G_i)
-  until: jax.Array  # [..., C] exp(G_C - G_i)
+  decay_in: jax.Array  # [..., C] exp(G_i)
+  decay_out: jax.Array  # [..., C] exp(G_C - G_i)
   b: jax.Array  # [..., C]
 
 
@@ -36,7 +36,7 @@ def gradients(
   dS_after: jax.Array,
   end: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Gradients of q, k, g and b from what the walks along the chunks have left.
+  """Gradients of q, k, g and b from the results of the walks along the chunks.
 
   Args:
     q, k: [..., C, K]. gates: of the same chunks.
@@ -47,19 +47,19 @@ def gradients(
   Returns:
     dq, dk [..., C, K], dg, db [..., C], float32.
   """
-  decay, since, until, b = gates
+  decay, decay_in, decay_out, b = gates
   half = lambda x: x.astype(q.dtype)  # noqa: E731
   below = jnp.tril(decay, -1)
   M = below * _dot("...vi,...vj->...ij", do, E)  # by the queries, then by the keys as they read
   L = -below * _dot("...vi,...vj->...ij", dv, E)
   own = jnp.sum(do.astype(F32) * E.astype(F32), -2)[..., None]  # the diagonal of M: decay 1
   asks, reads = (
-    sign * since[..., None] * _dot("...vi,...vk->...ik", x, S)
+    sign * decay_in[..., None] * _dot("...vi,...vk->...ik", x, S)
     + _dot("...ij,...jk->...ik", half(scores * b[..., None, :]), k)
     for sign, x, scores in ((1.0, do, M), (-1.0, dv, L))
   )
   writes = _dot("...ij,...ik->...jk", half(M), q) + _dot("...ij,...ik->...jk", half(L), k)
-  writes = writes + until[..., None] * _dot("...vj,...vk->...jk", E, dS_after)
+  writes = writes + decay_out[..., None] * _dot("...vj,...vk->...jk", E, dS_after)
   q, k, b = q.astype(F32), k.astype(F32), b[..., None]
   dG = jnp.sum(q * asks + k * (reads - b * writes), -1)
   dg = jnp.flip(jnp.cumsum(jnp.flip(dG, -1), -1), -1) + end[..., None]

@@ -1,4 +1,4 @@
-"""What a Gated DeltaNet layer does between its projections and the rule, in plain JAX."""
+"""The part of a Gated DeltaNet layer between its projections and the rule, in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 NORM_EPS = 1e-6  # under the root of the norm of q and k
 
 
-def front(
+def conv_and_gates(
   x: jax.Array,
   taps: jax.Array,
   context: jax.Array,
