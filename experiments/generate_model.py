@@ -93,10 +93,10 @@ class Checkpoint:
       RunFailedError: if one of them is NaN or infinite.
     """
     cfg = self._cfg
-    _, weights, _ = pretrained.load(
+    _, weights, source = pretrained.load(
       self._folder, param_dtype=cfg.param_dtype, ignore=cfg.ignore, **cfg.changes
     )
-    if (name := first_not_finite(self.model, weights)) is not None:
+    if (name := first_not_finite(source, weights)) is not None:
       raise RunFailedError(f"{self._folder}: tensor {name} holds NaN or infinity in {cfg.param_dtype}")
     return weights
 

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax import model, params
-from sleep_jax.config import ModelConfig
-from sleep_jax.pretrained import weight_map
+from sleep_jax.pretrained.loading import Source
 
 
-def first_not_finite(cfg: ModelConfig, weights: model.Params) -> str | None:
-  """The published name of the first tensor that holds NaN or infinity; None if none does."""
+def first_not_finite(source: Source, weights: model.Params) -> str | None:
+  """The name in `source` of the first tensor that holds NaN or infinity; None if none does."""
   flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
-  names = {entry.name: flat[entry.path] for entry in weight_map.entries(cfg)}
+  names = {entry.name: flat[entry.path] for entry in source.entries()}
   good = jax.device_get({name: _finite(x) for name, x in names.items()})
   return next((name for name in names if not good[name]), None)
 

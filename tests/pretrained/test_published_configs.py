@@ -5,6 +5,7 @@ installed (`make peers`), defaults and logits are compared with theirs.
 """
 
 import json
+import pathlib
 
 import pytest
 
@@ -278,3 +279,19 @@ def test_a_misfit_says_which_sizes_were_taken_from_the_defaults(tmp_path):
   ) as e:
     pretrained.open_source(folder)
   assert "misshapen: lm_head.weight [512, 16] instead of [512, 4096]" in str(e.value)
+
+
+def test_the_table_in_the_docs_is_the_table_in_the_code():
+  text = (pathlib.Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+  rows = [
+    [cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+  ]
+  rows = {row[0].partition("`")[0]: row[1:] for row in rows if len(row) == 5}
+  for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    wanted = [
+      str(published.FAMILIES[NAMES[name]].defaults[field]) for name in ("qwen2", "llama", "jet", "ouro")
+    ]
+    assert rows[field] == wanted
+  for field in ("rope_theta", "rms_norm_eps"):
+    wanted = [published.FAMILIES[NAMES[name]].defaults[field] for name in ("qwen2", "llama", "jet", "ouro")]
+    assert [float(x) for x in rows[field]] == wanted

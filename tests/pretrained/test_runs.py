@@ -12,7 +12,7 @@ import pytest
 from sleep_jax import config, pretrained
 from sleep_jax.data import depo, rule110
 from sleep_jax.data.gsm_infinite import task as gsm
-from sleep_jax.experiments import convert, fine_tuning
+from sleep_jax.experiments import convert, fine_tuning, generate_model
 from sleep_jax.pretrained import from_run, identity, own_format
 from sleep_jax.pretrained.memory import memory_config
 from sleep_jax.runtime import checkpoint, workdir
@@ -132,6 +132,14 @@ def test_a_memory_is_added_to_a_model_of_our_own(tmp_path):
   )
   assert "added 1 layers" in line and line.endswith("bit-equal to what was read")
   assert pretrained.load(tmp_path / "out")[0] == memory_config(cfg, num_layers=1, fast=FAST)
+
+
+def test_a_drawn_run_with_a_tokenizer_is_what_generate_takes(tmp_path):
+  folder, cfg, weights = drawn_run(tmp_path, "gsm")
+  convert.convert(convert.ConvertConfig(source=str(folder), target=str(tmp_path / "out")))
+  opened = generate_model.Checkpoint(generate_model.GenerateConfig(checkpoint=str(tmp_path / "out")))
+  assert opened.model == cfg.model and opened.tokenizer.encode("two plus two")
+  hybrids.assert_same(opened.weights(), jax.tree.map(lambda x: x * 3, weights))
 
 
 @pytest.fixture
