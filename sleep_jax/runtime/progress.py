@@ -134,7 +134,11 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-  """`4 s`, `12 min`, `3 h 05 min`, `2 d 3 h`: two figures are enough to plan by."""
+  """Two figures of a time are enough to plan by.
+
+  >>> [duration(x) for x in (4, 720, 11_100, 183_600)]
+  ['4 s', '12 min', '3 h 05 min', '2 d 3 h']
+  """
   seconds = max(0, round(seconds))
   if seconds < 90:
     return f"{seconds} s"
