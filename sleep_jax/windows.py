@@ -53,6 +53,11 @@ Plan = tuple[Segment, ...]
 def plan(layout: Sequence[bool], window: int) -> Plan:
   """Cuts a sequence into windows and says which are slept on.
 
+  >>> for segment in plan([False] * 8 + [False, True], window=4):  # two windows to sleep on, one that answers
+  ...   print(segment)
+  Segment(start=0, length=4, count=2, reads=())
+  Segment(start=8, length=2, count=1, reads=(1,))
+
   Args:
     layout: for each of T positions, whether any sequence of a batch may have a loss there.
     window: L.
@@ -79,7 +84,11 @@ def plan(layout: Sequence[bool], window: int) -> Plan:
 
 
 def answer_positions(segments: Plan) -> np.ndarray:
-  """Positions of the sequence that have a loss, in order: [M] int."""
+  """Positions of the sequence that have a loss, in order: [M] int.
+
+  >>> answer_positions(plan([False] * 8 + [False, True], window=4)).tolist()
+  [9]
+  """
   return np.concatenate(
     [
       s.start + w * s.length + np.asarray(s.reads, int)

@@ -46,11 +46,7 @@ ALLOWED = {
   "benchmarks": (*_LIBRARY, "experiments", "report", "train"),
   "launch": (*_LIBRARY, "experiments", "report", "train"),
   "": ("config", "kernels", *METHOD),  # a module of the method
-  "names": (
-    "config",
-    "flax_module",
-    "pretrained",
-  ),  # the __init__ of sleep_jax; when they are first asked for
+  "names": ("config", "flax_module", "pretrained", "rules"),  # the __init__ of sleep_jax, on demand
 }
 # Who opens workdirs and checkpoints: beside the rooms above, one file, which reads the weights of a run.
 RUNTIME_READERS = ("pretrained.from_run",)

@@ -29,6 +29,10 @@ def quantile(freedom: int) -> float:
 def of_mean(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
   """The 95 % interval of the mean of independent values, cut to the range that a mean can have.
 
+  >>> low, high = of_mean([80.0, 84.0, 88.0], least=0, most=100)
+  >>> print(f"{low:.1f} {high:.1f}")
+  74.1 93.9
+
   Args:
     values: one a seed.
     least, most: bounds of the quantity, such as 0 and 100 for per cent.

@@ -125,16 +125,25 @@ class Progress:
     return self.say("  ".join(parts))
 
   def say(self, text: str) -> str:
-    """Writes any line to the same stream; one that was closed stops no run."""
-    try:
-      print(text, file=self._stream or sys.stdout, flush=True)
-    except (OSError, ValueError):
-      pass
-    return text
+    """Writes any line to the same stream."""
+    return say(text, self._stream)
+
+
+def say(text: str, stream: TextIO | None = None) -> str:
+  """Writes a line to a stream, the standard output by default; one that is closed or full stops no run."""
+  try:
+    print(text, file=stream or sys.stdout, flush=True)
+  except (OSError, ValueError):
+    pass
+  return text
 
 
 def duration(seconds: float) -> str:
-  """`4 s`, `12 min`, `3 h 05 min`, `2 d 3 h`: two figures are enough to plan by."""
+  """Two figures of a time are enough to plan by.
+
+  >>> [duration(x) for x in (4, 720, 11_100, 183_600)]
+  ['4 s', '12 min', '3 h 05 min', '2 d 3 h']
+  """
   seconds = max(0, round(seconds))
   if seconds < 90:
     return f"{seconds} s"

@@ -4,7 +4,12 @@ import math
 
 
 def wilson(right: float, asked: float, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's interval for a rate (95 % by default); (0, 1) if nothing was asked."""
+  """Wilson's interval for a rate (95 % by default); (0, 1) if nothing was asked.
+
+  >>> low, high = wilson(right=90, asked=100)
+  >>> print(f"{low:.3f} {high:.3f}")
+  0.826 0.945
+  """
   if asked == 0:
     return 0.0, 1.0
   p, n = right / asked, asked
