@@ -24,7 +24,14 @@ from sleep_jax.report import diagram
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README, EXTENDING = (path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "extending.md"))
-RUN = ("def unit_delta", "def oja", "train.train(cfg", "train.DeviceTask(layout")  # what tests below run
+PRETRAINED = (ROOT / "docs" / "pretrained.md").read_text()
+RUN = (
+  "load_run(",
+  "def unit_delta",
+  "def oja",
+  "train.train(cfg",
+  "train.DeviceTask(layout",
+)  # what tests below run
 LONGEST = 35
 
 
@@ -171,18 +178,23 @@ def test_the_readme_s_task_is_the_one_that_the_docs_train(registered):
   assert all(line.split("#")[0].strip() in EXTENDING for line in shared)
 
 
-def test_own_experiment_learns(tmp_path):
-  (tmp_path / "recall.py").write_text(example(EXTENDING, "train.train(cfg"))
+def test_own_experiment_learns_and_is_loaded_again(tmp_path):
+  """The block that loads a run takes the one that was just trained, whose window is 6 tokens."""
+  loads = example(PRETRAINED, "load_run(").replace("work/n2", "work/recall").replace("(1, 8)", "(1, 6)")
+  shows = "print(logits.shape, run.step)\n"
+  (tmp_path / "recall.py").write_text(example(EXTENDING, "train.train(cfg") + loads + shows)
   done = subprocess.run(
     [sys.executable, "recall.py"],
     cwd=tmp_path,
     env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
     capture_output=True,
     text=True,
-    timeout=240,
+    timeout=290,
   )
   assert done.returncode == 0, done.stderr
-  assert float(done.stdout.splitlines()[-1]) > 0.9
+  exact, *_, loaded = done.stdout.splitlines()[-3:]
+  assert float(exact) > 0.9
+  assert loaded.endswith(" 60")
   assert (tmp_path / "work" / "recall" / "metrics.jsonl").is_file()
 
 
