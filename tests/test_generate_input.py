@@ -120,19 +120,17 @@ class InputTest(parameterized.TestCase):
     session = self.read([[1, 2, 3, 4, 5], [6, 7]], 2)
     warm = SamplingConfig(2.0)
     free = np.array(self.generated(session, sampling=warm))
-    end = int(free[1, 0])
-    expected, going = free.copy(), np.ones(2, bool)
-    for t in range(len(free)):
-      expected[t, ~going] = generate.ENDED
-      going &= expected[t] != end
-    several = np.array(self.generated(session, sampling=warm, end_tokens=[end, 99]))
-    np.testing.assert_array_equal(several, expected[: len(several)])
-    self.assertTrue((several[1:, 1] == generate.ENDED).all() and len(several) > 1)
-    self.assertTrue((expected[len(several) :] == generate.ENDED).all())  # nothing is left to draw
+    end = next(int(token) for token in free[:-1, 1] if token not in free[:, 0])
+    at = free[:, 1].tolist().index(end)
+    expected = free.copy()
+    expected[at + 1 :, 1] = generate.ENDED
+    np.testing.assert_array_equal(self.generated(session, sampling=warm, end_tokens=[end, 99]), expected)
     on = dataclasses.replace(warm, stop_at_end=False)
     np.testing.assert_array_equal(self.generated(session, sampling=on, end_tokens=[end]), free)
-    mixed = np.array(self.generated(session, sampling=[on, warm], end_tokens=[end]))
-    np.testing.assert_array_equal(mixed, np.stack([free[:, 0], expected[:, 1]], axis=1))
+    np.testing.assert_array_equal(self.generated(session, sampling=[on, warm], end_tokens=[end]), expected)
+    np.testing.assert_array_equal(self.generated(session, sampling=[warm, on], end_tokens=[end]), free)
+    both = self.generated(session, sampling=warm, end_tokens=[end, int(free[0, 0])])
+    self.assertLen(both, 1 + next(t for t in range(6) if free[t, 1] in (end, free[0, 0])))
 
   @parameterized.parameters(*[(n, at) for n in (float("nan"), float("inf")) for at in (1, 3, 4, 6, 9)])
   def test_logits_that_are_not_finite_end_it_with_the_first_token(self, number, at):
