@@ -267,7 +267,7 @@ class SessionFileTest(parameterized.TestCase):
         made[name] = rng.choice(huge)
       elif isinstance(made[name].get(field), list) and rng.random() < 0.8:
         values = made[name][field]
-        values[rng.randrange(len(values)) :] = rng.sample(huge, rng.randint(0, 2))
+        values[rng.randrange(len(values) + 1) :] = rng.sample(huge, rng.randint(0, 2))
       else:
         made[name][field] = rng.choice(["F64", "I32", *huge])
       self.refused_or_same(joined(made, rest))

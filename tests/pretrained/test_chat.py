@@ -121,7 +121,7 @@ class EndTokensTest(FolderTest):
     (self.dir / "config.json").unlink()
     self.assertEqual(end_tokens(self.dir), ())
 
-  @parameterized.parameters("</s>", 1.0, True, [[3]], [3, "3"], {"a": 1}, [None])
+  @parameterized.parameters(("</s>",), (1.0,), (True,), ([[3]],), ([3, "3"],), ({"a": 1},), ([None],))
   def test_that_are_none(self, value):
     for name in ("generation_config.json", "config.json"):
       self.write(name, {"eos_token_id": value})
