@@ -24,7 +24,7 @@ from sleep_jax.runtime.files import RunFailedError
 from tests.experiments.test_generate_cli import ALPHABET, PLAIN, TEXT, make_checkpoint
 from tests.forked import environment
 
-WARM = {"temperature": 1.0}
+WARM = {"temperature": 20.0}  # the tiny model is sure of itself
 TEMPLATE = (
   "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 )
@@ -125,6 +125,18 @@ class OutputTest(parameterized.TestCase):
       with self.assertRaisesRegex(ConfigError, f"--prompts_file: .* cannot be read: .*{message}"):
         path = str(self.dir / name)
         generate_many.run(self.config(), path, io.StringIO(), self.told, statistics=False)
+
+  def test_prompts_and_stop_strings_may_be_any_text(self):
+    """Line ends, control characters, and the word that elsewhere stands for nothing."""
+    prompt = "None\n\x1b" + TEXT
+    alone = self.text(prompt, max_new_tokens=40)[:-1]
+    [row] = self.rows(json.dumps(prompt), max_new_tokens=40)
+    self.assertEqual(row["text"], alone)
+    self.assertEqual(self.rows('"None"', max_new_tokens=0)[0]["tokens"], 0)
+    cfg = self.config(stop_strings=["\n", "None", "\x1b"])
+    self.assertEqual(cfg.stop_strings, ("\n", "None", "\x1b"))
+    [row] = self.rows(json.dumps({"prompt": prompt, "stop_strings": ["\n", alone[2:4]]}), max_new_tokens=40)
+    self.assertEqual(row["text"], alone.partition(alone[2:4])[0].partition("\n")[0])
 
   def test_one_object_with_the_text_and_what_it_took(self):
     row = json.loads(self.text(as_json=True))
