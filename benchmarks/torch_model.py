@@ -232,12 +232,12 @@ class Optimizer:
       fused=True,
     )
 
-  @torch.no_grad()
   def forget_gradients(self) -> None:
     """Before the next backward pass, which would add to them."""
     for w in self.weights:
       w.grad = None
 
+  @torch.no_grad()
   def step(self) -> None:
     """Clips the gradients of the weights, and moves the weights."""
     torch.nn.utils.clip_grad_norm_(self.weights, self.cfg.clip_norm, foreach=True)

@@ -1,6 +1,12 @@
 """One short absl main per experiment, and the configs they take."""
 
 import os
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+  # `python -m experiments.NAME` begins: until its command line listens, Ctrl-C ends it without a traceback.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sleep_jax
 

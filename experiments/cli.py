@@ -22,7 +22,7 @@ from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
 from sleep_jax.experiments import config_file, fine_tuning, usage
-from sleep_jax.runtime import files, processes, workdir
+from sleep_jax.runtime import files, processes, signals, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.metrics import MetricsError
@@ -156,9 +156,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
       return _unread()
     except KeyboardInterrupt:
-      return _say("stopped at once; what was saved before stays", FAILED)
+      return _say(signals.AT_ONCE, FAILED)
 
-  app.run(guarded, flags_parser=parse)
+  listener = signals.own_process()
+  try:
+    app.run(guarded, flags_parser=parse)
+  finally:
+    if listener:
+      listener.leave()
+      if main.__module__ != "__main__":  # called by a program that may go on
+        listener.close()
   raise AssertionError("app.run ends the process")
 
 

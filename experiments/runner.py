@@ -127,7 +127,8 @@ def run_all(
 ) -> dict[str, int]:
   """Runs commands in their order, `jobs` at a time.
 
-  A SIGTERM or Ctrl-C is passed on to the running ones, which save and stop; none is started after it.
+  SIGTERM, SIGHUP and Ctrl-C are passed on to the running ones, which save and stop; none is started after
+  them.
 
   Args:
     watch: takes their lines; None: they are printed behind their names.
@@ -140,7 +141,10 @@ def run_all(
   """
   jobs = min(jobs, len(todo))
   pool = _Pool(todo, jobs, watch or Echo(), share)
-  previous = {number: signal.signal(number, pool.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+    numbers.append(signal.SIGHUP)
+  previous = {number: signal.signal(number, pool.stop) for number in numbers}
   try:
     pool.run()
   finally:
@@ -233,7 +237,8 @@ class _Pool:
     if self._stopping.is_set():  # the signal came before this child was on the list
       child.send_signal(signal.SIGTERM)
     for line in child.stdout:
-      self._watch.line(name, line)
+      with contextlib.suppress(OSError, ValueError):  # a terminal that was closed stops no run
+        self._watch.line(name, line)
     self.codes[name] = child.wait()
     self._children.remove(child)
     self._watch.ended(name, self.codes[name])

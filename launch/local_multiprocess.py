@@ -5,9 +5,11 @@
 
 It is the pod's way of running, on a laptop: what works here finds its peers on Slurm, Cloud TPU or Kubernetes
 by --distributed alone. Processes meet on the loopback interface. When one of them ends badly the others are
-ended too. The exit code is that of the first one that was not 0; SIGTERM and Ctrl-C are passed on.
+ended too. The exit code is that of the first one that was not 0. SIGTERM, SIGHUP and Ctrl-C are passed on, so
+that the run saves and stops; a second one ends it at once.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -51,15 +53,24 @@ def run(arguments: Sequence[str], processes: int, devices: int) -> int:
       ],
       env=environment,
       stdin=subprocess.DEVNULL,
+      start_new_session=True,  # a Ctrl-C reaches them through us, once
     )
     for i in range(processes)
   ]
 
+  asked = []
+
   def forward(number, frame):
     del frame
-    children[0].send_signal(number)  # the coordination service tells the others
+    for child in children if asked else children[:1]:  # the coordination service tells the others
+      with contextlib.suppress(ProcessLookupError):
+        child.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
+    asked.append(number)
 
-  before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+    numbers.append(signal.SIGHUP)
+  before = {number: signal.signal(number, forward) for number in numbers}
   try:
     return _wait(children)
   finally:

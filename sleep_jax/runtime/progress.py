@@ -125,12 +125,17 @@ class Progress:
     return self.say("  ".join(parts))
 
   def say(self, text: str) -> str:
-    """Writes any line to the same stream; one that was closed stops no run."""
-    try:
-      print(text, file=self._stream or sys.stdout, flush=True)
-    except (OSError, ValueError):
-      pass
-    return text
+    """Writes any line to the same stream."""
+    return say(text, self._stream)
+
+
+def say(text: str, stream: TextIO | None = None) -> str:
+  """Writes a line to a stream, the standard output by default; one that is closed or full stops no run."""
+  try:
+    print(text, file=stream or sys.stdout, flush=True)
+  except (OSError, ValueError):
+    pass
+  return text
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ function of the step.
 import contextlib
 import functools
 import math
+import signal
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from sleep_jax import model, optim
 from sleep_jax.config import Config
-from sleep_jax.runtime import checkpoint, metrics, processes, workdir
+from sleep_jax.runtime import checkpoint, metrics, processes, progress, workdir
 from sleep_jax.runtime.files import LostError
 from sleep_jax.runtime.signals import stop_signals
 from sleep_jax.train.check import check_fits
@@ -39,7 +40,7 @@ def train(
   task: Task,
   run: workdir.Workdir,
   *,
-  report: Callable[[str], None] = print,
+  report: Callable[[str], object] = progress.say,
   on_row: Callable[[Row], None] | None = None,
   profile_steps: int = 0,
 ) -> Row:
@@ -103,6 +104,8 @@ def train(
     row = evaluate(0, state.params) if done == 0 else {}
     if done < cfg.train.steps:
       steps.start(state, recorder.clock, report)
+      if stopped := stopped_at(0):
+        raise PreemptedError(f"stopped by {stopped} before step {done + 1}; rerun the same command to go on")
     pending = None  # what the call before measured: read while the device runs the next one
     while done < cfg.train.steps:
       profiler.before_call()
@@ -197,12 +200,13 @@ def _say_nothing(line: str) -> None:
 def _asked_to_stop(report: Callable[[str], None]) -> Iterator[Callable[[int], str | None]]:
   """Whether to save and stop after the dispatch of a number: the name of the signal that asks for it.
 
-  Of several processes SIGTERM to one is enough: JAX's coordination service finds a dispatch that none of
-  them has passed.
+  Of several processes a signal to one is enough: JAX's coordination service hears SIGTERM (the others are
+  passed on as that) and finds a dispatch that no process has passed.
   """
-  if jax.process_count() > 1:
-    reached = multihost_utils.reached_preemption_sync_point
-    yield lambda dispatch: "SIGTERM" if reached(dispatch) else None
-    return
-  with stop_signals(report) as received:
-    yield lambda dispatch: received[0] if received else None
+  several = jax.process_count() > 1
+  with stop_signals(report, forward=signal.SIGTERM if several else None) as received:
+    if several:
+      reached = multihost_utils.reached_preemption_sync_point
+      yield lambda dispatch: (received or ["SIGTERM"])[0] if reached(dispatch) else None
+    else:
+      yield lambda dispatch: received[0] if received else None

@@ -13,7 +13,7 @@ import jax
 
 from sleep_jax import model, windows
 from sleep_jax.config import Config
-from sleep_jax.runtime import progress
+from sleep_jax.runtime import progress, signals
 from sleep_jax.train.recorder import Load, Recorder
 
 Row = dict[str, Any]
@@ -88,7 +88,7 @@ def compiling(what: str, clock: progress.Clock, report: Callable[[str], None]) -
   """Says that something is compiled, and then how long it took; the clock stands meanwhile."""
   report(f"compiling {what} (usually 20 s, longer for large models)")
   begun = time.monotonic()
-  with clock.paused():
+  with clock.paused(), signals.until(f"{what} is compiled"):
     yield
   report(f"compiled {what} in {progress.duration(time.monotonic() - begun)}")
 

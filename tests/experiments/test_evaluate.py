@@ -4,6 +4,9 @@ is.
 
 import json
 import pathlib
+import re
+import runpy
+import shutil
 
 import pytest
 
@@ -104,3 +107,13 @@ def test_mistakes_are_one_line(evaluate, ran, arguments, message):
 
 def test_a_run_named_twice_counts_once(ran):
   assert command.folders(f"{ran}/s0,{ran}/s*") == [ran / "s0", ran / "s1"]
+
+
+def test_the_example_of_the_docs_opens_a_run(ran, tmp_path, monkeypatch):
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+  (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_run(" in b]
+  shutil.copytree(ran / "s0", tmp_path / "work" / "n2")
+  (tmp_path / "example.py").write_text(block)
+  monkeypatch.chdir(tmp_path)
+  found = runpy.run_path("example.py")
+  assert found["run"].step == 20 and found["logits"].shape == (1, 6, 3)

@@ -59,12 +59,16 @@ def write(
   per_eval: dict[str, Any] | None = None,
   **settings: Any,
 ) -> Path:
-  """Makes a workdir whose evaluations are `points` (step, exact); `tail` ends the metrics as it is."""
+  """Makes a workdir whose evaluations are `points` (step, exact); `tail` ends the metrics as it is.
+
+  A field that is None in `per_eval` is left out of the rows, as runs of older versions leave it out.
+  """
   path.mkdir(parents=True)
   (path / "config.json").write_text(json.dumps(config(passes, **settings)))
   if env is not None:
     (path / "env.json").write_text(json.dumps(env))
   rows = [evaluation(step, exact, passes, **(per_eval or {})) for step, exact in points]
+  rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
   (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *extra]) + tail)
   return path
 
