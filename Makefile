@@ -22,7 +22,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-aot lint format lock peers bench clean
+.PHONY: help setup demo test test-slow test-long test-aot lint format lock peers bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,10 @@ test: lint ## check style, then run the quick tests
 	$(PYTEST) -m "not slow and not aot" $(ARGS)
 
 test-slow: setup ## run the slow tests
-	$(PYTEST) -m "slow and not aot" --timeout=1200 $(ARGS)
+	$(PYTEST) -m "slow and not long and not aot" --timeout=1200 $(ARGS)
+
+test-long: setup ## run the tests that take minutes each: every damage, every cell of the generator's law
+	$(PYTEST) -m "long" --timeout=3600 $(ARGS)
 
 test-aot: $(VENV)/aot.txt cache ## compile for TPUs and Hopper GPUs, without one (use VENV=.venv-aot: their plugins warn wherever jax starts)
 	TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost $(PYTEST) -m aot --timeout=1200 $(ARGS)
