@@ -24,7 +24,8 @@ from sleep_jax.report import diagram
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README, EXTENDING = (path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "extending.md"))
-RUN = ("def unit_delta", "def oja", "train.train(cfg", "train.DeviceTask(layout")  # what tests below run
+# What tests run: those below, and tests/experiments/test_evaluate.py the one that loads a run.
+RUN = ("def unit_delta", "def oja", "train.train(cfg", "train.DeviceTask(layout", "load_run(")
 LONGEST = 35
 
 
