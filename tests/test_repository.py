@@ -61,7 +61,7 @@ EXTRAS = {
   "sleep_jax.runtime.metrics": ("train",),
   "sleep_jax.experiments": ("train",),
   "sleep_jax.experiments.figures": ("figures",),
-  "sleep_jax.benchmarks": ("peers",),
+  "sleep_jax.benchmarks": ("peers", "tokenizers"),
 }
 
 # Modules that run code while they read data, and calls that do. `eval` means the builtin only.
