@@ -74,6 +74,9 @@ def define_workdir_flag() -> flags.FlagHolder:
   flags.DEFINE_integer(
     "profile", 0, "steps that are traced into the workdir's folder `profile`", lower_bound=0
   )
+  flags.DEFINE_bool(
+    "tensorboard", True, "write the workdir's folder `tb` beside metrics.jsonl, which has it all"
+  )
   return flags.DEFINE_string("workdir", None, "the only place written to")
 
 
@@ -199,7 +202,8 @@ def train_in_workdir(
     if run.done_step is not None and run.done_step >= cfg.train.steps:
       print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None
-    return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)
+    options = {"profile_steps": flags.FLAGS["profile"].value, "tensorboard": flags.FLAGS["tensorboard"].value}
+    return train.train(cfg, make_task(run), run, **options)
 
 
 def defaults(value: Any) -> config_dict.ConfigDict:
