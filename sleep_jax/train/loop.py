@@ -88,7 +88,9 @@ def train(
       report(f"resuming at step {done} of {cfg.train.steps}")
     else:
       report(f"weights and their optimizers:\n{optim.partition_table(declared, every=logging.vlog_is_on(1))}")
-    writer = stack.enter_context(metrics.Writer(run.path) if processes.primary() else metrics.Silent())
+    writer = stack.enter_context(
+      metrics.Writer(run.path, report=report) if processes.primary() else metrics.Silent()
+    )
     writer.truncate_after(done)
     steps = stack.enter_context(task.steps(cfg, one_step, mesh))
     tokens = steps.tokens_before(done, writer.last())
