@@ -10,7 +10,6 @@ import shutil
 
 import pytest
 
-from sleep_jax.experiments import evaluate as command
 from sleep_jax.runtime import metrics
 from tests.forked import Experiment
 
@@ -105,8 +104,10 @@ def test_mistakes_are_one_line(evaluate, ran, arguments, message):
   assert line.startswith("error: ") and message in line
 
 
-def test_a_run_named_twice_counts_once(ran):
-  assert command.folders(f"{ran}/s0,{ran}/s*") == [ran / "s0", ran / "s1"]
+def test_a_run_named_twice_counts_once(evaluate, ran):
+  ended = evaluate.run(f"--run={ran}/s0,{ran}/s*", cwd=ran)
+  assert ended.code == 0, ended.err
+  assert [line.partition(",")[0] for line in ended.out.splitlines()[:3]] == [f"{ran}/s0", f"{ran}/s1", ""]
 
 
 def test_the_example_of_the_docs_opens_a_run(ran, tmp_path, monkeypatch):
