@@ -158,13 +158,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return _say(str(e), STOPPED)
     except BrokenPipeError:
       return _unread()
+    except OSError as e:  # a disk that is full or does not work, which may be that of stdout
+      where = "" if e.filename is None else f"{e.filename}: "
+      _unread_if_full()
+      return _say(f"failed: {where}{files.why(e)}", FAILED)
     except KeyboardInterrupt:
       return _say(signals.AT_ONCE, FAILED)
 
   listener = signals.own_process()
+  sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
   try:
     app.run(guarded, flags_parser=parse)
   finally:
+    _unread_if_full()
     if listener:
       listener.leave()
       if main.__module__ != "__main__":  # called by a program that may go on
@@ -272,6 +278,20 @@ def _unread() -> int:
   """Nobody reads stdout any more: what is still to come goes nowhere, without a traceback; the exit code."""
   sys.stdout = open(os.devnull, "w")
   return FAILED
+
+
+def _unraisable(before: Callable[[Any], None], unraisable: Any) -> None:
+  """Drops what TensorStore prints when a save failed and nobody waits for its other parts any more."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    before(unraisable)
+
+
+def _unread_if_full() -> None:
+  """What stdout cannot take is given up here, not by the interpreter at its end, with another exit code."""
+  try:
+    sys.stdout.flush()
+  except (OSError, ValueError):
+    _unread()
 
 
 def _say(message: str, code: int) -> int:

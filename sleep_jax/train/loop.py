@@ -90,7 +90,9 @@ def train(
       report(f"resuming at step {done} of {cfg.train.steps}")
     else:
       report(f"weights and their optimizers:\n{optim.partition_table(declared, every=logging.vlog_is_on(1))}")
-    writer = metrics.Writer(run.path, tensorboard=tensorboard) if processes.primary() else metrics.Silent()
+    writer = metrics.Silent()
+    if processes.primary():
+      writer = metrics.Writer(run.path, tensorboard=tensorboard, report=report)
     writer = stack.enter_context(writer)
     writer.truncate_after(done)
     steps = stack.enter_context(task.steps(cfg, one_step, mesh))
