@@ -74,6 +74,9 @@ def define_workdir_flag() -> flags.FlagHolder:
   flags.DEFINE_integer(
     "profile", 0, "steps that are traced into the workdir's folder `profile`", lower_bound=0
   )
+  flags.DEFINE_bool(
+    "tensorboard", True, "write the workdir's folder `tb` beside metrics.jsonl, which has it all"
+  )
   return flags.DEFINE_string("workdir", None, "the only place written to")
 
 
@@ -155,13 +158,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return _say(str(e), STOPPED)
     except BrokenPipeError:
       return _unread()
+    except OSError as e:  # a disk that is full or does not work, which may be that of stdout
+      where = "" if e.filename is None else f"{e.filename}: "
+      _unread_if_full()
+      return _say(f"failed: {where}{files.why(e)}", FAILED)
     except KeyboardInterrupt:
       return _say(signals.AT_ONCE, FAILED)
 
   listener = signals.own_process()
+  sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
   try:
     app.run(guarded, flags_parser=parse)
   finally:
+    _unread_if_full()
     if listener:
       listener.leave()
       if main.__module__ != "__main__":  # called by a program that may go on
@@ -199,7 +208,8 @@ def train_in_workdir(
     if run.done_step is not None and run.done_step >= cfg.train.steps:
       print(f"{files.shown(run.path)} is complete: {run.done_step} steps")
       return None
-    return train.train(cfg, make_task(run), run, profile_steps=flags.FLAGS["profile"].value)
+    options = {"profile_steps": flags.FLAGS["profile"].value, "tensorboard": flags.FLAGS["tensorboard"].value}
+    return train.train(cfg, make_task(run), run, **options)
 
 
 def defaults(value: Any) -> config_dict.ConfigDict:
@@ -268,6 +278,20 @@ def _unread() -> int:
   """Nobody reads stdout any more: what is still to come goes nowhere, without a traceback; the exit code."""
   sys.stdout = open(os.devnull, "w")
   return FAILED
+
+
+def _unraisable(before: Callable[[Any], None], unraisable: Any) -> None:
+  """Drops what TensorStore prints when a save failed and nobody waits for its other parts any more."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    before(unraisable)
+
+
+def _unread_if_full() -> None:
+  """What stdout cannot take is given up here, not by the interpreter at its end, with another exit code."""
+  try:
+    sys.stdout.flush()
+  except (OSError, ValueError):
+    _unread()
 
 
 def _say(message: str, code: int) -> int:

@@ -120,6 +120,9 @@ def run(
     row = {"text": text_out.getvalue(), "tokens": made.count, "ended": made.why or "stopped"}
     row["statistics"] = report.statistics(made.session)
     writer.output.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if writer.output.failure:  # what was to be in it comes first when the session goes on
+      writer.output.unshown = row["text"]
+      _store(session_path, made, writer, weights, checkpoint.model, cfg.sleep)
   where = f"the session is stored in {session_path}, the same command without a prompt goes on"
   if failure := writer.output.failure:
     rest = f"; {where}" if session_path is not None else ""

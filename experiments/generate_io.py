@@ -221,10 +221,10 @@ class Prompt:
     seed: of what is drawn.
   """
 
-  prompt: str | None = None
+  prompt: config.FreeText | None = None
   messages: tuple[Any, ...] = ()
   sampling: SamplingConfig = SamplingConfig()
-  stop_strings: tuple[str, ...] = ()
+  stop_strings: tuple[config.FreeText, ...] = ()
   max_new_tokens: int = 200
   seed: int = 0
 

@@ -45,7 +45,7 @@ class GenerateConfig:
   sampling: SamplingConfig = SamplingConfig()
   max_new_tokens: config.Natural = 200
   stop: tuple[int, ...] = ()
-  stop_strings: tuple[str, ...] = ()
+  stop_strings: tuple[config.FreeText, ...] = ()
   rows: config.Count = 8
   seed: config.Seed = 0
   ignore: tuple[str, ...] = ()

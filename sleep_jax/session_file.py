@@ -140,7 +140,7 @@ def load_with_text(
   """As `load`, and the plain data that `save` was given as `text`."""
   path = pathlib.Path(path)
   try:
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
       status = os.fstat(file.fileno())
       config.check(stat.S_ISREG(status.st_mode), "session", f"{path} is no regular file")
       return _load(path, file, status.st_size, weights, cfg, sleep_cfg)
@@ -151,8 +151,7 @@ def load_with_text(
   except OSError as e:
     raise ConfigError(f"session: {path} cannot be read: {e.strerror}") from e
   except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as e:
-    told = " ".join(str(e).split())[:200]
-    raise ConfigError(f"session: {path} is damaged or no session ({told})") from e
+    raise ConfigError(f"session: {path} is damaged or no session ({_line(str(e))})") from e
 
 
 def _load(
@@ -165,9 +164,9 @@ def _load(
 ) -> tuple[generate.Session, Any]:
   """Reads an open file: header, checksum, what it belongs to, and only then arrays."""
   head = _head(file, size)
-  entries = json.loads(head[8:].decode(), object_pairs_hook=_unique)
+  entries = _object(head[8:].decode())
   metadata = entries.pop("__metadata__")
-  told = json.loads(metadata[HEADER], object_pairs_hook=_unique)
+  told = _object(metadata[HEADER])
   version = told["format"]
   config.check(
     version == FORMAT,
@@ -199,7 +198,7 @@ def _load(
     if (entries[name]["dtype"], entries[name]["shape"]) != (KINDS[np.dtype(x.dtype)], list(x.shape))
   ]
   config.check(
-    not wrong, "session", f"{path} is damaged: {', '.join(wrong[:3])} missing, unknown or misshapen"
+    not wrong, "session", f"{path} is damaged: {_line(', '.join(wrong[:3]))} missing, unknown or misshapen"
   )
   arrays = [_array(file, len(head), entries[name], expected[name]) for name in expected]
   session = jax.tree.unflatten(treedef, arrays)
@@ -323,6 +322,23 @@ def _check_target(path: pathlib.Path) -> None:
     pass
   except OSError as e:
     raise ConfigError(f"session: {path} cannot be written: {e.strerror}") from e
+
+
+def _line(text: str) -> str:
+  """A text of unknown origin on one line, and no longer than one."""
+  return " ".join(text.split())[:200]
+
+
+def _object(text: str) -> dict[str, Any]:
+  """The object that a JSON text is.
+
+  Raises:
+    ValueError, TypeError, RecursionError: if it is none.
+  """
+  values = json.loads(text, object_pairs_hook=_unique)
+  if not isinstance(values, dict):
+    raise TypeError("its header is no object")
+  return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

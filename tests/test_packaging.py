@@ -253,7 +253,9 @@ def test_installed_it_trains_from_any_folder_with_its_own_presets(
   python: pathlib.Path, tmp_path: pathlib.Path
 ):
   experiment = [python, "-m", "sleep_jax.experiments.rule110", "--config=rule110:tiny", "--workdir=work/run"]
+  experiment.append("--tensorboard=False")
   assert "best constant" in run(*experiment, cwd=tmp_path)
+  assert not list((tmp_path / "work" / "run" / "tb").iterdir())
   assert "is complete" in run(*experiment, cwd=tmp_path)
   demo = run(python, "-m", "sleep_jax.experiments.demo", "--size=tiny", "--workdir=work/demo", cwd=tmp_path)
   assert "At equal compute" in demo

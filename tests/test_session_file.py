@@ -245,6 +245,13 @@ class SessionFileTest(parameterized.TestCase):
     size = header.pop(last)["data_offsets"]
     self.path.write_bytes(joined(header, rest[: size[0]]))
     self.refused(f"damaged: {last} missing, unknown or misshapen")
+    header["a name\nof two lines" + 1000 * "x"] = {
+      "dtype": "BOOL",
+      "shape": [0],
+      "data_offsets": size[:1] * 2,
+    }
+    self.path.write_bytes(joined(header, rest[: size[0]]))
+    self.refused("damaged: .* a name of two lines|damaged: .*missing, unknown or misshapen")
 
   def test_headers_with_the_right_checksum_that_were_tampered_with(self, count=300):
     """No traceback, no hang, nothing allocated by a size that is only claimed."""
@@ -260,7 +267,7 @@ class SessionFileTest(parameterized.TestCase):
         made[name] = rng.choice(huge)
       elif isinstance(made[name].get(field), list) and rng.random() < 0.8:
         values = made[name][field]
-        values[rng.randrange(len(values)) :] = rng.sample(huge, rng.randint(0, 2))
+        values[rng.randrange(len(values) + 1) :] = rng.sample(huge, rng.randint(0, 2))
       else:
         made[name][field] = rng.choice(["F64", "I32", *huge])
       self.refused_or_same(joined(made, rest))

@@ -10,6 +10,7 @@ from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest
 from sleep_jax.config.fields import (
   Bounds,
   Count,
+  FreeText,
   Natural,
   NotNegative,
   Positive,
@@ -32,8 +33,8 @@ from sleep_jax.config.run import Config, MeshConfig, OptimConfig, SleepConfig, T
 from sleep_jax.config.schema import defaults_of, from_dict, replace, to_dict
 
 __all__ = [
-  "ATTENTION", "AttentionConfig", "Bounds", "Config", "ConfigError", "Count", "FastConfig", "MeshConfig",
-  "ModelConfig", "Natural", "NotNegative", "OptimConfig", "Positive", "RopeScaling", "Seed",
+  "ATTENTION", "AttentionConfig", "Bounds", "Config", "ConfigError", "Count", "FastConfig", "FreeText",
+  "MeshConfig", "ModelConfig", "Natural", "NotNegative", "OptimConfig", "Positive", "RopeScaling", "Seed",
   "SleepConfig", "TrainConfig", "above", "annotations", "at_least", "block_names", "check",
   "check_fields", "check_seed", "check_sleep", "defaults_of", "documentation", "from_dict", "nearest",
   "one_of", "register_block", "replace", "shown", "to_dict"

@@ -16,7 +16,7 @@ import re
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from sleep_jax.config.checks import check, one_of, shown
@@ -64,6 +64,12 @@ class Bounds:
     return f"lie in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
 
 
+@dataclasses.dataclass(frozen=True)
+class AnyCharacters:
+  """Marks a text that is data and no name: it may hold line ends, and `None` is a word."""
+
+
+FreeText = Annotated[str, AnyCharacters()]
 Count = Annotated[int, Bounds(least=1)]
 Natural = Annotated[int, Bounds(least=0)]
 Positive = Annotated[float, Bounds(above=0)]
@@ -119,7 +125,7 @@ def conform(hint: Any, value: Any, path: str) -> Any:
   Raises:
     ConfigError: if the value is of the wrong type or outside its bounds.
   """
-  bounds: tuple[Bounds, ...] = ()
+  bounds: Sequence[Any] = ()
   if typing.get_origin(hint) is Annotated:
     hint, *bounds = typing.get_args(hint)
   origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -136,7 +142,7 @@ def conform(hint: Any, value: Any, path: str) -> Any:
   if hint in (int, float):
     return _number(hint, value, bounds, path)
   if hint is str:
-    return _text(value, path)
+    return _text(value, path, free=AnyCharacters() in bounds)
   if hint is bool:
     check(isinstance(value, bool), path, f"must be true or false, got {shown(value)}")
   elif dataclasses.is_dataclass(hint):
@@ -159,9 +165,9 @@ def _number(kind: type, value: Any, bounds: Iterable[Bounds], path: str) -> int 
   return float(value)
 
 
-def _text(value: Any, path: str) -> str:
+def _text(value: Any, path: str, *, free: bool) -> str:
   check(isinstance(value, str), path, f"must be text, got {shown(value)}")
-  plain = not any(unicodedata.category(c) in ("Cc", "Cs") for c in value)
+  plain = free or not any(unicodedata.category(c) in ("Cc", "Cs") for c in value)
   check(plain, path, f"must be text without control characters, got {shown(value)}")
   return value
 

@@ -16,6 +16,7 @@ TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 LARGEST = 1 << 20  # bytes of a template
 SECONDS = 30.0  # for the process that renders, which bounds its own work to ten
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+RENDER = pathlib.Path(__file__).with_name("chat_render.py")
 ANSWER = "4f1c the answer 9ae2"  # stands for what a model said before
 
 
@@ -69,7 +70,7 @@ def next_turn(folder: str | os.PathLike, text: str, ended: str) -> str:
 def _render(folder: str | os.PathLike, chats: list[dict[str, Any]]) -> list[str]:
   template, context = _template(pathlib.Path(folder))
   asked = json.dumps({"template": template, "context": context, "chats": chats})
-  program = [sys.executable, "-I", str(pathlib.Path(__file__).with_name("chat_render.py"))]
+  program = [sys.executable, "-I", str(RENDER)]
   try:
     done = subprocess.run(program, input=asked.encode(), capture_output=True, timeout=SECONDS, check=False)
     answer = json.loads(done.stdout)

@@ -16,6 +16,7 @@ together if they share the directory; then every method but `poll` is collective
 import contextlib
 import dataclasses
 import functools
+import logging as python_logging
 import os
 import pathlib
 import shutil
@@ -352,7 +353,10 @@ class Checkpoints:
     try:
       handler = ocp.PyTreeCheckpointHandler()
       return ocp.CheckpointManager(self._files.base, options=options, item_handlers=handler)
-    except (OSError, ValueError) as e:
+    except OSError as e:
+      kind = CheckpointError if is_mistake(e) else SaveError
+      raise kind(f"cannot use {self._name} for checkpoints: {why(e)}") from e
+    except ValueError as e:
       raise CheckpointError(f"cannot use {self._name} for checkpoints: {self._one_line(e)}") from e
 
   @property
@@ -379,6 +383,15 @@ class Checkpoints:
   def _one_line(self, error: BaseException) -> str:
     text = " ".join(str(error).replace(str(self._files.base), self._name).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+
+
+def _is_ours(record: python_logging.LogRecord) -> bool:
+  """Whether a record is no traceback of Orbax's: what becomes of a failed save is said in one line, by us."""
+  return not (record.exc_info and "/orbax/checkpoint/" in f"{record.pathname} {record.getMessage()}")
+
+
+for _logger in (logging.get_absl_logger(), python_logging.getLogger("asyncio")):
+  _logger.addFilter(_is_ours)
 
 
 @dataclasses.dataclass

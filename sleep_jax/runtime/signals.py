@@ -28,6 +28,7 @@ class _Request:
     self.received: list[str] = []
     self.doing: str | None = None  # what has to end before anybody looks
     self._report, self._when, self._forward = report, when, forward
+    self.heard = threading.Event()  # set by a listener, which may come a little later than the handler
     self._lock = threading.Lock()
     self._answered = False
 
@@ -46,9 +47,13 @@ class _Request:
     name = signal.Signals(number).name
     if self.doing:
       said = "Ctrl-C" if number == signal.SIGINT else name
-      self._report(f"{said}: stops as soon as {self.doing}; once more: at once")
+      line = f"{said}: stops as soon as {self.doing}; once more: at once"
     else:
-      self._report(f"received {name}: {self._when}; once more ends it now, unsaved")
+      line = f"received {name}: {self._when}; once more ends it now, unsaved"
+    if threading.current_thread() is threading.main_thread():
+      self._report(line)
+    else:  # who listens does not wait until somebody reads
+      threading.Thread(target=self._report, args=(line,), daemon=True).start()
     if self._forward is not None and number != self._forward:
       os.kill(os.getpid(), self._forward)
     return True
@@ -102,6 +107,7 @@ class Listener:
     request = self.request
     if request is not None:
       first = request.answer(number)
+      request.heard.set()
     else:
       first, self._interrupted = not (self._interrupted or self._leaving), True
     if not first:
@@ -178,6 +184,8 @@ def stop_signals(
   try:
     yield request.received
   finally:
+    if listener and request.received:
+      request.heard.wait(_GRACE_S)
     _request = outer
     if listener:
       listener.request = outer

@@ -43,6 +43,7 @@ def train(
   report: Callable[[str], object] = progress.say,
   on_row: Callable[[Row], None] | None = None,
   profile_steps: int = 0,
+  tensorboard: bool = True,
 ) -> Row:
   """Trains, or goes on training, in a prepared workdir.
 
@@ -55,6 +56,7 @@ def train(
     report: takes lines for the user.
     on_row: takes every row of metrics.jsonl, as it is written: for loggers of your own.
     profile_steps: steps that are traced into the folder `profile` of the workdir; see `profiler.Profiler`.
+    tensorboard: whether the numbers of metrics.jsonl are also written for TensorBoard, into the folder `tb`.
 
   Returns:
     The last evaluation's row.
@@ -88,7 +90,10 @@ def train(
       report(f"resuming at step {done} of {cfg.train.steps}")
     else:
       report(f"weights and their optimizers:\n{optim.partition_table(declared, every=logging.vlog_is_on(1))}")
-    writer = stack.enter_context(metrics.Writer(run.path) if processes.primary() else metrics.Silent())
+    writer = metrics.Silent()
+    if processes.primary():
+      writer = metrics.Writer(run.path, tensorboard=tensorboard, report=report)
+    writer = stack.enter_context(writer)
     writer.truncate_after(done)
     steps = stack.enter_context(task.steps(cfg, one_step, mesh))
     tokens = steps.tokens_before(done, writer.last())

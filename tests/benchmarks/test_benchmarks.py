@@ -2,8 +2,11 @@
 
 import csv
 import getpass
+import json
 import pathlib
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import config, model, windows
-from sleep_jax.benchmarks import measure, memory, scaling, tables, training
+from sleep_jax import config, model, pretrained, windows
+from sleep_jax.benchmarks import generation_memory, measure, memory, scaling, tables, training
 from sleep_jax.cost import flops
 from sleep_jax.data import rule110
+from sleep_jax.pretrained.tokenizer import Tokenizer
 
 
 def small(num_passes=2, **changes):
@@ -190,3 +194,35 @@ class MemoryTest(parameterized.TestCase):
     kept, recomputed = (float(row["MB a pass"]) for row in rows)
     assert recomputed < 0.5 * kept
     assert [row["remat"] for row in csv_rows(found(out, "memory_tiny_time*.csv"))] == ["none", "window"]
+
+
+class GenerationMemoryTest(parameterized.TestCase):
+  def test_prompts_of_the_size_that_is_said(self):
+    with tempfile.TemporaryDirectory() as folder:
+      prompt = pathlib.Path(folder) / "prompt"
+      generation_memory.write_prompt(prompt, 250_000)
+      text = prompt.read_text()
+      self.assertLen(text, 250_000)
+      self.assertLessEqual(set(text.split()), set(generation_memory.vocabulary()))
+      generation_memory.make_checkpoint(pathlib.Path(folder) / "checkpoint")
+      cfg = pretrained.open_source(pathlib.Path(folder) / "checkpoint").model
+      tokens = Tokenizer(pathlib.Path(folder) / "checkpoint", cfg).encode(text)
+      self.assertLen(tokens, 250_000 // (generation_memory.LETTERS + 1))
+
+  def test_a_process_is_not_charged_for_its_parent(self):
+    """This process holds more than the child does."""
+    held = np.ones(1 << 25)
+    child = [sys.executable, "-S", "-c", "x = bytearray(40 << 20)"]
+    done = subprocess.run(
+      [sys.executable, "-S", "-c", generation_memory.STARTER, *child], capture_output=True, check=True
+    )
+    used = json.loads(done.stdout)
+    self.assertEqual(used["code"], 0)
+    self.assertBetween(used["bytes"], 40 << 20, 100 << 20)
+    self.assertGreater(held.nbytes, used["bytes"])
+
+  @pytest.mark.slow
+  def test_a_row_for_each_prompt(self):
+    first, second = generation_memory.measured((1, 2))
+    self.assertEqual((first["prompt, MB"], first["tokens"], first["more, %"]), (1, 10_000, 0))
+    self.assertLess(second["more, %"], 100 * generation_memory.WITHIN)

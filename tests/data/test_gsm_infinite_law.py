@@ -59,6 +59,7 @@ def _five_thousand(subset, mode, op):
   return assert_law(subset, mode, op, 5000, 3.0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("subset", "mode", "op"), CELLS)
 def test_all_cells_over_five_thousand_problems(subset, mode, op):
@@ -70,6 +71,7 @@ def test_all_cells_over_five_thousand_problems(subset, mode, op):
     assert 0.008 < sum(r.circular for r in ours) / sum(r.sentences for r in ours) < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("subset", "mode"), [("medium", "forward"), ("hard", "forward")])
 def test_forms_pooled_over_all_operations(subset, mode):

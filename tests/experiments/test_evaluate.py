@@ -4,10 +4,12 @@ is.
 
 import json
 import pathlib
+import re
+import runpy
+import shutil
 
 import pytest
 
-from sleep_jax.experiments import evaluate as command
 from sleep_jax.runtime import metrics
 from tests.forked import Experiment
 
@@ -102,5 +104,17 @@ def test_mistakes_are_one_line(evaluate, ran, arguments, message):
   assert line.startswith("error: ") and message in line
 
 
-def test_a_run_named_twice_counts_once(ran):
-  assert command.folders(f"{ran}/s0,{ran}/s*") == [ran / "s0", ran / "s1"]
+def test_a_run_named_twice_counts_once(evaluate, ran):
+  ended = evaluate.run(f"--run={ran}/s0,{ran}/s*", cwd=ran)
+  assert ended.code == 0, ended.err
+  assert [line.partition(",")[0] for line in ended.out.splitlines()[:3]] == [f"{ran}/s0", f"{ran}/s1", ""]
+
+
+def test_the_example_of_the_docs_opens_a_run(ran, tmp_path, monkeypatch):
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+  (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_run(" in b]
+  shutil.copytree(ran / "s0", tmp_path / "work" / "n2")
+  (tmp_path / "example.py").write_text(block)
+  monkeypatch.chdir(tmp_path)
+  found = runpy.run_path("example.py")
+  assert found["run"].step == 20 and found["logits"].shape == (1, 6, 3)

@@ -10,6 +10,7 @@ import tempfile
 
 import jax
 import numpy as np
+import safetensors.numpy
 import tokenizers
 from absl.testing import parameterized
 
@@ -223,6 +224,32 @@ class MistakeTest(parameterized.TestCase):
   )
   def test_in_the_command(self, arguments, message):
     self.assert_refused(message, *arguments)
+
+  def test_several_prompts(self):
+    (self.dir / "prompts").write_text('"a b"\n{"prompt": "cd", "max_new_tokens": 1}\n')
+    usual = (PLAIN, f"--config.checkpoint={self.checkpoint}", "--prompts_file=prompts")
+    few = "--config.max_new_tokens=2"
+    ended = self.experiment.run(*usual, few, "--json", "--config.window=24", cwd=self.dir)
+    self.assertEqual(ended.code, 0, ended.err)
+    rows = [json.loads(line) for line in ended.out.splitlines()]
+    self.assertEqual(
+      [(row["prompt"], row["tokens"], len(row["text"])) for row in rows], [(0, 2, 2), (1, 1, 1)]
+    )
+    self.assertEqual({row["statistics"]["tokens_read"] for row in rows}, {5})
+    self.assert_refused("--prompts_file: goes without --prompt", "--prompts_file=prompts", "--prompt=a")
+    self.assert_refused("--prompts_file: no cannot be read: No such file", "--prompts_file=no")
+
+  def test_a_weight_that_is_not_finite_is_a_failure(self):
+    tensors = safetensors.numpy.load_file(self.checkpoint / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    safetensors.numpy.save_file(tensors, self.checkpoint / "model.safetensors")
+    usual = (PLAIN, f"--config.checkpoint={self.checkpoint}", "--prompt=a", "--session=session")
+    ended = self.experiment.run(*usual, cwd=self.dir)
+    self.assertEqual((ended.code, ended.out), (1, ""))
+    [line] = ended.err.splitlines()
+    self.assertStartsWith(line, "failed: ")
+    self.assertIn("tensor model.norm.weight holds NaN or infinity in float32", line)
+    self.assertFalse((self.dir / "session").exists())
 
   def test_in_the_checkpoint(self):
     make_tokenizer(self.checkpoint / "tokenizer.json", [*ALPHABET, "é"])

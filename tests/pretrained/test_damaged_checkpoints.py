@@ -220,6 +220,7 @@ def test_a_sample_of_damages_is_one_line_each(tmp_path):
   run(tmp_path, KINDS, QUICK // len(KINDS))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_damage_is_one_line(kind, tmp_path):

@@ -132,10 +132,11 @@ def test_what_a_run_says_and_gives_to_loggers(kind, tmp_path):
   assert len(totals.splitlines()) == 2, "the table of every weight is for --verbosity=1"
 
 
-def test_a_profile_names_blocks_and_passes(tmp_path):
+def test_a_profile_names_blocks_and_passes_without_tensorboard(tmp_path):
   cfg, task = device_kind()
   with workdir.prepare(tmp_path / "run", config.to_dict(cfg)) as run:
-    train.train(cfg, task, run, report=lambda line: None, profile_steps=2)
+    train.train(cfg, task, run, report=lambda line: None, profile_steps=2, tensorboard=False)
+  assert not list(pathlib.Path(tmp_path, "run", "tb").iterdir())
   traces = list(pathlib.Path(tmp_path, "run", "profile").rglob("*.xplane.pb"))
   assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
