@@ -51,7 +51,7 @@ TIMES = (
 CHANGED = """
 import os, signal, sys
 import jax.numpy as jnp
-from experiments import cli, rule110
+from sleep_jax.experiments import cli, rule110
 from sleep_jax.scoring import by_position
 what, when = sys.argv.pop(1), int(sys.argv.pop(1))
 if what == "poison":  # the loss of all steps from `when` on is NaN
