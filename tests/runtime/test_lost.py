@@ -140,7 +140,7 @@ def test_a_run_that_loses_its_workdir_stops_and_saves_what_it_can(lose, mischief
   assert error.isprintable()
   if mischief is take:
     steps = [p.name for p in (home / "run" / "checkpoints").iterdir() if p.name.isdigit()]
-    assert sorted(steps) == ["10", "20"]  # the other run's folder now
+    assert {"10", "20"} <= set(steps) <= {"10", "20", "30"}  # the other run's now; 30 may have begun before
     take.other.close()
   if mischief is replace:
     assert not list((home / "run").iterdir())  # nothing was written there
