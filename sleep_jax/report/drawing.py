@@ -150,9 +150,18 @@ def legend(
     Line2D([], [], color=QUIET, linewidth=1.1, linestyle=dashes, label=text) for text, dashes in levels
   ]
   figure.legend(
-    handles=entries, loc="outside lower center", ncols=min(len(entries), 4), fontsize=8, frameon=False,
+    handles=entries, loc="outside lower center", fontsize=8, frameon=False,
+    ncols=_columns([entry.get_label() for entry in entries], figure.get_figwidth()),
     handlelength=1.8, columnspacing=1.6,
   )  # fmt: skip
+
+
+def _columns(texts: Sequence[str], width: float) -> int:
+  """How many legend entries stand side by side in a figure of `width` inches: all, or else two, or one."""
+  widths = [0.068 * len(text) + 0.5 for text in texts]  # of a text in 8 points, and its line and gap
+  if sum(widths) <= width:
+    return len(texts)
+  return 2 if 2 * max(widths) <= width else 1
 
 
 def _band(text: str) -> Patch:

@@ -20,10 +20,9 @@ HALO = (patheffects.withStroke(linewidth=2.5, foreground="white"),)
 # Where a label may stand: (sideways, upwards) from the last point, in points and in text heights; -1: it ends
 # at the point, 0: it is centred over it, 1: it begins behind it.
 SIDES = {1: "left", 0: "center", -1: "right"}
-AROUND = [(1, 0.0), (0, 1.0), (0, -1.0), (-1, 1.0), (-1, -1.0), (1, 0.8), (1, -0.8)]
-AROUND += [
-  (side, sign * up) for up in (1.6, 2.2, 2.8, 3.6, 4.4, 5.2, 6.0) for sign in (1, -1) for side in (1, 0, -1)
-]
+AROUND = [(1, 0.0)]
+for up in (1.05, 2.1, 3.15, 4.2, 5.25, 6.3, 7.35):
+  AROUND += [(side, sign * up) for sign in (1, -1) for side in (1, 0, -1)]
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -39,8 +38,11 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
   height = max((text.get_window_extent().height for text in texts), default=0.0)
   lines = [line for line in axes.get_lines() if line.get_transform() == axes.transData]
   strokes = [(_on_page(axes, line), line.get_label(), line.get_color()) for line in lines]
-  taken: list[Bbox] = []
-  for (x, y, _, colour), text in sorted(zip(ends, texts, strict=True), key=lambda pair: -pair[0][1]):
+  taken: list[tuple[Bbox, np.ndarray]] = []
+  low, high = axes.get_ylim()
+  # From the edges to the middle, so that labels pile up where there is room for them.
+  order = sorted(zip(ends, texts, strict=True), key=lambda pair: min(pair[0][1] - low, high - pair[0][1]))
+  for (x, y, _, colour), text in order:
     at = axes.transData.transform((x, y))
     box = text.get_window_extent()
     weighed = [
@@ -52,11 +54,11 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
       for points, label, other in strokes
     ]
     costs = [
-      _cost(_placed(at, box, height, place), place, weighed, taken, axes.bbox, figure.bbox)
+      _cost(_placed(at, box, height, place), at, place, weighed, taken, axes.bbox, figure.bbox)
       for place in AROUND
     ]
     side, up = AROUND[int(np.argmin(costs))]
-    taken.append(_placed(at, box, height, (side, up)))
+    taken.append((_placed(at, box, height, (side, up)), at))
     text.set_horizontalalignment(SIDES[side])
     text.xyann = (7.0 * side, up * height * 72 / figure.dpi)
 
@@ -78,24 +80,30 @@ def _placed(at: np.ndarray, box: Bbox, height: float, place: tuple[int, float]) 
 
 def _cost(
   box: Bbox,
+  at: np.ndarray,
   place: tuple[int, float],
   strokes: Sequence[tuple[np.ndarray, float, float]],
-  taken: Sequence[Bbox],
+  taken: Sequence[tuple[Bbox, np.ndarray]],
   axes: Bbox,
   page: Bbox,
 ) -> float:
   """How bad a place is: other labels and the page's end count most, then covered curves, then distance.
 
-  A label beside the curve of another colour reads as that curve's, so that a margin around those counts too.
+  A label above or below the curve of another colour reads as its label, so that a margin there counts too.
   """
   covered = 0.0
   for points, weight, margin in strokes:
-    inside = (points[:, 0] > box.x0 - 2 - margin) & (points[:, 0] < box.x1 + 2 + margin)
+    inside = (points[:, 0] > box.x0 - 2) & (points[:, 0] < box.x1 + 2)
     inside &= (points[:, 1] > box.y0 - margin / 2) & (points[:, 1] < box.y1 + margin / 2)
     covered += weight * float(np.sum(inside))
-  clash = sum(box.overlaps(other) for other in taken)
+  clash = sum(box.overlaps(other) for other, _ in taken)
+  # Labels of curves that end side by side stand in the order of the curves.
+  turned = sum(
+    abs(at[0] - end[0]) < 3 * box.height and (at[1] - end[1]) * (box.y0 - other.y0) < 0
+    for other, end in taken
+  )
   outside = box.y0 < axes.y0 or box.y1 > axes.y1 + box.height / 2 or box.x0 < axes.x0 or box.x1 > page.x1
-  return 1e4 * (clash + outside) + 3.0 * covered + 6.0 * abs(place[1]) + (place[0] != 1)
+  return 1e4 * (clash + outside) + 1e3 * turned + 3.0 * covered + 6.0 * abs(place[1]) + 10.0 * (place[0] != 1)
 
 
 def _on_page(axes: Axes, line: Line2D) -> np.ndarray:

@@ -300,3 +300,32 @@ def test_drawing_needs_no_display_no_pyplot_and_no_jax(tmp_path):
   )
   assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
   assert (tmp_path / "out" / "demo_curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+  "ends", [(0.99, 0.985, 0.98), (0.02, 0.015, 0.01), (0.5, 0.49, 0.48), (0.9, 0.5, 0.1)]
+)
+def test_labels_of_curves_that_end_side_by_side_stand_in_the_order_of_the_curves(tmp_path, ends):
+  for passes, last in zip((1, 2, 4), ends, strict=True):
+    fake_runs.write(tmp_path / f"n{passes}", passes, [(100, 0.2), (200, last)])
+  drawing = accuracy.demo_curves(fake_runs.read(tmp_path / "*"))
+  there = dict(zip(texts(drawing), boxes(drawing), strict=True))
+  assert there["N = 1"].y0 > there["N = 2"].y0 > there["N = 4"].y0
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_the_legend_lies_within_the_page(tmp_path, groups):
+  values = {f"op{i}_{key}": 0.5 for i in range(3) for key in ("exact", "low", "high")}
+  fake_runs.write(tmp_path / "a", 2, TWO, per_eval=values)
+  baselines = {name: lambda op: 30.0 for name in ("the commonest answer", "the commonest number of all")}
+  measure = panels.Measure(
+    "exact", "right (%)", "op{group}_exact", scale=100.0, top=101.5, baselines=baselines
+  )
+  columns = [panels.Group(i, f"{i} operations") for i in range(groups)]
+  drawing = panels.draw(
+    "f", "T", "op", columns, [measure], fake_runs.read(tmp_path / "*"), "held-out problems"
+  )
+  drawing.figure.draw_without_rendering()
+  (box,) = (legend.get_window_extent() for legend in drawing.figure.legends)
+  page = drawing.figure.bbox
+  assert page.x0 <= box.x0 and box.x1 <= page.x1
