@@ -15,7 +15,7 @@ import pytest
 from sleep_jax.runtime import metrics, signals
 from tests import forked
 
-# They start processes and give them seconds: on a busy machine some fail, so they are not among the quick ones.
+# They start processes and give them seconds: on a busy machine some fail, so they are no quick ones.
 pytestmark = pytest.mark.slow
 
 # A process with a command line's listener; `work` is what its main thread does, JAX is never imported.
