@@ -252,8 +252,8 @@ class OutputTest(parameterized.TestCase):
     rest = self.text(None, path, max_new_tokens=60 - len(written) - 1, **shown)
     self.assertEqual(written + rest, whole)
 
-  @pytest.mark.slow
   @parameterized.parameters(">/dev/full", "| true", ">&-")
+  @pytest.mark.slow  # innermost: absl hands the marks of a function on to its cases
   def test_a_stdout_of_a_process_that_fails(self, where):
     program = f'{sys.executable} -W ignore -m sleep_jax.experiments.generate "$@"'
     line = f"{{ {program}; echo $? >code; }} {where}"
