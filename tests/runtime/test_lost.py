@@ -17,7 +17,7 @@ from sleep_jax.runtime.checkpoint import Checkpoints
 
 def tiny():
   values = presets.get_config("tiny")
-  changes = {"train.steps": 60, "train.save_every": 10, "train.log_every": 1, "train.eval_every": 60}
+  changes = {"train.steps": 60, "train.save_every": 20, "train.log_every": 1, "train.eval_every": 60}
   values.update_from_flattened_dict(
     changes | {"train.steps_per_dispatch": 2, "train.eval_sequences": 8, "train.eval_batch_size": 8}
   )
@@ -140,7 +140,7 @@ def test_a_run_that_loses_its_workdir_stops_and_saves_what_it_can(lose, mischief
   assert error.isprintable()
   if mischief is take:
     steps = [p.name for p in (home / "run" / "checkpoints").iterdir() if p.name.isdigit()]
-    assert {"10", "20"} <= set(steps) <= {"10", "20", "30"}  # the other run's now; 30 may have begun before
+    assert steps == ["20"]  # the other run's folder now
     take.other.close()
   if mischief is replace:
     assert not list((home / "run").iterdir())  # nothing was written there
@@ -148,7 +148,7 @@ def test_a_run_that_loses_its_workdir_stops_and_saves_what_it_can(lose, mischief
     return
   with Checkpoints(home / saved_in / "checkpoints", read_only=True) as saved:
     step = saved.latest_step
-  assert 20 < step < 60
+  assert 20 < step < 40  # before the next save of its own accord
   if "metrics" not in mischief.__name__:
     rows = metrics.read(home / saved_in / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, step + 1))  # none is lost
