@@ -208,11 +208,11 @@ def until(done: str) -> Iterator[None]:
 
 
 def end_now(line: str, code: int = _FAILED) -> None:
-  """Ends the process from any thread: a last line to stderr, and no exit hook that could hang."""
+  """Ends the process from any thread: a last line to stderr, if any, and no exit hook that could hang."""
 
   def last_words():
     with contextlib.suppress(Exception):
-      os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+      os.write(2, f"{line}\n".encode(errors="backslashreplace") if line else b"")
     with contextlib.suppress(Exception):
       sys.stdout.flush()
 
