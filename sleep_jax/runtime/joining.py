@@ -1,6 +1,7 @@
 """One process becomes one of several, before any device is touched: by flags, or as the cluster says."""
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Mapping
 
@@ -49,8 +50,11 @@ def join(
     host, port = peers.parse_address(address)
     met = peers.meet(host, port, index, count, report)
     asked = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    if peers.is_local(host):
-      asked["coordinator_bind_address"] = address  # JAX would listen on all interfaces
+    listens_at = peers.own_address(host, port) if index == 0 else None
+    if listens_at:  # or JAX would listen on all interfaces
+      asked["coordinator_bind_address"] = (
+        f"[{listens_at}]:{port}" if ":" in listens_at else f"{listens_at}:{port}"
+      )
   limit = peers.ends_in(
     peers.START_S, f"failed: --distributed: the processes did not find each other in {peers.START_S:.0f} s"
   )
@@ -58,6 +62,8 @@ def join(
     jax.distributed.initialize(**asked, initialization_timeout=round(peers.START_S) + _MARGIN_S)
     if met is None:
       met = _meet_on_a_cluster(report)
+  except jax.errors.JaxRuntimeError as e:
+    raise RunFailedError(f"--distributed: {' '.join(str(e).split())[:300]}") from e
   except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ImportError, OSError) as e:
     told = " ".join(f"{type(e).__name__}: {e}".split())[:300]
     if address is None:
@@ -78,16 +84,24 @@ def _meet_on_a_cluster(report: Callable[[str], None]) -> Peers | None:
   if count == 1:
     return None
 
-  def place() -> tuple[str, int]:
-    with socket.create_server(("", 0)) as free:
-      return socket.gethostname(), free.getsockname()[1]
+  def place() -> tuple[str, int, str]:
+    host = _routed_address()
+    with socket.create_server((host, 0)) as free:
+      return host, free.getsockname()[1], secrets.token_hex(16)
 
-  host, port = processes.agree(place)
   try:
-    return peers.meet(host, port, index, count, report, _CLUSTER_S)
-  except (PeerError, RunFailedError) as e:
+    host, port, secret = processes.agree(place, OSError)
+    return peers.meet(host, port, index, count, report, wait_s=_CLUSTER_S, secret=secret)
+  except (PeerError, RunFailedError, OSError) as e:
     report(f"{e}; the run goes on, and the end of a process is noticed later")
     return None
+
+
+def _routed_address() -> str:
+  """The address of this machine towards other ones."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    asking.connect(("192.0.2.1", 9))  # an address that is nobody's; a datagram socket sends nothing by this
+    return asking.getsockname()[0]
 
 
 def _check_environment(environment: Mapping[str, str]) -> None:

@@ -3,10 +3,13 @@
 JAX's own service ends the process from C++ when the others do not come, when an address is wrong, or some
 ten seconds after one of them died, and says all three in a page. So the processes meet here first, by one
 connection of each to the first one, and keep it: the system closes it when a process dies, however it dies.
+
+What goes over it are lines of a word and numbers, at most `_LONGEST` bytes each. Whoever calls and says
+anything else is sent away, and cannot keep others waiting.
 """
 
 import contextlib
-import json
+import errno
 import os
 import re
 import select
@@ -24,8 +27,13 @@ from sleep_jax.runtime.signals import end_now
 START_S = 300.0  # that processes wait for each other at the start
 _OTHERS_S = 5.0  # that a process has for its own last words after another one failed
 _HELLO_S = 5.0  # that a caller has to say who it is
-_FAILED = 1
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s\[\]:/@]+):([0-9]{1,5})", re.ASCII)
+_CALLERS = 64  # who may be about to say so; one more, and the first of them is sent away
+_LONGEST = 128  # bytes of a line
+_FAILED, _KILLED = 1, 137  # exit codes; the second one stands for an end without a word
+_HOST = r"[A-Za-z0-9](?:[\w.-]*[\w.])?"
+_ADDRESS = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{_HOST}):([0-9]{{1,5}})", re.ASCII)
+_HELLO = re.compile(rb"sleep_jax ([0-9]{1,9}) ([0-9]{1,9}) ([0-9a-f]{0,64})")
+_NEWS = re.compile(rb"(bye|gone) ([0-9]{1,9}) ([0-9]{1,3})")
 
 
 class PeerError(ValueError):
@@ -72,21 +80,25 @@ class Peers:
           if not data:
             waiting.unregister(key.fileobj)
             if peer not in self._done:
-              self._gone(peer, "ended without a word: killed, or out of memory?")
-          *lines, rest[0] = (rest[0] + data).split(b"\n")
+              self._gone(peer, _KILLED)
+          *lines, last = (rest[0] + data).split(b"\n")
+          rest[0] = last[:_LONGEST]
           for line in lines:
             self._hear(peer, line)
 
   def _hear(self, peer: int, line: bytes) -> None:
-    word, *numbers = line.decode(errors="replace").split()
-    if word == "bye" and len(numbers) == 2 and all(n.isdecimal() for n in numbers):
+    news = _NEWS.fullmatch(line)
+    if not news:
+      return
+    about, code = int(news[2]), int(news[3])
+    if news[1] == b"gone":
+      self._gone(about, code)
+    else:
       self._done.add(peer)
-      if int(numbers[1]) not in (0, 3):  # done, or asked to stop and saved: as we are
-        self._gone(int(numbers[0]), f"failed with exit code {numbers[1]}", wait=True)
-    elif word == "gone" and len(numbers) > 1 and numbers[0].isdecimal():
-      self._gone(int(numbers[0]), " ".join(numbers[1:]))
+      if code not in (0, 3):  # done, or asked to stop and saved: as we are
+        self._gone(peer, code, wait=True)
 
-  def _gone(self, peer: int, how: str, *, wait: bool = False) -> None:
+  def _gone(self, peer: int, code: int, *, wait: bool = False) -> None:
     """Ends this process because another one is gone, unless it ends by itself."""
     if self._leaving.is_set():
       return
@@ -96,15 +108,19 @@ class Peers:
     if self._index == 0:
       for other, connection in self._connections.items():
         if other != peer and other not in self._done:
-          _send(connection, f"gone {peer} {how}")
-    speaks = self._index == (1 if peer == 0 else 0)
+          _send(connection, f"gone {peer} {code}")
+    how = f"failed with exit code {code}"
+    if code == _KILLED:
+      how = "ended without a word: killed, or out of memory?"
     line = f"failed: process {peer} of {self._count} {how}; the same command goes on from the last checkpoint"
+    if self._index != (1 if peer == 0 else 0):
+      line = _SAID if self._index else ""  # by another one
     if self._index == 0:
       time.sleep(0.5)  # JAX's service is in this process: the others end before it
     elif select.select([], [2], [], 0)[1]:  # there is no time to lose: JAX's own last words are a page long
-      os.write(2, f"{line}\n".encode() if speaks else b"")
+      os.write(2, f"{line}\n".encode())
       os._exit(_FAILED)
-    end_now(line if speaks else "", _FAILED)
+    end_now(line, _FAILED)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -127,13 +143,39 @@ def parse_address(text: str) -> tuple[str, int]:
   return host, port
 
 
-def is_local(host: str) -> bool:
-  """Whether a host is this machine, and reached by nobody else."""
-  return host in ("localhost", "::1") or host.startswith("127.")
+def own_address(host: str, port: int) -> str | None:
+  """The address of this machine that a host's name stands for, which is the only one to listen at.
+
+  Returns:
+    A numeric address. None, for all of them: where the host stands for a door in front of this machine, or
+    is a name that leads to 127.0.0.1 here and, no doubt, to another address elsewhere.
+
+  Raises:
+    PeerError: if its port is taken.
+  """
+  local = host in ("localhost", "::1") or host.startswith("127.")
+  for family, _, _, _, (address, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    if not local and (address == "::1" or address.startswith("127.")):
+      continue
+    try:
+      socket.create_server((address, port), family=family).close()
+    except OSError as e:
+      if e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        continue
+      raise _no_door(port, e) from e
+    return address
+  return None
 
 
 def meet(
-  host: str, port: int, index: int, count: int, report: Callable[[str], None], wait_s: float | None = None
+  host: str,
+  port: int,
+  index: int,
+  count: int,
+  report: Callable[[str], None],
+  *,
+  wait_s: float | None = None,
+  secret: str = "",
 ) -> Peers | None:
   """Waits until all processes are there; the first one lets the others in.
 
@@ -142,6 +184,7 @@ def meet(
     index, count: which process this is, of how many.
     report: takes a line about who is waited for, after some seconds.
     wait_s: by default `START_S`.
+    secret: hexadecimal digits that only these processes know, if there are any.
 
   Returns:
     The connections, None if there is one process only.
@@ -151,121 +194,177 @@ def meet(
     RunFailedError: if not all have come in time.
   """
   deadline = time.monotonic() + (START_S if wait_s is None else wait_s)
+  hello = f"sleep_jax {index} {count} {secret}"
+  if count == 1:
+    return None
   if index == 0:
-    connections = _let_in(host, port, count, report, deadline)
+    connections = _Door(host, port, count, secret).let_in(report, deadline)
   else:
-    connections = {0: _call(host, port, index, count, report, deadline)}
-  return Peers(index, count, connections) if connections else None
+    connections = {0: _call(host, port, hello, report, deadline)}
+  return Peers(index, count, connections)
 
 
-def _let_in(
-  host: str, port: int, count: int, report: Callable[[str], None], deadline: float
-) -> dict[int, socket.socket]:
-  family = socket.AF_INET6 if ":" in host else socket.AF_INET
-  try:
-    door = socket.create_server((host if is_local(host) else "", port), family=family, backlog=count)
-  except OSError as e:
-    raise PeerError(f"--coordinator_address: cannot listen on port {port}: {e.strerror}") from e
-  inside: dict[int, socket.socket] = {}
-  said_at = time.monotonic() + 10
-  try:
-    with door:
-      door.settimeout(0.5)
-      while len(inside) < count - 1:
-        missing = ", ".join(str(i) for i in range(1, count) if i not in inside)
-        if time.monotonic() > deadline:
-          raise RunFailedError(f"--distributed: of {count} processes these have not come: {missing}")
-        if time.monotonic() > said_at:
-          report(f"process 0 of {count} waits for these: {missing}")
+class _Door:
+  """Where the first process listens until all others have come."""
+
+  def __init__(self, host: str, port: int, count: int, secret: str):
+    address = own_address(host, port)
+    family, backlog = socket.AF_INET, max(count, 2 * _CALLERS)
+    if address and ":" in address:
+      family = socket.AF_INET6
+    try:
+      self._door = socket.create_server((address or "", port), family=family, backlog=backlog)
+    except OSError as e:
+      raise _no_door(port, e) from e
+    self._count, self._secret = count, secret.encode()
+    self._inside: dict[int, socket.socket] = {}
+    self._callers: dict[socket.socket, tuple[float, bytes]] = {}  # until when each is heard, what it said
+
+  def let_in(self, report: Callable[[str], None], deadline: float) -> dict[int, socket.socket]:
+    """Connections to all other processes."""
+    said_at = time.monotonic() + 10
+    try:
+      self._door.setblocking(False)
+      while len(self._inside) < self._count - 1:
+        now = time.monotonic()
+        missing = ", ".join(str(i) for i in range(1, self._count) if i not in self._inside)
+        if now > deadline:
+          raise RunFailedError(f"--distributed: of {self._count} processes these have not come: {missing}")
+        if now > said_at:
+          report(f"process 0 of {self._count} waits for these: {missing}")
           said_at += 30
-        with contextlib.suppress(TimeoutError):
-          caller, _ = door.accept()
-          _admit(caller, count, inside)
-    for connection in inside.values():
-      _send(connection, "come")
-  except BaseException:
-    for connection in inside.values():
-      connection.close()
-    raise
-  return inside
+        for caller in [c for c, (until, _) in self._callers.items() if now > until]:
+          self._send_away(caller)
+        for there in select.select([self._door, *self._callers], [], [], 0.2)[0]:
+          self._open() if there is self._door else self._hear(there)
+      for connection in self._inside.values():
+        _send(connection, "come")
+    except BaseException:
+      for connection in self._inside.values():
+        connection.close()
+      raise
+    finally:
+      for caller in list(self._callers):
+        self._send_away(caller)
+      self._door.close()
+    return self._inside
 
+  def _open(self) -> None:
+    with contextlib.suppress(OSError):
+      caller, _ = self._door.accept()
+      caller.setblocking(False)
+      if len(self._callers) >= _CALLERS:
+        self._send_away(next(iter(self._callers)))
+      self._callers[caller] = time.monotonic() + _HELLO_S, b""
 
-def _admit(caller: socket.socket, count: int, inside: dict[int, socket.socket]) -> None:
-  """Takes a caller in who says that it is one of us; sends others away."""
-  try:
-    caller.settimeout(_HELLO_S)
-    hello = json.loads(_line(caller))
-    index, of = hello["process"], hello["of"]
-    if not all(isinstance(x, int) and not isinstance(x, bool) for x in (index, of)):
-      raise TypeError("no numbers")
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+  def _hear(self, caller: socket.socket) -> None:
+    if caller not in self._callers:
+      return
+    until, said = self._callers[caller]
+    data = _receive(caller)
+    said += data
+    if b"\n" in said:
+      self._admit(caller, said.partition(b"\n")[0])
+    elif not data or len(said) > _LONGEST:
+      self._send_away(caller)
+    else:
+      self._callers[caller] = until, said
+
+  def _admit(self, caller: socket.socket, hello: bytes) -> None:
+    """Takes a caller in who says that it is one of us; sends others away."""
+    told = _HELLO.fullmatch(hello)
+    if not told or told[3] != self._secret:
+      self._send_away(caller)
+      return
+    index, count = int(told[1]), int(told[2])
+    if count != self._count:
+      self._send_away(caller, f"count {self._count}")
+      raise PeerError(f"--num_processes: process 0 has {self._count}, process {index} has {count}")
+    if index in self._inside or not 0 < index < count:
+      self._send_away(caller, f"taken {index}")
+      return
+    del self._callers[caller]
+    self._inside[index] = caller
+    _send(caller, "wait")
+
+  def _send_away(self, caller: socket.socket, answer: str = "") -> None:
+    self._callers.pop(caller)
+    if answer:
+      _send(caller, answer)
     caller.close()
-    return
-  if of != count:
-    _send(caller, f"no --num_processes: process 0 has {count}, process {index} has {of}")
-    caller.close()
-    raise PeerError(f"--num_processes: process 0 has {count}, process {index} has {of}")
-  if index in inside or not 0 < index < count:
-    _send(caller, f"no --process_id: there is a process {index} already")
-    caller.close()
-    return
-  inside[index] = caller
 
 
-def _call(
-  host: str, port: int, index: int, count: int, report: Callable[[str], None], deadline: float
-) -> socket.socket:
+def _call(host: str, port: int, hello: str, report: Callable[[str], None], deadline: float) -> socket.socket:
+  """A connection to the first process, once all have come."""
+  _, index, count, *_ = hello.split()
   said_at = time.monotonic() + 10
-  while True:
-    if time.monotonic() > deadline:
-      raise RunFailedError(f"--distributed: process 0 does not answer at {host}:{port}")
+  while time.monotonic() < deadline:
     if time.monotonic() > said_at:
       report(f"process {index} of {count} waits for process 0 at {host}:{port}")
       said_at += 30
     with contextlib.suppress(OSError):
       connection = socket.create_connection((host, port), timeout=_HELLO_S)
-      _send(connection, json.dumps({"process": index, "of": count}))
-      answer = None
-      while answer is None and time.monotonic() < deadline:  # it waits for the others
-        with contextlib.suppress(TimeoutError):
-          answer = _line(connection)
-      if answer == b"come":
-        return connection
+      _send(connection, hello)
+      answer = _line(connection)
+      if answer == b"wait":
+        connection.settimeout(max(deadline - time.monotonic(), 0) + _HELLO_S)
+        with contextlib.suppress(OSError):
+          if _line(connection) == b"come":
+            return connection
+        connection.close()
+        raise RunFailedError("--distributed: process 0 ended before all processes had come")
       connection.close()
-      if answer and answer.startswith(b"no "):
-        raise PeerError(answer[3:].decode(errors="replace"))
+      word, _, number = answer.partition(b" ")
+      if word == b"count" and number.isdigit():
+        raise PeerError(f"--num_processes: process 0 has {int(number)}, process {index} has {count}")
+      if word == b"taken":
+        raise PeerError(f"--process_id: there is a process {index} already")
     time.sleep(0.2)
+  raise RunFailedError(f"--distributed: process 0 does not answer at {host}:{port}")
+
+
+def _no_door(port: int, error: OSError) -> PeerError:
+  return PeerError(f"--coordinator_address: cannot listen on port {port}: {error.strerror}")
 
 
 def _hush_jax() -> None:
   """Keeps out of stderr the page that JAX's client prints from C++ when the first process has died.
 
-  All that goes to stderr is read by another process, since this one may be ended before it could.
+  All that goes to stderr is read by another process, since this one may be ended before it could. It keeps
+  those lines back, and passes them on at the end unless it was said here which process went.
   """
   command = [sys.executable, "-S", "-E", "-c", _FILTER]
   with contextlib.suppress(OSError):
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, stderr=subprocess.DEVNULL)
-    os.dup2(reader.stdin.fileno(), 2)
-    reader.stdin.close()
+    if reader.stdin is not None:
+      os.dup2(reader.stdin.fileno(), 2)
+      reader.stdin.close()
 
 
+_SAID = "\0"  # a line to the filter: another process has said it
 _FILTER = r"""
 import re, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
   signal.signal(number, signal.SIG_IGN)
-dying = None
+kept, said, dying = [], False, False
 for line in sys.stdin.buffer:
   dying = dying or re.match(rb"F[0-9]{4} .*Terminating process because the JAX distributed service", line)
-  if not dying or line.startswith(b"failed: "):
+  mine = line.startswith(b"failed: ") or line == b"\0\n"
+  said = said or mine
+  if not mine and (dying or re.match(rb"[EW][0-9]{4} .*coordination_service", line)):
+    kept.append(line)
+  elif line != b"\0\n":
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
+if not said:
+  sys.stdout.buffer.write(b"".join(kept))
 """
 
 
 def _line(connection: socket.socket) -> bytes:
-  """The next line, of at most 256 bytes; what there is of it if the other side hangs up."""
+  """The next line, or as much of it as there is; waits as long as the connection's time limit says."""
   line = b""
-  while len(line) < 256:
+  while len(line) < _LONGEST:
     byte = connection.recv(1)
     if byte in (b"", b"\n"):
       break

@@ -13,7 +13,7 @@ import time
 import jax
 import pytest
 
-from sleep_jax.runtime import files, joining, peers
+from sleep_jax.runtime import files, joining, metrics, peers
 from tests import forked
 
 
@@ -29,16 +29,8 @@ BAD_ADDRESSES = [
   *("", ":", "nonsense", "host", "127.0.0.1", "127.0.0.1:", ":1234", "127.0.0.1:abc", "127.0.0.1:-1"),
   *("127.0.0.1:1.5", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:99999", "127.0.0.1:123456789"),
   *("127.0.0.1:1234:5678", "::1:1234", "http://127.0.0.1:1234", "127.0.0.1:1234/", "a b:1234", "[::1:1234"),
-  *(
-    "[zz]:1234",
-    "user@host:1",
-    "\n:1",
-    "x\n:1",
-    "nosuchhost.invalid:1234",
-    "256.256.256.256:1",
-    "%s:1",
-    "*:1",
-  ),
+  *("[zz]:1234", "user@host:1", "\n:1", "x\n:1", "nosuchhost.invalid:1234", "256.256.256.256:1", "%s:1"),
+  *("*:1", "-x:1", "x-:1", ".:1"),
   *("é" * 300 + ":1", "." * 70 + ":1", "127.0.0.1:１２"),
 ]
 
@@ -70,13 +62,7 @@ def test_any_text_is_an_address_or_one_line():
 
 
 VARIABLES = sorted({*joining._NUMBERS, *(name for names in joining._TOGETHER for name in names)})
-SLURM = {
-  "SLURM_JOB_ID": "1",
-  "SLURM_STEP_NODELIST": "a",
-  "SLURM_NTASKS": "2",
-  "SLURM_PROCID": "0",
-  "SLURM_LOCALID": "0",
-}
+SLURM = dict(zip(joining._TOGETHER[0], ("1", "a", "2", "0", "0"), strict=True))
 
 
 @pytest.fixture
@@ -149,9 +135,24 @@ def test_whatever_jax_raises_is_one_line(no_cluster, error):
 # Meeting, in threads of this process.
 
 
-def meet(port, index, count, results, wait_s=10.0):
+@pytest.fixture(autouse=True)
+def stderr_as_it_is(monkeypatch):
+  monkeypatch.setattr(peers, "_hush_jax", lambda: None)  # of this process
+
+
+def calling(port):
+  """A connection to a door that may not be open yet."""
+  while True:
+    with contextlib.suppress(ConnectionRefusedError):
+      return socket.create_connection(("127.0.0.1", port), timeout=20)
+    time.sleep(0.02)
+
+
+def meet(port, index, count, results, wait_s=10.0, secret=""):
   try:
-    results[index] = peers.meet("127.0.0.1", port, index, count, lambda line: None, wait_s)
+    results[index] = peers.meet(
+      "127.0.0.1", port, index, count, lambda line: None, wait_s=wait_s, secret=secret
+    )
   except (peers.PeerError, files.RunFailedError) as e:
     results[index] = e
 
@@ -176,7 +177,7 @@ def test_processes_that_disagree_about_their_number_say_so():
 def test_those_that_do_not_come_are_named():
   results = together((0, 4), (2, 4), wait_s=1.5)
   assert str(results[0]) == "--distributed: of 4 processes these have not come: 1, 3"
-  assert "process 0 does not answer at 127.0.0.1:" in str(results[2])
+  assert str(results[2]) == "--distributed: process 0 ended before all processes had come"
 
 
 def test_a_first_process_that_is_not_there_is_named():
@@ -186,21 +187,78 @@ def test_a_first_process_that_is_not_there_is_named():
 def test_a_port_that_is_taken_is_named():
   with socket.create_server(("127.0.0.1", 0)) as taken:
     with pytest.raises(peers.PeerError, match=f"cannot listen on port {taken.getsockname()[1]}: Address"):
-      peers.meet("127.0.0.1", taken.getsockname()[1], 0, 2, print, 1.0)
+      peers.meet("127.0.0.1", taken.getsockname()[1], 0, 2, print, wait_s=1.0)
 
 
-def test_strangers_are_sent_away(monkeypatch):
-  monkeypatch.setattr(peers, "_HELLO_S", 0.3)
+STRANGERS = [
+  *(b"", b"GET / HTTP/1.1\r\n", b"x" * 100_000, b"\n", b"sleep_jax 1\n", b"sleep_jax 1 2 \xff\n"),
+  *(b"sleep_jax %d 2 \n" % index for index in (7, 0, 10**8)),
+  b"sleep_jax 1 2 abc\n",  # a secret, where there is none
+  b"sleep_jax 1 3 abc\n",
+  b"sleep_jax " + b"9" * 5000 + b" 2 \n",
+]
+
+
+def test_strangers_are_sent_away_and_keep_nobody_waiting():
   port, results = free_port(), {}
-  first = threading.Thread(target=meet, args=(port, 0, 2, results, 2.5))
+  first = threading.Thread(target=meet, args=(port, 0, 2, results, 60.0))
   first.start()
-  hellos = [b"", b"GET / HTTP/1.1\r\n", b"x" * 100_000, b"[" * 200 + b"\n", b'{"process": "1", "of": 2}\n']
-  hellos += [b'{"process": %d, "of": 2}\n' % index for index in (7, 0, -1)]
-  for hello in hellos:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-      stranger.sendall(hello)
+  with contextlib.ExitStack() as open_ones:
+    for _ in range(2):  # so many that the first ones are dropped for the last
+      for hello in STRANGERS:
+        stranger = open_ones.enter_context(calling(port))
+        with contextlib.suppress(OSError):
+          stranger.sendall(hello)
+    for _ in range(2 * peers._CALLERS):  # who say nothing, and stay
+      open_ones.enter_context(calling(port))
+    meet(port, 1, 2, results)
   first.join(30)
-  assert str(results[0]) == "--distributed: of 2 processes these have not come: 1"
+  assert [type(met) for met in results.values()] == [peers.Peers, peers.Peers]
+  for met in results.values():
+    met.leave(0)
+
+
+def test_a_stranger_who_says_nothing_is_not_heard_for_ever(monkeypatch):
+  monkeypatch.setattr(peers, "_HELLO_S", 0.5)
+  port, results = free_port(), {}
+  first = threading.Thread(target=meet, args=(port, 0, 2, results, 60.0))
+  first.start()
+  with calling(port) as stranger:
+    assert stranger.recv(1) == b""  # sent away, while the door stays open
+    assert first.is_alive()
+    meet(port, 1, 2, results)
+  first.join(30)
+  assert set(results) == {0, 1}
+  for met in results.values():
+    met.leave(0)
+
+
+def test_who_does_not_know_the_secret_is_a_stranger():
+  port, results = free_port(), {}
+  first = threading.Thread(target=meet, args=(port, 0, 2, results, 3.0), kwargs={"secret": "ab"})
+  first.start()
+  for secret in ("", "ac", "abc"):
+    meet(port, 1, 2, results, 0.5, secret=secret)
+    assert "process 0 does not answer" in str(results[1])
+  meet(port, 1, 2, results, secret="ab")
+  first.join(30)
+  assert [type(met) for met in results.values()] == [peers.Peers, peers.Peers]
+  for met in results.values():
+    met.leave(0)
+
+
+def test_it_listens_where_the_address_says():
+  assert peers.own_address("127.0.0.1", free_port()) == "127.0.0.1"
+  assert peers.own_address("127.0.0.2", free_port()) == "127.0.0.2"
+  assert peers.own_address("localhost", free_port()) in ("127.0.0.1", "::1")
+  assert peers.own_address("192.0.2.1", free_port()) is None  # no address of this machine
+
+
+def test_a_name_that_is_local_here_alone_is_listened_to_everywhere(monkeypatch):
+  """As on Debian, where a machine's own name leads to 127.0.1.1 on itself."""
+  here = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+  monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kw: here)
+  assert peers.own_address("node1", free_port()) is None
 
 
 # One of several that ends, in processes of their own that know no JAX.
@@ -209,11 +267,12 @@ CHILD = """
 import os, sys, time
 from sleep_jax.runtime import peers
 port, index, count, does = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-met = peers.meet("127.0.0.1", port, index, count, print, 60.0)
+met = peers.meet("127.0.0.1", port, index, count, print, wait_s=60.0)
 print("met", flush=True)
 if does == "wait":
   time.sleep(120)
 elif does == "abort":
+  print("E1128 1 coordination_service_agent.cc:289] Polled an error", file=sys.stderr)
   print("F1128 1 client.h:80] Terminating process because the JAX distributed service", file=sys.stderr)
   print("a page of C++", file=sys.stderr, flush=True)
   time.sleep(120)
@@ -245,7 +304,7 @@ def ends(children):
   """Exit code and stderr of each."""
   found = []
   for child in children:
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=300)
     found.append((child.returncode, err))
   return found
 
@@ -293,6 +352,12 @@ def test_those_that_fail_alike_keep_their_own_words():
   assert [code for code, _ in ends(start("2", "2", "2"))] == [2, 2, 2]
 
 
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+  with forked.Experiment("experiments.rule110", tmp_path_factory.mktemp("scratch")) as experiment:
+    yield experiment
+
+
 class TestOfTheCommandLine:
   @pytest.mark.parametrize(
     ("flags", "told"),
@@ -315,7 +380,61 @@ class TestOfTheCommandLine:
     assert len(ended.err.splitlines()) == 1
     assert os.listdir(tmp_path) == []
 
-  @pytest.fixture(scope="class")
-  def experiment(self, tmp_path_factory):
-    with forked.Experiment("experiments.rule110", tmp_path_factory.mktemp("scratch")) as experiment:
-      yield experiment
+
+def test_what_jax_says_at_its_end_is_kept_where_nobody_said_which_process_went():
+  words = (
+    b"E1128 1 coordination_service_agent.cc:1] x\na\nF1128 1 client.h:80] Terminating process because the JAX"
+  )
+  words += b" distributed service\nb\n"
+  for said, want in ((b"", words.splitlines()), (b"\0\n", [b"a"]), (b"failed: c\n", [b"a", b"failed: c"])):
+    told = subprocess.run([sys.executable, "-c", peers._FILTER], input=words + said, capture_output=True)
+    assert sorted(told.stdout.splitlines()) == sorted(want)
+    assert told.returncode == 0
+
+
+# Whole runs.
+
+STEPS = 60
+
+
+def rule110(folder, port, count, index):
+  changes = {"steps": STEPS, "save_every": 20, "eval_every": STEPS, "log_every": 5, "batch_size": 2 * count}
+  return subprocess.Popen(
+    [
+      *(sys.executable, "-m", "experiments.rule110", "--tensorboard=False"),
+      *("--config=experiments/configs/rule110.py:tiny", f"--workdir={folder}", "--config.mesh.data=-1"),
+      *(f"--config.train.{name}={value}" for name, value in changes.items()),
+      *("--distributed", f"--coordinator_address=127.0.0.1:{port}"),
+      *(f"--num_processes={count}", f"--process_id={index}"),
+    ],
+    cwd=forked.ROOT,
+    env=forked.environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+  ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGABRT)]
+)
+def test_a_run_that_loses_a_process_says_which_ends_with_1_and_goes_on(tmp_path, victim, number):
+  folder = tmp_path / "run"
+  port = free_port()
+  children = [rule110(folder, port, 2, i) for i in range(2)]
+  while not (folder / "checkpoints" / "20" / "manifest.json").exists():
+    assert all(child.poll() is None for child in children)
+    time.sleep(0.02)
+  children[victim].send_signal(number)
+  began = time.monotonic()
+  code, err = ends(children)[1 - victim]
+  assert time.monotonic() - began < 60
+  told = f"failed: process {victim} of 2 ended without a word: killed, or out of memory?; the same command"
+  assert (code, err) == (1, f"{told} goes on from the last checkpoint\n")
+  port = free_port()
+  found = ends([rule110(folder, port, 2, i) for i in range(2)])
+  assert [code for code, _ in found] == [0, 0], found
+  steps = [row["step"] for row in metrics.read(folder / "metrics.jsonl") if row["kind"] == "train"]
+  assert steps == list(range(5, STEPS + 1, 5))
