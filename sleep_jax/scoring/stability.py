@@ -124,6 +124,8 @@ def perturbed_loss(
   )
   state: model.State = model.init_state(cfg, batch.inputs.shape[0], sleep_cfg)
   logits, window = [], 0
+  h: jax.Array
+  opened: model.State
   for segment in segments:
     for w in range(segment.count):
       part = slice(segment.start + w * segment.length, segment.start + (w + 1) * segment.length)
