@@ -96,7 +96,7 @@ class Workdir:
 
     A lock that was deleted is made anew, unless another run was faster: then `taken` is true from here on.
     """
-    if self._lock is None:
+    if self._lock is None or self._folder is None:
       return None
     fate = self._folder.lost()
     if fate is not None:
@@ -185,7 +185,7 @@ def _take(workdir: Workdir) -> None:
     workdir._folder = folder = Folder(workdir.path)
     _check_contents(folder)
     workdir._lock = _take_lock(folder)
-    if _resolve_config(folder, workdir.config):
+    if workdir.config is not None and _resolve_config(folder, workdir.config):
       write_file(folder.base / _CONFIG, json.dumps(workdir.config.values, indent=2) + "\n")
     write_file(folder.base / _ENV, json.dumps(_env(folder.base / _ENV), indent=2) + "\n")
     for inner in _FOLDERS:
