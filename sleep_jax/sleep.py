@@ -59,7 +59,7 @@ def sleep(
 
   def one_pass(carry, private):
     with jax.named_scope("pass"):
-      h, S, private = blocks(*carry, private)
+      h, S, private = blocks(carry[0], carry[1], private)
     return (h, S), private
 
   early = jax.tree.map(lambda x: x[:-k], per_pass)
@@ -127,7 +127,7 @@ def read_and_sleep(
   return y, h, after, private
 
 
-def loop(body, carry, xs=None, *, length: int, unroll: bool):
+def loop(body: Callable, carry: Any, xs: Any = None, *, length: int, unroll: bool) -> tuple[Any, Any]:
   """`jax.lax.scan`, or the same written out: (carry, x) -> (carry, y), ys stacked.
 
   Written out, XLA fuses over the steps and stacks no residuals; it compiles `length` times as long. A
@@ -156,7 +156,7 @@ def _learning(num_passes: int, backprop_passes: int | None) -> int:
   return k
 
 
-def _type(x: jax.Array) -> jax.core.ShapedArray:
+def _type(x: jax.Array) -> Any:
   """Shape, dtype and sharding of `x`; a weak type counts as its dtype, as in `jax.lax.scan`."""
   return jax.typeof(x).strip_weak_type()
 

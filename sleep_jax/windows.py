@@ -61,7 +61,7 @@ class Segment:
 Plan = tuple[Segment, ...]
 
 
-def plan(layout: Sequence[bool], window: int, sleep_cfg: SleepConfig | None = None) -> Plan:
+def plan(layout: Sequence[bool] | np.ndarray, window: int, sleep_cfg: SleepConfig | None = None) -> Plan:
   """Cuts a sequence into windows and says which are slept on.
 
   >>> for segment in plan([False] * 8 + [False, True], window=4):  # two windows to sleep on, one that answers
@@ -84,15 +84,15 @@ def plan(layout: Sequence[bool], window: int, sleep_cfg: SleepConfig | None = No
   Raises:
     ConfigError: if no position has a loss.
   """
-  layout = np.asarray(layout, bool)
-  if not layout.any():
+  asked = np.asarray(layout, bool)
+  if not asked.any():
     raise ConfigError("loss_mask: no position has a loss, so there is nothing to learn")
   always = sleep_cfg is not None and sleep_cfg.when == "always" and sleep_cfg.num_passes > 1
   segments: list[Segment] = []
-  for start in range(0, len(layout), window):
-    part = layout[start : start + window]
+  for start in range(0, len(asked), window):
+    part = asked[start : start + window]
     reads = tuple(int(i) for i in np.flatnonzero(part))
-    asleep = start + window < len(layout) if always else not reads
+    asleep = start + window < len(asked) if always else not reads
     last = segments[-1] if segments else None
     if last and (last.length, last.reads, last.asleep) == (len(part), reads, asleep):
       segments[-1] = dataclasses.replace(last, count=last.count + 1)
