@@ -44,7 +44,7 @@ CASES = (
     "the middle loops, written out",
     {"num_passes": 2, "kept": "each", "first_block": 1, "last_block": 3, "loops": "unroll", "remat": "pass"},
   ),
-  ("read and slept on", {"when": "always", "num_passes": 3}),
+  ("read and slept on", {"when": "always", "num_passes": 2}),
   (
     "read and slept on, the middle loops, each pass",
     {"when": "always", "num_passes": 3, "kept": "each", "first_block": 1, "last_block": 3},
