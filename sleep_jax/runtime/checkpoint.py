@@ -346,10 +346,15 @@ class Checkpoints:
 
   def _retire(self) -> None:
     """Renames all but the newest `keep` steps into the trash; one rename each, so none is ever half there."""
-    retired, self._saved = self._saved[: -self._keep], self._saved[-self._keep :]
-    for step in retired:
-      with contextlib.suppress(FileNotFoundError):  # somebody else deleted it
+    for step in self._saved[: -self._keep]:
+      try:
         self._manager.delete(step)
+      except FileNotFoundError:  # somebody else deleted it
+        pass
+      except OSError as e:  # a full disk, say, that has no room for the trash
+        self._report(f"step {step} is kept, it cannot be deleted: {why(e)}; tried again after the next save")
+        continue
+      self._saved.remove(step)
 
   def _open_manager(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(todelete_subdir=TRASH)

@@ -133,7 +133,9 @@ class Progress:
 def say(text: str, stream: TextIO | None = None) -> str:
   """Writes a line to a stream, the standard output by default; one that is closed or full stops no run."""
   try:
-    print(text, file=stream or sys.stdout, flush=True)
+    print(
+      f"{text}\n", end="", file=stream or sys.stdout, flush=True
+    )  # at once: other threads have lines, too
   except (OSError, ValueError):
     pass
   return text
