@@ -86,12 +86,16 @@ def block(
   with jax.named_scope(kind):
     x = norm(h, weights["norm"])
     mixed, memory = _mix(weights["mixer"], x, memory, kind=kind, cfg=cfg, valid=valid, decoding=decoding)
-    h = h + (norm(mixed, weights["post_norm"]) if sandwich else mixed)
+    h = h + _scaled(norm(mixed, weights["post_norm"]) if sandwich else mixed, cfg)
   if mlp:
     with jax.named_scope("mlp"):
       out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]))
-      h = h + (norm(out, weights["mlp_post_norm"]) if sandwich else out)
+      h = h + _scaled(norm(out, weights["mlp_post_norm"]) if sandwich else out, cfg)
   return h, memory
+
+
+def _scaled(added: jax.Array, cfg: ModelConfig) -> jax.Array:
+  return added if cfg.residual_scale == 1 else cfg.residual_scale * added
 
 
 def _mix(
@@ -131,7 +135,11 @@ class Group:
 
   def names(self, place: int) -> list[str]:
     """The blocks at one place of the stretch, one a repetition."""
-    return [str(self.start + r * len(self.weights) + place) for r in range(self.count)]
+    return _names(self.start, len(self.weights), self.count, place)
+
+
+def _names(start: int, period: int, count: int, place: int) -> list[str]:
+  return [str(start + r * period + place) for r in range(count)]
 
 
 def arrange(
@@ -155,10 +163,10 @@ def arrange(
   stretches = repeats(kinds) if scan else tuple((i, 1, 1) for i in range(len(kinds)))
   groups = []
   for at, period, count in stretches:
-    group = Group((None,) * period, first + at, count)
-    members = [[weights[name] for name in group.names(place)] for place in range(period)]
+    start = first + at
+    members = [[weights[name] for name in _names(start, period, count, place)] for place in range(period)]
     stacked = [jax.tree.map(lambda *x: jnp.stack(x), *m) if count > 1 else m[0] for m in members]
-    groups.append(group.replace(weights=tuple(stacked)))
+    groups.append(Group(tuple(stacked), start, count))
   return tuple(groups)
 
 

@@ -32,6 +32,8 @@ def declare(cfg: ModelConfig) -> dict[str, Any]:
     "blocks": blocks.declare(cfg),
     "final_norm": params.scale(d),
   }
+  if cfg.embed_norm:
+    declared["embed_norm"] = params.scale(d)
   if not cfg.tied_embeddings:
     declared["head"] = params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5))
   if cfg.exit_gate:
@@ -59,6 +61,8 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array
   """Token embeddings [B, T, D] in the activation dtype; 0 where `valid` [B, T] is False, a pad."""
   layout = sharding.spec(("batch", "seq", "embed"), (*tokens.shape, cfg.embed_dim))
   h = weights["embed"].at[tokens].get(out_sharding=layout).astype(cfg.dtype)
+  if cfg.embed_norm:
+    h = layers.rms_norm(h, weights["embed_norm"], cfg.norm_eps, cfg.norm_cast)
   return layers.without_pads(h, valid)
 
 
@@ -266,9 +270,10 @@ def decode(
   _check_window(tokens, valid, cfg)
   with jax.named_scope("awake"):
     groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg, valid)
-    outs, after, cache = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
+    outs, after, filled = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
+    assert filled is not None  # as a cache was given
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
-    return logits_of(weights, h, cfg), after.fast, cache
+    return logits_of(weights, h, cfg), after.fast, filled
 
 
 def forward(
@@ -321,7 +326,7 @@ def _read_segment(
     part = x[:, segment.start : segment.start + segment.length * segment.count]
     return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
 
-  def one_window(state, xs):
+  def one_window(state: State, xs: Any) -> tuple[State, Any]:
     tokens, valid = xs
     with jax.named_scope("window"):
       if not segment.reads:

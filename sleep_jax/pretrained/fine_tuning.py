@@ -59,13 +59,13 @@ def start_model(
     ConfigError: if `how` has a field that the checkpoint says, or the fields do not fit each other.
   """
   folder = start.folder
-  needed = "is required: a checkpoint's folder, or a run's"
-  config.check(bool(folder) or architecture is not None, "pretrained.folder", needed)
+  if not folder and architecture is None:
+    raise config.ConfigError("pretrained.folder: is required: a checkpoint's folder, or a run's")
   fast = how.get("fast", {})
   for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
     twice = [f"{name}.{field}" for field in given if field not in known]
     config.check(not twice, ", ".join(twice), f"is said by the checkpoint, {folder}")
-  there = _architecture(folder, start.ignore) if architecture is None else architecture
+  there = _architecture(str(folder), start.ignore) if architecture is None else architecture
   if there.without_mlp and start.memory_layers:
     _check_same_memory(start, there)
   elif start.memory_layers:
@@ -203,5 +203,5 @@ def _memory_of(cfg: ModelConfig) -> dict[str, Any]:
   return {"num_layers": len(cfg.without_mlp), "kind": cfg.blocks[cfg.without_mlp[0]], "fast": cfg.fast}
 
 
-def _changes(cfg: ModelConfig) -> dict[str, object]:
+def _changes(cfg: ModelConfig) -> dict[str, Any]:
   return {name: getattr(cfg, name) for name in _FREE}
