@@ -33,6 +33,8 @@ def declare(cfg: ModelConfig) -> dict[str, Any]:
     "blocks": blocks.declare(cfg),
     "final_norm": params.scale(d),
   }
+  if cfg.embed_norm:
+    declared["embed_norm"] = params.scale(d)
   if not cfg.tied_embeddings:
     declared["head"] = params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5))
   if cfg.exit_gate:
@@ -60,6 +62,8 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array
   """Token embeddings [B, T, D] in the activation dtype; 0 where `valid` [B, T] is False, a pad."""
   layout = sharding.spec(("batch", "seq", "embed"), (*tokens.shape, cfg.embed_dim))
   h = weights["embed"].at[tokens].get(out_sharding=layout).astype(cfg.dtype)
+  if cfg.embed_norm:
+    h = layers.rms_norm(h, weights["embed_norm"], cfg.norm_eps, cfg.norm_cast)
   return layers.without_pads(h, valid)
 
 
