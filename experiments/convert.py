@@ -10,7 +10,6 @@ own. Every tensor is compared with what was read, to the bit. On a mistake nothi
 """
 
 import dataclasses
-import errno
 import pathlib
 import sys
 from typing import Annotated, Any, Literal
@@ -22,10 +21,9 @@ from sleep_jax.config import ConfigError, FastConfig, ModelConfig
 from sleep_jax.config.model import MOST_BLOCKS
 from sleep_jax.cost import need
 from sleep_jax.experiments import cli
+from sleep_jax.runtime import files
 
 CONFIG = cli.define_config_flag()
-# Of a target that cannot be written: the path is at fault, not the machine.
-_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class ConversionError(RuntimeError):
@@ -133,7 +131,7 @@ def convert(cfg: ConvertConfig) -> str:
   try:
     pretrained.appear(target, write)
   except OSError as e:
-    if e.errno in _MISTAKES:
+    if files.is_mistake(e):  # the path is at fault, not the machine
       raise ConfigError(f"target: {target} cannot be written: {e.strerror}") from e
     raise ConversionError(f"{target} cannot be written: {e.strerror}") from e
   equal = f"rounded in {len(rounded)} tensors" if rounded else "bit-equal to what was read"
