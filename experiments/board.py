@@ -62,7 +62,8 @@ class Board:
     with self._lock:
       self._tick()
       self._ledgers[name].running = True
-      self._logs.mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(OSError):  # a log that cannot be written stops no run
+        self._logs.mkdir(parents=True, exist_ok=True)
       self._say(f"{name} starts: {self._ledgers[name].steps} steps, log in {self._logs / name}.txt")
 
   def line(self, name: str, text: str) -> None:

@@ -9,11 +9,12 @@ import json
 import os
 import random
 import re
+import sys
 
 import matplotlib.pyplot
 import pytest
 
-from sleep_jax.experiments import figures, publish
+from sleep_jax.experiments import board, eta, figures, publish, runner
 from sleep_jax.report import accuracy, changes, costs, load, page, tables
 from sleep_jax.report.load import RunError
 from tests import damage
@@ -194,3 +195,29 @@ def test_figures_of_damaged_runs_are_drawn_or_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_figures_of_damaged_runs_often(seed, tmp_path):
   assert 0 < fuzz(tmp_path, seed, 500, save=seed == 1) < 500
+
+
+def log_of(folder, what):
+  """What stands in place of a run's log."""
+  (folder / "logs").mkdir()
+  log = folder / "logs" / "run.txt"
+  log.write_bytes(b"\xff\xfe\0\n")
+  if what == "no folder":
+    log.unlink()
+    log.parent.rmdir()
+    log.parent.write_text("")
+  elif what != "bytes":
+    in_place(log, what)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("what", [*NO_FILES, "bytes", "no folder"])
+def test_a_log_that_cannot_be_written_stops_no_sweep(what, code, tmp_path):
+  log_of(tmp_path, what)
+  said = []
+  watch = board.Board({"run": eta.Ledger(work=2, steps=2)}, tmp_path / "logs", 1, say=said.append)
+  program = f"import sys; print('step 1/2'); sys.stdout.buffer.write(b'\\xff\\n'); sys.exit({code})"
+  with damage.limited(SECONDS):
+    assert runner.run_all({"run": [sys.executable, "-c", program]}, 1, watch) == {"run": code}
+  assert said[-1].startswith("run ended with exit code 3" if code else "run done, 1 of 1")
+  assert os.path.lexists(tmp_path / "nowhere") is False
