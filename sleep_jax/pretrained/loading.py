@@ -30,7 +30,9 @@ ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
   published.JET_NEMOTRON: jet_nemotron.read_config,
   published.OURO: ouro.read_config,
   published.QWEN2: functools.partial(dense.read_config, bias=True),
-  published.LLAMA: functools.partial(dense.read_config, bias=False),
+  published.QWEN3: functools.partial(dense.read_config, mlp_bias=False, qk_norm=True),
+  published.LLAMA: dense.read_config,
+  published.SMOLLM3: functools.partial(dense.read_config, kinds=dense.with_nope),
 }
 CONFIG = "config.json"
 # What is added to a model lies beside it, so that the rest stays what was published.
