@@ -64,9 +64,9 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array
 
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
-  head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
+  head = weights["embed"] if cfg.tied_embeddings else weights["head"]
   h = looped.final_norm(weights, h, cfg)
-  return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
+  return layers.dense(h, head, ("batch", "seq", "vocab"), turned=cfg.tied_embeddings).astype(jnp.float32)
 
 
 @flax.struct.dataclass
@@ -247,6 +247,7 @@ def decode(
   *,
   reads: Sequence[int] | None = None,
   valid: jax.Array | None = None,
+  scan: bool = False,
 ) -> tuple[jax.Array, dict[str, fast_weights.FastWeights], looped.Cache]:
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
 
@@ -255,6 +256,7 @@ def decode(
     fast, cache: as the tokens before left them; from `open_window` at first.
     reads: positions among the T whose logits are wanted. None: all.
     valid: [B, T] bool, False for pads. None: all valid.
+    scan: as for `blocks.arrange`.
 
   Returns:
     Logits [B, M, vocab] float32 at `reads`, fast weights and cache.
@@ -265,7 +267,7 @@ def decode(
   """
   _check_window(tokens, valid, cfg)
   with jax.named_scope("awake"):
-    groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg, valid)
+    groups, h = blocks.arrange(weights["blocks"], cfg, scan=scan), embed(weights, tokens, cfg, valid)
     outs, after, cache = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
     return logits_of(weights, h, cfg), after.fast, cache
