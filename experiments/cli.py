@@ -14,7 +14,6 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_dict
 
@@ -22,7 +21,7 @@ from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
 from sleep_jax.experiments import config_file, fine_tuning, usage
-from sleep_jax.runtime import files, processes, signals, workdir
+from sleep_jax.runtime import files, joining, peers, processes, progress, signals, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.metrics import MetricsError
@@ -94,17 +93,17 @@ def define_process_flags() -> None:
   flags.DEFINE_integer("process_id", None, "elsewhere: which one this is, 0 .. num_processes - 1")
 
 
-def _join() -> None:
+def _join() -> peers.Peers | None:
   """Meets the other processes, where the flags say that there are some; before any device is touched."""
   if "distributed" not in flags.FLAGS:
-    return
+    return None
   names = ("coordinator_address", "num_processes", "process_id")
   asked = {name: flags.FLAGS[name].value for name in names}
   given = [name for name, value in asked.items() if value is not None]
   if not flags.FLAGS["distributed"].value:
     if given:
       raise ConfigError(f"--{given[0]} says nothing without --distributed")
-    return
+    return None
   if given and len(given) < len(names):
     lacking = next(name for name in names if name not in given)
     raise ConfigError(f"--{lacking} is required beside --{given[0]}; only a cluster needs none of them")
@@ -112,15 +111,13 @@ def _join() -> None:
     count, index = asked["num_processes"], asked["process_id"]
     check(count >= 1, "--num_processes", f"must be at least 1, got {count}")
     check(0 <= index < count, "--process_id", f"must lie in 0..{count - 1}, got {index}")
-    if asked["coordinator_address"].startswith(("127.0.0.1:", "localhost:")):
-      asked["coordinator_bind_address"] = asked["coordinator_address"]  # JAX would listen on all interfaces
   try:
-    jax.distributed.initialize(**asked)
-  except ValueError as e:
-    told = str(e).splitlines()[0] if given else f"no cluster was found here; give {', '.join(names)}"
-    raise ConfigError(f"--distributed: {told}") from e
+    met = joining.join(*asked.values(), report=progress.say)
+  except peers.PeerError as e:
+    raise ConfigError(str(e)) from e
   if not processes.primary():
     sys.stdout = open(os.devnull, "w")  # the first one talks
+  return met
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -144,12 +141,28 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       sys.exit(_say(f"error: {str(e).strip().splitlines()[0]}", USER_MISTAKE))
     return left
 
+  def beside_others() -> int:
+    met = _join()
+    if met is None:
+      return main() or DONE
+    code = FAILED
+    try:
+      code = main() or DONE
+    except (ConfigError, WorkdirError, PreemptedError) as e:  # in all processes alike
+      code = STOPPED if isinstance(e, PreemptedError) else USER_MISTAKE
+      raise
+    except Exception:
+      met.wait_for_news()
+      raise
+    finally:
+      met.leave(code)
+    return code
+
   def guarded(argv: list[str]) -> int:
     try:
       if len(argv) > 1:
         raise ConfigError(f"unexpected argument {shown(argv[1])}: every option is a flag, --name=value")
-      _join()
-      return main() or DONE
+      return beside_others()
     except (NotFiniteError, WorkerError, RunFailedError) as e:
       return _say(f"failed: {e}", FAILED)
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str], processes: int, devices: int) -> int:
     devices: CPU devices of each.
 
   Returns:
-    0, or the exit code of the first process that ended with another; 128 + n for one ended by signal n.
+    0, or the exit code of the first process that ended with another; 1 for one that was ended by a signal.
   """
   port = _free_port()
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
@@ -89,7 +89,7 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
     if failed_at is None:
       bad = next((c for c in codes if c), None)
       if bad is not None:
-        code, failed_at = bad if bad > 0 else 128 - bad, time.monotonic()
+        code, failed_at = bad if bad > 0 else 1, time.monotonic()
     if None not in codes or (failed_at is not None and time.monotonic() - failed_at > GRACE_S):
       return code
     time.sleep(0.05)

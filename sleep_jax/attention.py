@@ -1,5 +1,7 @@
 """Causal attention inside a window, with grouped queries, and what eviction drops or keeps of it."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -78,7 +80,7 @@ def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None, *, rotate
   if kept is None:
     return cache
   k = _rotate(kept.k, jnp.arange(before), cfg) if rotated else kept.k
-  return _append(cache.replace(length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
+  return _append(dataclasses.replace(cache, length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
 
 
 def init_kept(cfg: ModelConfig, batch: int) -> Kept:

@@ -133,7 +133,11 @@ class Group:
 
   def names(self, place: int) -> list[str]:
     """The blocks at one place of the stretch, one a repetition."""
-    return [str(self.start + r * len(self.weights) + place) for r in range(self.count)]
+    return _names(self.start, len(self.weights), self.count, place)
+
+
+def _names(start: int, period: int, count: int, place: int) -> list[str]:
+  return [str(start + r * period + place) for r in range(count)]
 
 
 def arrange(
@@ -157,10 +161,10 @@ def arrange(
   stretches = repeats(kinds) if scan else tuple((i, 1, 1) for i in range(len(kinds)))
   groups = []
   for at, period, count in stretches:
-    group = Group((None,) * period, first + at, count)
-    members = [[weights[name] for name in group.names(place)] for place in range(period)]
+    start = first + at
+    members = [[weights[name] for name in _names(start, period, count, place)] for place in range(period)]
     stacked = [jax.tree.map(lambda *x: jnp.stack(x), *m) if count > 1 else m[0] for m in members]
-    groups.append(group.replace(weights=tuple(stacked)))
+    groups.append(Group(tuple(stacked), start, count))
   return tuple(groups)
 
 

@@ -8,6 +8,7 @@ blocks do. Rules with other gates have those of their papers: `delta` (arXiv 240
 H, V]`.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -130,7 +131,7 @@ def rewind(state: FastWeights, start: FastWeights) -> FastWeights:
   Every pass over a window reads the same tokens after the same tokens: a pass does not see
   the end of the window as what came before its beginning.
   """
-  return start.replace(S=state.S)
+  return dataclasses.replace(start, S=state.S)
 
 
 def check_kernel(fast: FastConfig) -> None:
@@ -178,7 +179,7 @@ def fast_weights(
   ends = [*itertools.accumulate((2 * fast.key_dim + fast.value_dim, *others.values()))]
   qkv, *parts = jnp.split(joined, ends[:-1], axis=-1)
   projected = dict(zip(others, parts, strict=True))
-  fused = rule.fused.get(fast.kernel) if fast.conv_size > 1 else None
+  fused = rule.fused.get(fast.kernel) if fast.kernel and fast.conv_size > 1 else None
   if fused is not None:
     taps, steps = _joined(weights, "q_conv", "k_conv", "v_conv"), _scalars(weights, x, rule)
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
@@ -204,13 +205,15 @@ def _convolved(
   rule: Rule,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
-  fast, context = cfg.fast, None
+  fast = cfg.fast
   key, both = fast.key_dim, 2 * fast.key_dim
-  if rule.conv == "dynamic":
+  if state.context is None:  # no convolution
+    context = None
+  elif rule.conv == "dynamic":
     qk, v = jnp.split(qkv, [both], axis=-1)
     v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
     qkv = jnp.concatenate([qk, v], axis=-1)
-  elif fast.conv_size:
+  else:
     qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
   q, k, v = jnp.split(jax.nn.silu(qkv), [key, both], axis=-1)
   return layers.l2_normalize(q) * key**-0.5, layers.l2_normalize(k), v, context

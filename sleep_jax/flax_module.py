@@ -44,10 +44,13 @@ class SleepingHybrid(nnx.Module):
     Raises:
       ValueError: unless exactly one of the two is given.
     """
-    if (key is None) == (weights is None):
-      raise ValueError("give a key or weights")
     self.cfg, self.sleep_cfg = cfg, sleep_cfg
-    self.weights = _held(model.init(cfg, key) if weights is None else weights)
+    if key is not None and weights is None:
+      self.weights = _held(model.init(cfg, key))
+    elif weights is not None and key is None:
+      self.weights = _held(weights)
+    else:
+      raise ValueError("give a key or weights")
 
   def tree(self) -> model.Params:
     """The weights as the nested dict of arrays that the rest of this package takes."""

@@ -12,6 +12,7 @@ the bit, on whether the tokens came one by one or all at once, and awake roundin
       ...
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -246,7 +247,7 @@ def _checked(
   if len(lengths) > 1:
     if valid is not None:
       raise ValueError("rows of different lengths are padded here: `valid` must be None")
-    tokens, valid = _padded(tokens, max(lengths))
+    tokens, valid = _padded(list(tokens), max(lengths))
   tokens = np.asarray(tokens)
   valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
   if tokens.ndim != 2 or tokens.shape[0] != rows or valid.shape != tokens.shape:
@@ -323,7 +324,8 @@ def _read_awake(
 ) -> Session:
   """Reads tokens for which the open window has room; they are not noted yet."""
   if tokens.shape[1] == cfg.window:  # a cache would be filled to be dropped
-    return session.replace(logits=decoding.whole_window(weights, tokens, valid, session.start, cfg))
+    logits = decoding.whole_window(weights, tokens, valid, session.start, cfg)
+    return dataclasses.replace(session, logits=logits)
   fast, cache, logits, at = session.fast, session.cache, session.logits, 0
   for length in _pieces(tokens.shape[1]):
     piece = np.s_[:, at : at + length]
@@ -336,7 +338,7 @@ def _read_awake(
       scan = sleep_cfg.loops == "scan"
       logits, fast, cache = decoding.piece(weights, tokens[piece], valid[piece], fast, cache, cfg, scan)
     at += length
-  return session.replace(fast=fast, cache=cache, logits=logits)
+  return dataclasses.replace(session, fast=fast, cache=cache, logits=logits)
 
 
 def _noted(session: Session, tokens: np.ndarray, valid: np.ndarray) -> Session:
@@ -344,7 +346,7 @@ def _noted(session: Session, tokens: np.ndarray, valid: np.ndarray) -> Session:
   filled = session.filled + tokens.shape[1]
   window, real = session.tokens.copy(), session.valid.copy()
   window[:, session.filled : filled], real[:, session.filled : filled] = tokens, valid
-  return session.replace(tokens=window, valid=real, filled=filled)
+  return dataclasses.replace(session, tokens=window, valid=real, filled=filled)
 
 
 def _fall_asleep(
@@ -355,7 +357,8 @@ def _fall_asleep(
   state, fast, cache = decoding.asleep(weights, session.tokens, session.valid, session.start, cfg, sleep_cfg)
   if not decoding.finite(state):
     raise NotFiniteError(_where_not_finite(weights, session, cfg))
-  after = session.replace(
+  after = dataclasses.replace(
+    session,
     start=state,
     fast=fast,
     cache=cache,

@@ -1,5 +1,8 @@
 """Small layers: pure functions of arrays. Norms and convolutions compute in float32 and cast back."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -124,8 +127,8 @@ def short_conv(x: jax.Array, w: jax.Array, context: jax.Array) -> tuple[jax.Arra
   """
   length, taps = x.shape[1], w.shape[0]
   padded = jnp.concatenate([context, x], axis=1)
-  y = sum(w[i] * padded[:, i : i + length].astype(jnp.float32) for i in range(taps))
-  return y.astype(x.dtype), padded[:, length:]
+  products = (w[i] * padded[:, i : i + length].astype(jnp.float32) for i in range(taps))
+  return functools.reduce(operator.add, products).astype(x.dtype), padded[:, length:]
 
 
 def dynamic_conv(x: jax.Array, kernels: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,4 +148,4 @@ def dynamic_conv(x: jax.Array, kernels: jax.Array, context: jax.Array) -> tuple[
   products = (
     kernels[..., i].astype(jnp.float32) * padded[:, i : i + length].astype(jnp.float32) for i in range(taps)
   )
-  return sum(products).astype(x.dtype), padded[:, length:]
+  return functools.reduce(operator.add, products).astype(x.dtype), padded[:, length:]

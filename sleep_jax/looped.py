@@ -3,6 +3,8 @@
 A model that sleeps reads awake in one pass (`predict_passes` = 1), and everything here is then the identity.
 """
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -109,4 +111,5 @@ def exit_hidden(weights: dict[str, Any], outs: list[jax.Array], cfg: ModelConfig
   if cfg.exit_threshold is None or len(outs) == 1:
     return outs[-1]
   where = exit_pass(exit_probabilities(gate_logits(weights, outs, cfg)), cfg.exit_threshold)
-  return sum(jnp.where((where == u)[..., None], h, 0) for u, h in enumerate(outs))
+  chosen = (jnp.where((where == u)[..., None], h, 0) for u, h in enumerate(outs))
+  return functools.reduce(operator.add, chosen)

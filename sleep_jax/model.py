@@ -268,9 +268,10 @@ def decode(
   _check_window(tokens, valid, cfg)
   with jax.named_scope("awake"):
     groups, h = blocks.arrange(weights["blocks"], cfg, scan=scan), embed(weights, tokens, cfg, valid)
-    outs, after, cache = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
+    outs, after, filled = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
+    assert filled is not None  # as a cache was given
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
-    return logits_of(weights, h, cfg), after.fast, cache
+    return logits_of(weights, h, cfg), after.fast, filled
 
 
 def forward(
@@ -323,7 +324,7 @@ def _read_segment(
     part = x[:, segment.start : segment.start + segment.length * segment.count]
     return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
 
-  def one_window(state, xs):
+  def one_window(state: State, xs: Any) -> tuple[State, Any]:
     tokens, valid = xs
     with jax.named_scope("window"):
       if not segment.reads:

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ def make(cfg: OptimConfig, declared: Any, steps: int) -> optax.GradientTransform
   decay = functools.partial(
     optax.add_decayed_weights, cfg.weight_decay, mask=functools.partial(_decays, weights)
   )
-  groups = {
+  groups: dict[Hashable, optax.GradientTransformation] = {
     "muon": optax.chain(
       scale_by_muon(cfg, weights),
       decay(),
@@ -119,17 +120,20 @@ def scale_by_muon(cfg: OptimConfig, weights: dict[str, params.Weight]) -> optax.
   go through Newton-Schulz in one batched call.
   """
 
-  def init(values):
-    return MuonState(jax.tree.map(jnp.zeros_like, values))
+  name_of = params.name_of
 
-  def update(gradients, state, _=None):
+  def init(params):
+    return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+  def update(updates, state, params=None):
+    del params
     keep = cfg.muon_momentum
-    momentum = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, state.momentum, gradients)
-    nesterov = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, momentum, gradients)
+    momentum = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, state.momentum, updates)
+    nesterov = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, momentum, updates)
     paths, treedef = jax.tree_util.tree_flatten_with_path(nesterov)
-    names = [params.name_of(path) for path, _ in paths]
+    names = [name_of(path) for path, _ in paths]
     arrays = [x for _, x in paths]
-    run = functools.partial(_orthogonalize_all, [weights[n].num_in for n in names], cfg)
+    run: Any = functools.partial(_orthogonalize_all, [weights[n].num_in for n in names], cfg)
     if not jax.sharding.get_abstract_mesh().empty:  # whole matrices are multiplied: XLA places them
       run = jax.sharding.auto_axes(run, out_sharding=[jax.typeof(x).sharding.spec for x in arrays])
     return jax.tree.unflatten(treedef, run(arrays)), MuonState(momentum)

@@ -15,6 +15,7 @@ import pathlib
 import stat
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 import jax
@@ -156,7 +157,7 @@ def load_with_text(
 
 def _load(
   path: pathlib.Path,
-  file: BinaryIO,
+  file: BufferedReader,
   size: int,
   weights: model.Params,
   cfg: ModelConfig,
@@ -240,7 +241,9 @@ def _check_places(entries: dict[str, Any], size: int) -> None:
     raise ValueError(f"{at} bytes of arrays, and place for {size}")
 
 
-def _array(file: BinaryIO, begin: int, entry: dict[str, Any], wanted: jax.ShapeDtypeStruct) -> np.ndarray:
+def _array(
+  file: BufferedReader, begin: int, entry: dict[str, Any], wanted: jax.ShapeDtypeStruct
+) -> np.ndarray:
   """An array of the file, whose header agrees with what is wanted."""
   array = np.empty(wanted.shape, wanted.dtype)
   file.seek(begin + entry["data_offsets"][0])

@@ -63,7 +63,7 @@ def sleep(
 
   def one_pass(carry, private):
     with jax.named_scope("pass"):
-      h, S, private = blocks(*carry, private)
+      h, S, private = blocks(carry[0], carry[1], private)
     return (h, S), private
 
   early = jax.tree.map(lambda x: x[:-k], per_pass)
@@ -80,7 +80,7 @@ def sleep(
   return h, S, late
 
 
-def loop(body, carry, xs=None, *, length: int, unroll: bool):
+def loop(body: Callable, carry: Any, xs: Any = None, *, length: int, unroll: bool) -> tuple[Any, Any]:
   """`jax.lax.scan`, or the same written out: (carry, x) -> (carry, y), ys stacked.
 
   Written out, XLA fuses over the steps and stacks no residuals; it compiles `length` times as long. A
@@ -99,7 +99,7 @@ def loop(body, carry, xs=None, *, length: int, unroll: bool):
   return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
-def _type(x: jax.Array) -> jax.core.ShapedArray:
+def _type(x: jax.Array) -> Any:
   """Shape, dtype and sharding of `x`; a weak type counts as its dtype, as in `jax.lax.scan`."""
   return jax.typeof(x).strip_weak_type()
 

@@ -50,7 +50,7 @@ class Segment:
 Plan = tuple[Segment, ...]
 
 
-def plan(layout: Sequence[bool], window: int) -> Plan:
+def plan(layout: Sequence[bool] | np.ndarray, window: int) -> Plan:
   """Cuts a sequence into windows and says which are slept on.
 
   >>> for segment in plan([False] * 8 + [False, True], window=4):  # two windows to sleep on, one that answers
@@ -68,12 +68,12 @@ def plan(layout: Sequence[bool], window: int) -> Plan:
   Raises:
     ConfigError: if no position has a loss.
   """
-  layout = np.asarray(layout, bool)
-  if not layout.any():
+  asked = np.asarray(layout, bool)
+  if not asked.any():
     raise ConfigError("loss_mask: no position has a loss, so there is nothing to learn")
   segments: list[Segment] = []
-  for start in range(0, len(layout), window):
-    part = layout[start : start + window]
+  for start in range(0, len(asked), window):
+    part = asked[start : start + window]
     reads = tuple(int(i) for i in np.flatnonzero(part))
     last = segments[-1] if segments else None
     if last and (last.length, last.reads) == (len(part), reads):

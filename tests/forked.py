@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Reads {"argv", "cwd", "out"} a line; answers with the exit code. It imports but never starts a backend, so
-# that a fork of it is as good as a new process.
+# Reads {"argv", "cwd", "out"} a line; answers with the child's number, then its exit code. It imports but
+# never starts a backend, so that a fork of it is as good as a new process.
 _SERVER = """
 import importlib, json, os, sys, traceback
 from sleep_jax.experiments import cli
@@ -36,6 +36,7 @@ for line in sys.stdin:
     finally:
       sys.stdout.flush(), sys.stderr.flush()
       os._exit(code)
+  print(pid, flush=True)
   print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -79,11 +80,20 @@ class Experiment:
 
   def run(self, *arguments: str, cwd: str | os.PathLike = ROOT) -> Ended:
     """Runs one command line to its end."""
+    self.start(*arguments, cwd=cwd)
+    return self.wait()
+
+  def start(self, *arguments: str, cwd: str | os.PathLike = ROOT) -> int:
+    """Starts one command line; the number of its process, for whoever wants to end it before `wait`."""
     asked = {"argv": [self._module, *arguments], "cwd": str(cwd), "out": str(self._out)}
     self._process.stdin.write(json.dumps(asked) + "\n")
     self._process.stdin.flush()
+    return int(self._process.stdout.readline())
+
+  def wait(self) -> Ended:
+    """How what was started ended; of a signal n the code is -n."""
     code = int(self._process.stdout.readline())
-    texts = [pathlib.Path(f"{self._out}.{name}").read_text() for name in ("out", "err")]
+    texts = [pathlib.Path(f"{self._out}.{name}").read_text(errors="replace") for name in ("out", "err")]
     return Ended(code, *texts)
 
 

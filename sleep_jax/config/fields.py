@@ -145,7 +145,7 @@ def conform(hint: Any, value: Any, path: str) -> Any:
     return _text(value, path, free=AnyCharacters() in bounds)
   if hint is bool:
     check(isinstance(value, bool), path, f"must be true or false, got {shown(value)}")
-  elif dataclasses.is_dataclass(hint):
+  elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
     check(isinstance(value, hint), path, f"must be a group of fields, got {shown(value)}")
   return value
 

@@ -215,7 +215,8 @@ class ModelConfig:
       check(0 <= i <= last, "model.without_mlp", f"must be numbers of blocks, 0..{last}, got {i}")
     if "swa" in self.blocks:
       reach = self.attention.swa_window
-      check(reach is not None, "model.attention.swa_window", "is required where model.blocks has `swa`")
+      if reach is None:
+        raise ConfigError("model.attention.swa_window: is required where model.blocks has `swa`")
       check(
         self.window >= reach,
         "model.window",

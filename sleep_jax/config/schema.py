@@ -85,6 +85,6 @@ def replace(config: Any, **changes: Any) -> Any:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
   """`value` as a field of type `hint` holds it; a mapping becomes the config that it describes."""
-  if dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
     return from_dict(hint, value, f"{path}.")
   return fields.conform(hint, value, path)

@@ -65,10 +65,11 @@ def _block(kind: str, mlp: bool, length: int, cfg: ModelConfig) -> float:
   declared = jax.tree.leaves(blocks.declare_block(cfg, kind, mlp), is_leaf=params.is_weight)
   dense = sum(2 * math.prod(w.shape) for w in declared if w.group == "muon")
   if kind in ATTENTION:
-    reach = min(length, cfg.attention.swa_window) if kind == "swa" else length
+    own = cfg.attention.swa_window if kind == "swa" else None
+    reach = length if own is None else min(length, own)
     seen = reach - reach**2 / (2 * length)  # keys a query, on average over the window
     if cfg.eviction == "sliding":  # what was kept fills every query's reach
-      seen = min(cfg.window, cfg.attention.swa_window) if kind == "swa" else cfg.window
+      seen = cfg.window if own is None else min(cfg.window, own)
     mixing = 4 * cfg.attention.num_heads * cfg.head_dim * seen  # scores and values
   else:
     chunk, fast = min(length, CHUNK), cfg.fast

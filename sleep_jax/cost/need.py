@@ -137,9 +137,11 @@ def _largest(cfg: Config, tokens: int, grouped: int) -> tuple[str, Any]:
 def _smaller(group: Any, usual: bool, path: str = "") -> Iterator[tuple[str, int, int]]:
   """Name, value and a smaller value, the usual one or the half, of every size in a config."""
   for field in dataclasses.fields(group):
-    name, value, default = f"{path}{field.name}", getattr(group, field.name), field.default
+    name, value = f"{path}{field.name}", getattr(group, field.name)
+    default: Any = field.default
     if dataclasses.is_dataclass(value):
       yield from _smaller(value, usual, f"{name}.")
+      continue
     if name == BLOCKS:
       value, default = len(value), len(default)
     if isinstance(value, int) and not isinstance(value, bool):

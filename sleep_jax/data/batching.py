@@ -203,7 +203,7 @@ def place(example: Example, bucket: Bucket, cut: CutConfig, window: int) -> dict
     "targets": targets,
     "loss_mask": mask,
     "valid": valid,
-    "group": np.int32(example.group),
+    "group": np.asarray(example.group, np.int32),
   }
 
 
@@ -298,7 +298,8 @@ def feed(
       unchanged.
   """
   first, skip = divmod(start, cut.bucket_batches)
-  data: Any = grain.MapDataset.source(_BoxedGroups(plan))[first:].to_iter_dataset(
+  groups: Any = _BoxedGroups(plan)  # has what grain asks of a source
+  data: Any = grain.MapDataset.source(groups)[first:].to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
   )
   if workers:

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +152,8 @@ class DepoConfig:
     """Tokens: PAD, names, Q(1..K), ANS, and BOS and SEP as far as they are used."""
     return self.ans + 1 + (2 if self.separator else int(self.bos))
 
-  def hop(self, k: int) -> int:
-    """The token Q(k)."""
+  def hop(self, k: Any) -> Any:
+    """The token Q(k), of a number or of each in an array."""
     return 2 * self.mini_vocab + k
 
 

@@ -73,9 +73,10 @@ def _render(folder: str | os.PathLike, chats: list[dict[str, Any]]) -> list[str]
   program = [sys.executable, "-I", str(RENDER)]
   try:
     done = subprocess.run(program, input=asked.encode(), capture_output=True, timeout=SECONDS, check=False)
-    answer = json.loads(done.stdout)
   except subprocess.TimeoutExpired as e:
     raise PretrainedError(f"the chat template is not done after {SECONDS:.0f} s") from e
+  try:
+    answer = json.loads(done.stdout)
   except ValueError as e:
     raise PretrainedError(
       f"the chat template takes too much time or memory (exit code {done.returncode})"

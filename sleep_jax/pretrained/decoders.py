@@ -273,8 +273,8 @@ def through(stages: Iterable[Stage], pieces: list[Piece], close: bool = False) -
 
 def _bytes_of(token: str) -> bytes:
   """The bytes that a byte-level token stands for."""
-  values = [BYTES.get(c) for c in token]
-  return token.encode() if None in values else bytes(values)
+  values = [BYTES[c] for c in token if c in BYTES]
+  return bytes(values) if len(values) == len(token) else token.encode()
 
 
 def overlap(text: str, pattern: str) -> int:

@@ -48,7 +48,7 @@ class Fields:
       raise PretrainedError(f"{where}: {prefix.rstrip('.') or 'it'} must be an object, got {shown(values)}")
     self.values, self.assumed = values, {}
     self._defaults, self._ignore = dict(defaults or {}), frozenset(ignore)
-    self._read = set() if prefix else set(published.FREE)
+    self._read: set[str] = set() if prefix else set(published.FREE)
 
   def get(self, name: str, kind: type, derived: Any = None) -> Any:
     """A field's value.

@@ -4,7 +4,8 @@ import json
 import os
 import pathlib
 import stat
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 from sleep_jax.pretrained.fields import PretrainedError, listing, shown
 
@@ -48,7 +49,7 @@ def check_inside(path: pathlib.Path) -> None:
     raise PretrainedError(f"{listing([path.name])}: is a link to {shown(real)}, outside of its folder")
 
 
-def open_regular(path: pathlib.Path) -> BinaryIO:
+def open_regular(path: pathlib.Path) -> BufferedReader:
   """Opens a regular file of its folder for reading; never waits for a pipe.
 
   Raises:

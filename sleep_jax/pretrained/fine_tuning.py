@@ -56,7 +56,8 @@ def start_model(start: StartConfig, how: Mapping[str, Any]) -> ModelConfig:
     ConfigError: if `how` has a field that the checkpoint says, or the fields do not fit each other.
   """
   folder = start.folder
-  config.check(bool(folder), "pretrained.folder", "is required: a checkpoint's folder, or a run's")
+  if not folder:
+    raise config.ConfigError("pretrained.folder: is required: a checkpoint's folder, or a run's")
   fast = how.get("fast", {})
   for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
     twice = [f"{name}.{field}" for field in given if field not in known]
@@ -199,5 +200,5 @@ def _memory_of(cfg: ModelConfig) -> dict[str, Any]:
   return {"num_layers": len(cfg.without_mlp), "kind": cfg.blocks[cfg.without_mlp[0]], "fast": cfg.fast}
 
 
-def _changes(cfg: ModelConfig) -> dict[str, object]:
+def _changes(cfg: ModelConfig) -> dict[str, Any]:
   return {name: getattr(cfg, name) for name in _FREE}

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -159,7 +159,7 @@ def load(
 
 def read(source: Source, entry: weight_map.Entry) -> np.ndarray:
   """The tensor of a weight, as it is stored."""
-  tensors = source.memory if entry.memory else source.tensors
+  tensors = source.memory if entry.memory and source.memory is not None else source.tensors
   return tensors.read(source.stored_name(entry.name))
 
 
@@ -175,7 +175,7 @@ def differing(source: Source, weights: model.Params) -> list[str]:
   return names
 
 
-def _architecture(values: dict[str, Any]) -> str:
+def _architecture(values: Mapping[str, Any]) -> str:
   """The name of the architecture: `architectures`, or where that is absent what `model_type` stands for."""
   names, kind = values.get("architectures"), values.get("model_type")
   by_type = {family.model_type: name for name, family in published.FAMILIES.items()}
@@ -211,7 +211,7 @@ def blamed(file: str, fields: Fields | None = None) -> Iterator[None]:
     raise PretrainedError(f"{file}: {' '.join(str(e).split())}{clause}") from e
 
 
-def _assumptions(assumed: dict[str, Any], values: dict[str, Any]) -> str:
+def _assumptions(assumed: Mapping[str, Any], values: Mapping[str, Any]) -> str:
   """A clause that says which sizes were taken from the published defaults; empty if none were."""
   if not assumed:
     return ""

@@ -9,7 +9,8 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ class Tensors:
     self.metadata: dict[str, dict[str, str] | None] = {}
     self.absent: tuple[str, ...] = ()
     self._starts: dict[str, int] = {}
-    self._opened: tuple[str, BinaryIO] | None = None
+    self._opened: tuple[str, BufferedReader] | None = None
     listed = None
     if files.is_there(folder / single):
       names = [single]

@@ -95,7 +95,7 @@ def draw(axes: Axes, drawn: list[Curve], scale: float, unit: str, baseline: floa
 def finish(panels: Sequence[Panel]) -> None:
   """Adds a legend for all panels, then each curve's name at its last point."""
   first = panels[0]
-  drawing.legend(first.axes.figure, first.drawn, first.levels, HELD_OUT)
+  drawing.legend(drawing.figure_of(first.axes), first.drawn, first.levels, HELD_OUT)
   for panel in panels:
     looks = drawing.styles(panel.drawn)
     labels.label_ends(

@@ -38,7 +38,7 @@ def sleep_changes(runs: Sequence[Run], max_settings: int = 4) -> Drawing:
   top = max([1.0, *(cell[0] for mean in means for b in mean.values() for w in b for cell in w)])
   height = len(blocks) * (0.6 + 0.46 * min(windows, MOST_WINDOWS)) + 1.0
   width = max(5.6, 1.9 + 0.74 * sum(widths) + 0.35 * len(members))
-  figure = Figure(figsize=(width, height), layout="constrained")
+  figure, shown = Figure(figsize=(width, height), layout="constrained"), None
   grid = figure.subplots(len(blocks), len(members), squeeze=False, width_ratios=widths)
   rows = []
   for column, (group, mean) in enumerate(zip(members, means, strict=True)):
@@ -57,6 +57,7 @@ def sleep_changes(runs: Sequence[Run], max_settings: int = 4) -> Drawing:
       if line == len(blocks) - 1:
         axes.set_xlabel("pass", fontsize=SIZE)
       rows += _write(axes, group, block, mean[block], top)
+  assert shown is not None  # a member has a block
   bar = figure.colorbar(shown, ax=grid, shrink=0.9, aspect=14, pad=0.02)
   bar.set_label("relative change of S", fontsize=SIZE)
   bar.ax.tick_params(labelsize=8)

@@ -29,12 +29,15 @@ class Standing:
     return sum(self.exact) / len(self.exact)
 
 
-def standings(runs: Sequence[Run], by: str, budget: float) -> list[Standing]:
+def standings(runs: Sequence[Run], by: str, budget: float | None) -> list[Standing]:
   """The best setting of each N once `budget` is spent (`by`: "tokens" or "cpu_s"), ordered by N.
 
-  Best is the highest mean over seeds, for every N alike. Runs that ended before the budget do not count.
+  Best is the highest mean over seeds, for every N alike. Runs that ended before the budget do not count. None
+  are known where nobody measured it (`budget` None).
   """
   best: dict[int, Standing] = {}
+  if budget is None:
+    return []
   for label, members in settings(runs):
     at = [(r, row) for r in members if (row := reached(r, budget, by)) is not None]
     if not at or members[0].num_passes is None:
@@ -62,7 +65,7 @@ def claim(runs: Sequence[Run]) -> str:
 def _claim(runs: Sequence[Run]) -> str:
   budget = budgets(runs, "tokens")[1]
   found = standings(runs, "tokens", budget)
-  if not found:
+  if budget is None or not found:
     return "The runs name no N, so nothing can be said about sleep."
   values = ", ".join(f"N = {s.num_passes}: {_percent(s.mean)}" for s in found)
   floor = constant(runs)
@@ -140,12 +143,12 @@ def compute_claim(runs: Sequence[Run]) -> str:
     tokens_saved = False
     for passes in sorted({r.num_passes for r in members if r.num_passes and r.num_passes > 1}):
       pair = plain + [r for r in members if r.num_passes == passes]
-      gains, both = {}, []
+      gains, both, budget = {}, [], None
       for by in ("tokens", "cpu_s"):
         budget = budgets(pair, by)[1]
-        both = standings(pair, by, budget) if budget is not None else []
+        both = standings(pair, by, budget)
         gains[by] = both[1].mean - both[0].mean if len(both) == 2 else None
-      if gains["cpu_s"] is None or _is_guessing(both):
+      if budget is None or gains["cpu_s"] is None or _is_guessing(both):
         continue
       verdict = "is behind"
       if abs(gains["cpu_s"]) >= TOLERANCE and _unsettled(*both):

@@ -25,7 +25,7 @@ def comparison(runs: Sequence[Run]) -> Table:
     Headers and rows. An accuracy is the mean over seeds with its 95 % interval; the row below has each seed.
   """
   runs = [r for r in runs if r.evals and r.num_passes]
-  shown = sorted({r.num_passes for r in runs})
+  shown = sorted({r.num_passes for r in runs if r.num_passes})
   tokens, compute = budgets(runs, "tokens")[1], budgets(runs, "cpu_s")[0]
   rows = []
   if tokens is not None:
@@ -83,7 +83,8 @@ def _accuracy(
   for n in shown:
     standing = of.get(n)
     if standing is None:
-      means.append("not reached"), seeds.append(""), spent.append("")
+      for cells, cell in ((means, "not reached"), (seeds, ""), (spent, "")):
+        cells.append(cell)
       continue
     low, high = intervals.of_mean(standing.exact, 0.0, 100.0)
     interval = f" ({low:.0f} - {high:.0f})" if len(standing.exact) > 1 else ""
@@ -91,7 +92,8 @@ def _accuracy(
     ordered = sorted(zip(standing.runs, standing.exact, strict=True), key=lambda pair: pair[0].seed or 0)
     seeds.append(", ".join(f"{y:.1f}" for _, y in ordered))
     cost = [row.get("cpu_s") for r in standing.runs if (row := reached(r, budget, by))]
-    spent.append(seconds(statistics.fmean(cost)) if cost and all(map(is_number, cost)) else MISSING)
+    known = [value for value in cost if is_number(value)]
+    spent.append(seconds(statistics.fmean(known)) if known and len(known) == len(cost) else MISSING)
   rows = [[name, *means]]
   if any(len(s.exact) > 1 for s in found):
     rows.append([seeds_of([r for s in found for r in s.runs]), *seeds])
@@ -105,9 +107,11 @@ def _milliseconds(runs: Sequence[Run], passes: int, key: str) -> str:
   if not values:
     return MISSING
   middle = statistics.median(v[0] for v in values)
-  if any(end is None for v in values for end in v[1:]):
+  lows = [v[1] for v in values if v[1] is not None]
+  highs = [v[2] for v in values if v[2] is not None]
+  if not len(lows) == len(highs) == len(values):
     return spread((middle, None, None))
-  return spread((middle, statistics.median(v[1] for v in values), statistics.median(v[2] for v in values)))
+  return spread((middle, statistics.median(lows), statistics.median(highs)))
 
 
 def _state(runs: Sequence[Run], passes: int) -> str:

@@ -1,6 +1,5 @@
 """What an answer and a sleep cost, by N, each with its spread over the measured calls."""
 
-import itertools
 from collections.abc import Sequence
 
 from sleep_jax.report import drawing
@@ -25,17 +24,19 @@ def costs(runs: Sequence[Run]) -> Drawing:
   measured = [r for r in runs if r.num_passes and all(milliseconds(r.last("cost"), key) for key in PANELS)]
   if not measured:
     raise RunError("costs: no run has a cost row in its metrics")
-  passes = sorted({r.num_passes for r in measured})
+  passes = sorted({r.num_passes for r in measured if r.num_passes})
   figure, (awake, asleep) = drawing.frame("What sleep costs, and when (batch 1)", 7.6, 3.0, columns=2)
   rows = []
   for axes, (key, (title, unit)) in zip((awake, asleep), PANELS.items(), strict=True):
     highest = 0.0
-    for n, members in itertools.groupby(sorted(measured, key=lambda r: r.num_passes), lambda r: r.num_passes):
-      members = list(members)
+    for n in passes:
+      members = [r for r in measured if r.num_passes == n]
       look = drawing.style(n)
       for place, run in enumerate(members):
         x = passes.index(n) + 0.1 * (place - (len(members) - 1) / 2)
-        middle, low, high = milliseconds(run.last("cost"), key)
+        taken = milliseconds(run.last("cost"), key)
+        assert taken is not None  # or it would not be among `measured`
+        middle, low, high = taken
         axes.plot([x], [middle], linestyle="", markersize=5, **look)
         if low is not None and high is not None:
           axes.plot([x, x], [low, high], color=look["color"], linewidth=1.4, alpha=0.7)

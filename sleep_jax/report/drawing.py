@@ -10,11 +10,12 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -65,8 +66,7 @@ def frame(
   title: str, width: float, height: float, columns: int = 1, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
   """An empty figure with its title and a row of axes; sizes in inches."""
-  figure = Figure(figsize=(width, height), layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
+  figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05))
   figure.suptitle(title, fontsize=11, fontweight="bold", x=0.012, ha="left")
   axes = list(figure.subplots(1, columns, squeeze=False, **subplots)[0])
   for one in axes:
@@ -74,7 +74,14 @@ def frame(
   return figure, axes
 
 
-def plain(axes: Axes, grid: str = "y") -> None:
+def figure_of(axes: Axes) -> Figure:
+  """The figure that the axes stand in."""
+  figure = axes.get_figure(root=True)
+  assert figure is not None
+  return figure
+
+
+def plain(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
   """The look of all axes: two spines, a quiet grid behind the data."""
   axes.tick_params(labelsize=SIZE, color=QUIET)
   axes.spines[["top", "right"]].set_visible(False)
@@ -85,6 +92,8 @@ def plain(axes: Axes, grid: str = "y") -> None:
 
 def style(passes: int | None) -> dict[str, Any]:
   """Colour and marker of an N."""
+  if passes is None:
+    return {"color": OTHER_COLOUR, "marker": OTHER_MARKER}
   return {"color": COLOURS.get(passes, OTHER_COLOUR), "marker": MARKERS.get(passes, OTHER_MARKER)}
 
 
@@ -106,10 +115,8 @@ def draw_curve(axes: Axes, curve: Curve, scale: float, look: dict[str, Any]) -> 
       axes.plot(x, values, color=colour, linewidth=0.9, alpha=0.6, label=name, zorder=2)
   every = max(1, math.ceil(len(x) / 20))  # a marker on the last point, and not on all of many
   marked = list(range(len(x) - 1, -1, -every))
-  axes.plot(
-    x, curve.mean, label=curve.label, linewidth=2.0, markersize=5, markevery=marked, zorder=3,
-    solid_capstyle="round", **({"clip_on": False} | look),
-  )  # fmt: skip
+  look = {"clip_on": False, "solid_capstyle": "round"} | look
+  axes.plot(x, curve.mean, label=curve.label, linewidth=2.0, markersize=5, markevery=marked, zorder=3, **look)
 
 
 def draw_level(axes: Axes, y: float, label: str, colour: str = QUIET, dashes: Any = BROKEN) -> None:

@@ -5,21 +5,22 @@ around the last point where it covers the least.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from sleep_jax.report.drawing import SIZE
+from sleep_jax.report.drawing import SIZE, figure_of
 
 THICK, THIN = 1.0, 0.12  # what it counts to cover two pixels of a mean, and of a seed or a baseline
 HALO = (patheffects.withStroke(linewidth=2.5, foreground="white"),)
 # Where a label may stand: (sideways, upwards) from the last point, in points and in text heights; -1: it ends
 # at the point, 0: it is centred over it, 1: it begins behind it.
-SIDES = {1: "left", 0: "center", -1: "right"}
+SIDES: dict[int, Literal["left", "center", "right"]] = {1: "left", 0: "center", -1: "right"}
 AROUND = [(1, 0.0)]
 for up in (1.05, 2.1, 3.15, 4.2, 5.25, 6.3, 7.35):
   AROUND += [(side, sign * up) for sign in (1, -1) for side in (1, 0, -1)]
@@ -32,12 +33,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     axes: with everything else drawn and its limits set. Lines whose label begins with "_" (seeds, baselines)
       may be covered where there is no better place, bands always.
   """
-  figure = axes.figure
+  figure = figure_of(axes)
   texts = [_text(axes, x, y, text, colour) for x, y, text, colour in ends]
   figure.draw_without_rendering()  # the layout, so that places on the page are known
+  page = Bbox(figure.bbox)
   height = max((text.get_window_extent().height for text in texts), default=0.0)
   lines = [line for line in axes.get_lines() if line.get_transform() == axes.transData]
-  strokes = [(_on_page(axes, line), line.get_label(), line.get_color()) for line in lines]
+  strokes = [(_on_page(axes, line), str(line.get_label()), line.get_color()) for line in lines]
   taken: list[tuple[Bbox, np.ndarray]] = []
   low, high = axes.get_ylim()
   # From the edges to the middle, so that labels pile up where there is room for them.
@@ -54,7 +56,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
       for points, label, other in strokes
     ]
     costs = [
-      _cost(_placed(at, box, height, place), at, place, weighed, taken, axes.bbox, figure.bbox)
+      _cost(_placed(at, box, height, place), at, place, weighed, taken, axes.get_window_extent(), page)
       for place in AROUND
     ]
     side, up = AROUND[int(np.argmin(costs))]
@@ -63,7 +65,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     text.xyann = (7.0 * side, up * height * 72 / figure.dpi)
 
 
-def _text(axes: Axes, x: float, y: float, text: str, colour: str) -> Text:
+def _text(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation:
   return axes.annotate(
     text, (x, y), xytext=(7.0, 0.0), textcoords="offset points", ha="left", va="center", color=colour,
     fontsize=SIZE, fontweight="bold", annotation_clip=False, path_effects=HALO, zorder=4,

@@ -13,7 +13,7 @@ import shlex
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sleep_jax.runtime import metrics
 
@@ -130,7 +130,7 @@ def load_runs(
   """
   paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
   known: dict[Path, Path] = {}
-  for pattern in map(os.fspath, paths):
+  for pattern in (str(os.fspath(path)) for path in paths):
     if os.path.exists(pattern):
       matches = [pattern]
     else:
@@ -256,7 +256,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
   }
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
   """Whether a JSON value is a finite number."""
   try:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -264,6 +264,6 @@ def is_number(value: Any) -> bool:
     return False
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
   """Whether a JSON value is a whole number that a 64-bit integer can hold."""
   return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

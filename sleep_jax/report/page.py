@@ -166,7 +166,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _method(runs: Sequence[Run]) -> str:
   first = runs[0]
-  counted = [r.last("sleep").get("windows") for r in runs]
+  counted: list[Any] = [r.last("sleep").get("windows") for r in runs]
   windows = next((w for w in counted if is_whole(w) and w > 0), None)
   passes = sorted({r.num_passes for r in runs if r.num_passes})
   times = f"{passes[0]}" if len(passes) == 1 else "N"

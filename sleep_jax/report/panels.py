@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from sleep_jax.report import drawing, labels
 from sleep_jax.report.curves import by_step
@@ -62,8 +63,7 @@ def draw(
     held_out: what one seed's interval is over ("held-out answers").
   """
   width, height = 2.75 * len(groups) + 1.3, 2.35 * len(measures) + 1.25
-  figure = Figure(figsize=(width, height), layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.05, h_pad=0.06)
+  figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.06))
   figure.suptitle(title, fontsize=11, fontweight="bold", x=0.012, ha="left")
   grid = figure.subplots(len(measures), len(groups), sharey="row", sharex=True, squeeze=False)
   rows, said, drawn_all, levels_all, waiting = [], [], [], {}, []

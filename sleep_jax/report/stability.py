@@ -59,6 +59,7 @@ def figure(rows: Sequence[dict[str, Any]], name: str = "stability") -> Drawing:
   left.set_xlabel("passes asleep (N)", fontsize=drawing.SIZE)
   left.set_ylabel("growth of the gradient's norm", fontsize=drawing.SIZE)
   left.legend(fontsize=8, frameon=False)
+  x: list[int] = []
   for n in passes:
     mine = [row["by_window"] for row in rows if row["num_passes"] == n]
     norms = [mean(values) for values in zip(*mine, strict=True)]

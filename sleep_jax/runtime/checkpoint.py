@@ -81,7 +81,7 @@ class Checkpoints:
     self._shared(self._files.make)
     self._guarded(self._files.open)
     self._shared(self._files.tidy)
-    self._manager = None if read_only else self._open_manager()
+    self._manager: Any = None if read_only else self._open_manager()  # an Orbax manager, unless read only
     self._saved = self._files.saved()
 
   def __enter__(self) -> Self:
@@ -137,7 +137,7 @@ class Checkpoints:
     self._settle()
     if step == self.latest_step:
       return False
-    if step < 0 or (self._saved and step < self.latest_step):
+    if step < 0 or (self._saved and step < self._saved[-1]):
       raise CheckpointError(f"step {step} cannot be saved in {self._name}: it holds step {self.latest_step}")
     if os.path.lexists(self._files.path(step)):
       raise CheckpointError(f"{self._name}/{step} exists but is no finished checkpoint; restore first")
@@ -182,7 +182,8 @@ class Checkpoints:
 
   def poll(self) -> list[int]:
     """The steps saved since the last call, oldest first; never waits for a save that is still running."""
-    if self._pending and not self._pending.thread.is_alive() and jax.process_count() == 1:
+    thread = self._pending.thread if self._pending else None
+    if thread is not None and not thread.is_alive() and jax.process_count() == 1:
       self._settle()
     news, self._news = self._news, []
     return news
@@ -291,7 +292,8 @@ class Checkpoints:
 
     What a reader has to allocate follows from the stored pieces: they are no larger than their arrays.
     """
-    there = ocp.PyTreeCheckpointHandler().metadata(self._files.path(step) / "default").tree
+    folder: Any = self._files.path(step) / "default"
+    there = ocp.PyTreeCheckpointHandler().metadata(folder).tree
     for path, wanted in types.items():
       if path not in there:
         raise ValueError(f"{path} was not found when it was opened again")
@@ -306,7 +308,8 @@ class Checkpoints:
     pending = self._pending
     if pending is None:
       return
-    pending.thread.join()
+    if pending.thread is not None:
+      pending.thread.join()
     self._pending = None
     step, flat = pending.step, pending.flat
     failed, gone = processes.any_process(
@@ -343,10 +346,15 @@ class Checkpoints:
 
   def _retire(self) -> None:
     """Renames all but the newest `keep` steps into the trash; one rename each, so none is ever half there."""
-    retired, self._saved = self._saved[: -self._keep], self._saved[-self._keep :]
-    for step in retired:
-      with contextlib.suppress(FileNotFoundError):  # somebody else deleted it
+    for step in self._saved[: -self._keep]:
+      try:
         self._manager.delete(step)
+      except FileNotFoundError:  # somebody else deleted it
+        pass
+      except OSError as e:  # a full disk, say, that has no room for the trash
+        self._report(f"step {step} is kept, it cannot be deleted: {why(e)}; tried again after the next save")
+        continue
+      self._saved.remove(step)
 
   def _open_manager(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(todelete_subdir=TRASH)

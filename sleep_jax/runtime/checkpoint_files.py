@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from sleep_jax.runtime.files import Folder, LostError, read_json, shown, write_file
 from sleep_jax.runtime.manifest import (
@@ -53,7 +54,9 @@ class CheckpointFiles:
     config: RunConfig | None = None,
   ):
     self.directory, self._report, self._read_only, self._config = directory, report, read_only, config
-    self.base, self._folder, self._parent = directory, None, None
+    self.base = directory
+    self._folder: Any = None  # a Folder each, once opened
+    self._parent: Any = None
 
   def make(self) -> None:
     """Makes the directory if absent."""
@@ -168,7 +171,9 @@ class CheckpointFiles:
         stored = read_manifest(self.path(step)).get("config")
       except CheckpointError:  # damage is another matter
         continue
-      told = stored is not None and self._config.differences(stored, "checkpoint")
+      told = (
+        stored is not None and self._config is not None and self._config.differences(stored, "checkpoint")
+      )
       if told:
         raise CheckpointError(f"step {step} in {shown(self.directory)} is of another run: {told}")
 

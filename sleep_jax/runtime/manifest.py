@@ -176,7 +176,7 @@ def _hash_all(
   folder: pathlib.Path, names: list[str], sizes: Mapping[str, int] | None = None
 ) -> dict[str, list | str]:
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing frees the GIL
-    found = pool.map(lambda name: _hash(folder, name, sizes and sizes[name]), names)
+    found = pool.map(lambda name: _hash(folder, name, None if sizes is None else sizes[name]), names)
     return dict(zip(names, found, strict=True))
 
 

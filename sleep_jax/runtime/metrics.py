@@ -85,7 +85,7 @@ class Writer:
     self._want_tensorboard, self._purge_from = tensorboard, None
     self._warned: set[str] = set()
     self._last: dict[str, dict[str, Any]] = {}
-    self._file: int | None = None  # descriptor
+    self._file: Any = None  # descriptor; None once closed
     self._rewrite(lambda row: True)
 
   def __enter__(self) -> Self:
@@ -211,22 +211,20 @@ class Writer:
     return kind(f"{self._name} cannot be written: {why(error)}")
 
   def _to_tensorboard(self, row: Mapping[str, Any]) -> None:
-    from tensorboardX.proto import event_pb2  # a second to import, and a run without it is a run
-    from tensorboardX.summary import scalar
+    from tensorboardX.summary import scalar  # a second to import, and a run without it is a run
 
     if self._tensorboard is None:
       self._tensorboard = self._open_tensorboard()
     for name, value in _plain(row).items():
       if name not in ("kind", "step") and isinstance(value, int | float):
         summary = scalar(f"{row['kind']}/{name}", value)
-        event = event_pb2.Event(step=int(row["step"]), wall_time=time.time(), summary=summary)
+        event = _protos().Event(step=int(row["step"]), wall_time=time.time(), summary=summary)
         self._tensorboard.write_event(event)
     self._tensorboard.flush()
 
   def _open_tensorboard(self) -> Any:
     """A file of events; not SummaryWriter, whose thread and exit hook may keep a process from ending."""
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2
 
     folder = self._folder.base / "tb"
     if folder.is_symlink():
@@ -235,8 +233,9 @@ class Writer:
     suffix = f".{secrets.token_hex(4)}"  # a name that nobody can know before, and put a link there
     events = EventsWriter(str(folder / "events"), filename_suffix=suffix)
     if self._purge_from is not None:
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      events.write_event(event_pb2.Event(step=self._purge_from, wall_time=time.time(), session_log=start))
+      protos = _protos()
+      start = protos.SessionLog(status=protos.SessionLog.START)
+      events.write_event(protos.Event(step=self._purge_from, wall_time=time.time(), session_log=start))
     return events
 
   def _best_effort(self, what: str, do: Callable[[], object]) -> bool:
@@ -301,3 +300,10 @@ def _plain(value: Any) -> Any:
   if isinstance(value, Iterable):
     return [_plain(v) for v in value]
   raise TypeError(f"a {type(value).__name__} is no number, string, list or mapping")
+
+
+def _protos() -> Any:
+  """TensorBoard's messages, which are made when the module is imported, out of sight of a type checker."""
+  from tensorboardX.proto import event_pb2
+
+  return event_pb2

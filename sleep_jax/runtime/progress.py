@@ -116,9 +116,10 @@ class Progress:
     self.update(step, tokens)
     width = len(str(self._total))
     parts = [f"step {step:>{width}}/{self._total}", f"loss {loss:.4f}"]
-    if self._intervals:
-      parts.append(f"{_short(self.tokens_per_s)} tokens/s")
-      parts.append(f"eta {duration((self._total - step) * self.seconds_per_step)}")
+    speed, each = self.tokens_per_s, self.seconds_per_step
+    if speed is not None and each is not None:
+      parts.append(f"{_short(speed)} tokens/s")
+      parts.append(f"eta {duration((self._total - step) * each)}")
     if mfu is not None:
       share = f" (sleep {100 * sleep:.0f} % of FLOPs)" if sleep is not None else ""
       parts.append(f"mfu {100 * mfu:.0f} %{share}")
@@ -132,7 +133,9 @@ class Progress:
 def say(text: str, stream: TextIO | None = None) -> str:
   """Writes a line to a stream, the standard output by default; one that is closed or full stops no run."""
   try:
-    print(text, file=stream or sys.stdout, flush=True)
+    print(
+      f"{text}\n", end="", file=stream or sys.stdout, flush=True
+    )  # at once: other threads have lines, too
   except (OSError, ValueError):
     pass
   return text

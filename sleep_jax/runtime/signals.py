@@ -8,6 +8,7 @@ of its own: that answers while the main thread is away, and it ends the process 
 import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ class _Request:
     self.doing: str | None = None  # what has to end before anybody looks
     self._report, self._when, self._forward = report, when, forward
     self.heard = threading.Event()  # set by a listener, which may come a little later than the handler
+    self.reporting: threading.Thread | None = None  # who tells the user
     self._lock = threading.Lock()
     self._answered = False
 
@@ -53,7 +55,8 @@ class _Request:
     if threading.current_thread() is threading.main_thread():
       self._report(line)
     else:  # who listens does not wait until somebody reads
-      threading.Thread(target=self._report, args=(line,), daemon=True).start()
+      self.reporting = threading.Thread(target=self._report, args=(line,), daemon=True)
+      self.reporting.start()
     if self._forward is not None and number != self._forward:
       os.kill(os.getpid(), self._forward)
     return True
@@ -186,6 +189,8 @@ def stop_signals(
   finally:
     if listener and request.received:
       request.heard.wait(_GRACE_S)
+      if request.reporting is not None:
+        request.reporting.join(_GRACE_S)
     _request = outer
     if listener:
       listener.request = outer
@@ -208,20 +213,17 @@ def until(done: str) -> Iterator[None]:
 
 
 def end_now(line: str, code: int = _FAILED) -> None:
-  """Ends the process from any thread: a last line to stderr, and no exit hook that could hang."""
-
-  def last_words():
-    with contextlib.suppress(Exception):
+  """Ends the process from any thread: a last line to stderr, if any, and no exit hook that could hang."""
+  with contextlib.suppress(Exception):
+    if line and select.select([], [2], [], _GRACE_S)[1]:  # or nobody reads, and writing would wait for ever
       os.write(2, f"{line}\n".encode(errors="backslashreplace"))
-    with contextlib.suppress(Exception):
-      sys.stdout.flush()
-
-  def end_children():
+  with contextlib.suppress(Exception):
     for child in multiprocessing.active_children():
       child.kill()
-
-  for do in (last_words, end_children):  # each may wait for ever: for a full pipe, for a lock
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
-    thread.join(_GRACE_S)
+  with contextlib.suppress(Exception):  # from Python 3.12 on no thread begins while the interpreter ends
+    flushing = threading.Thread(
+      target=sys.stdout.flush, daemon=True
+    )  # it may wait for a full pipe, or a lock
+    flushing.start()
+    flushing.join(_GRACE_S)
   os._exit(code)

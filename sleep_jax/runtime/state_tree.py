@@ -55,13 +55,16 @@ def sharding(path: str, leaf: Any) -> jax.sharding.Sharding:
   Raises:
     CheckpointError: naming `path`, if there is no mesh and one device is not enough.
   """
-  own, mesh = getattr(leaf, "sharding", None), jax.sharding.get_mesh()
-  is_abstract = isinstance(own, NamedSharding) and isinstance(own.mesh, jax.sharding.AbstractMesh)
-  if own is not None and not is_abstract:
+  mesh = jax.sharding.get_mesh()
+  own: Any = getattr(leaf, "sharding", None)
+  abstract = (
+    own if isinstance(own, NamedSharding) and isinstance(own.mesh, jax.sharding.AbstractMesh) else None
+  )
+  if own is not None and abstract is None:
     return own
   if not mesh.empty:
-    return NamedSharding(mesh, own.spec if is_abstract else PartitionSpec())
-  if jax.process_count() > 1 or (is_abstract and not own.mesh.empty):
+    return NamedSharding(mesh, PartitionSpec() if abstract is None else abstract.spec)
+  if jax.process_count() > 1 or (abstract is not None and not abstract.mesh.empty):
     raise CheckpointError(f"{path} has no devices to be restored to; enter the mesh with jax.set_mesh first")
   return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

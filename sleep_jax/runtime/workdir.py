@@ -96,7 +96,7 @@ class Workdir:
 
     A lock that was deleted is made anew, unless another run was faster: then `taken` is true from here on.
     """
-    if self._lock is None:
+    if self._lock is None or self._folder is None:
       return None
     fate = self._folder.lost()
     if fate is not None:
@@ -185,7 +185,7 @@ def _take(workdir: Workdir) -> None:
     workdir._folder = folder = Folder(workdir.path)
     _check_contents(folder)
     workdir._lock = _take_lock(folder)
-    if _resolve_config(folder, workdir.config):
+    if workdir.config is not None and _resolve_config(folder, workdir.config):
       write_file(folder.base / _CONFIG, json.dumps(workdir.config.values, indent=2) + "\n")
     write_file(folder.base / _ENV, json.dumps(_env(folder.base / _ENV), indent=2) + "\n")
     for inner in _FOLDERS:
@@ -226,27 +226,30 @@ def _take_lock(folder: Folder) -> int:
   """
   path, name = folder.base / _LOCK, shown(folder.path / _LOCK)
   while True:
+    lock = -1
     try:
       lock = open_file(path, os.O_RDWR | os.O_CREAT)
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if is_open_at(lock, path):
+        if os.fstat(lock).st_nlink == 1:
+          os.ftruncate(lock, 0)
+          holder = f"process {os.getpid()} on {socket.gethostname()}, started {_now()}\n"
+          os.pwrite(lock, holder.encode(), 0)
+          return lock
+        temporary = path.with_name(f".{_LOCK}.tmp")
+        os.close(create(temporary))
+        os.replace(temporary, path)
+      os.close(lock)  # replaced, by us or by somebody else: the next one under its name counts
     except BlockingIOError as e:
       holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
       os.close(lock)
       by = shown(holder) or "another run"
       raise WorkdirError(f"{shown(folder.path)} is in use by {by}; one run at a time") from e
     except OSError as e:
+      if lock >= 0:
+        os.close(lock)
       kind = WorkdirError if is_mistake(e) or e.errno == errno.ENOLCK else WriteError
       raise kind(f"{name} cannot be opened and locked: {why(e)}") from e
-    if is_open_at(lock, path):
-      if os.fstat(lock).st_nlink == 1:
-        break
-      temporary = path.with_name(f".{_LOCK}.tmp")
-      os.close(create(temporary))
-      os.replace(temporary, path)
-    os.close(lock)  # replaced, by us or by somebody else: the next one under its name counts
-  os.ftruncate(lock, 0)
-  os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, started {_now()}\n".encode(), 0)
-  return lock
 
 
 def _resolve_config(folder: Folder, wanted: RunConfig) -> bool:

@@ -192,7 +192,7 @@ def stack(
   """
   rows = [batching.place(example, bucket, cut, window) for example in examples]
   rows += [rows[0] | {"loss_mask": np.zeros_like(rows[0]["loss_mask"])}] * (size - len(rows))
-  columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   group = columns.pop("group")
   return windows.Batch(**columns), group
 

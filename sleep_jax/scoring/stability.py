@@ -122,7 +122,10 @@ def perturbed_loss(
   prelude, repeated, coda = (
     blocks.arrange(weights["blocks"], cfg, *part) for part in ((0, first), (first, last), (last, None))
   )
-  state, logits, window = model.init_state(cfg, batch.inputs.shape[0], sleep_cfg), [], 0
+  state: model.State = model.init_state(cfg, batch.inputs.shape[0], sleep_cfg)
+  logits, window = [], 0
+  h: jax.Array
+  opened: model.State
   for segment in segments:
     for w in range(segment.count):
       part = slice(segment.start + w * segment.length, segment.start + (w + 1) * segment.length)
@@ -131,10 +134,12 @@ def perturbed_loss(
         out, state = model.predict(weights, tokens, state, cfg, reads=segment.reads, valid=valid)
         logits.append(out)
         continue
-      start = _add(carry.open_window(state, cfg), {i: x[window] for i, x in added[0].items()})
+      start: model.State = _add(carry.open_window(state, cfg), {i: x[window] for i, x in added[0].items()})
       h, opened, _ = blocks.run(prelude, model.embed(weights, tokens, cfg, valid), start, cfg, valid=valid)
 
-      def one_pass(looping, extra, start=start, opened=opened, valid=valid):
+      def one_pass(
+        looping: Any, extra: Any, start: Any = start, opened: Any = opened, valid: Any = valid
+      ) -> tuple[Any, None]:
         h, memory = looping
         memory = memory if sleep_cfg.state == "carry" else start.within(first, last)
         before = opened | _add(carry.rewind(memory, start), extra)
@@ -155,7 +160,8 @@ def perturbed_loss(
 
 
 def _add(state: model.State, added: dict[str, jax.Array]) -> model.State:
-  return state.replace(fast={i: s.replace(S=s.S + added[i]) for i, s in state.fast.items()})
+  fast = {i: dataclasses.replace(s, S=s.S + added[i]) for i, s in state.fast.items()}
+  return dataclasses.replace(state, fast=fast)
 
 
 def _factor(later: Any, earlier: Any) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import model, windows
@@ -61,8 +62,11 @@ class DeviceTask:
 
 def make_dispatch(
   cfg: Config, task: DeviceTask, one_step: OneStep, segments: windows.Plan
-) -> Callable[[TrainState], tuple[TrainState, Measured]]:
-  """`steps_per_dispatch` steps as one device call that donates its state; measurements are stacked."""
+) -> jax.stages.Wrapped:
+  """`steps_per_dispatch` steps as one device call that donates its state; measurements are stacked.
+
+  It maps a TrainState to a TrainState and Measured.
+  """
 
   def step(state, _):
     batch = shard(task.batch(state.key, state.step, cfg.train.batch_size))
@@ -125,5 +129,5 @@ class DeviceSteps(contextlib.nullcontext):
   def sample(self) -> tuple[windows.Plan, Callable[[], windows.Batch]]:
     """See `task.Steps`."""
     key = jax.random.key(self._task.held_out_seed)
-    made = jax.jit(lambda key: self._task.batch(key, 0, TRACED_SEQUENCES))
+    made = jax.jit(lambda key: self._task.batch(key, jnp.int32(0), TRACED_SEQUENCES))
     return self._segments, lambda: made(key)

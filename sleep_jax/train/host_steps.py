@@ -196,6 +196,7 @@ class HostSteps:
 
   def __call__(self, state: Any) -> tuple[Any, Measured, list[Load]]:
     """See `task.Steps`. Takes one step."""
+    assert self._batches is not None, "start comes first"
     begin = self._clock.wall_s
     planned, batch = next(self._batches)
     now = self._clock.wall_s
@@ -248,6 +249,6 @@ class HostSteps:
   def _placed(self, start: int) -> Iterator[tuple[batching.Planned, windows.Batch]]:
     task = self._task
     for planned in batching.feed(self._plan, task.cut, start, threads=task.threads, workers=task.workers):
-      rows = {name: x for name, x in planned.rows.items() if name != "group"}
+      rows: dict[str, Any] = {name: x for name, x in planned.rows.items() if name != "group"}
       check_tokens(self._cfg, rows["inputs"], rows["targets"])
       yield planned, sharding.put(windows.Batch(**rows), self._mesh)

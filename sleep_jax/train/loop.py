@@ -10,6 +10,7 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -40,7 +41,7 @@ def train(
   task: Task,
   run: workdir.Workdir,
   *,
-  report: Callable[[str], object] = progress.say,
+  report: Callable[[str], Any] = progress.say,
   on_row: Callable[[Row], None] | None = None,
   profile_steps: int = 0,
   tensorboard: bool = True,

@@ -56,7 +56,7 @@ class Recorder:
     self._cfg, self._writer, self._tokens, self._on_row = cfg, writer, tokens, on_row
     peak = flops.peak_flops(jax.devices()[0])
     self._peak = peak and peak * num_devices
-    self._schedule = optim.schedule(cfg.optim, cfg.train.steps)
+    self._schedule: Callable[[int], Any] = optim.schedule(cfg.optim, cfg.train.steps)
     self._progress = progress.Progress(cfg.train.steps)
     self._loads: list[Load] = []  # since the last row
     self.clock = progress.Clock(writer.last())
@@ -81,8 +81,8 @@ class Recorder:
     rate = self._cfg.optim.muon_lr * float(self._schedule(step - 1))
     known = {name: x for name, x in (("tokens_per_s", speed), ("mfu", mfu)) if x is not None}
     if load.positions is not None:
-      known["padding"] = 1 - tokens / sum(x.positions for x in loads)
-      known["data_wait"] = sum(x.waited_s for x in loads) / sum(x.took_s for x in loads)
+      known["padding"] = 1 - tokens / sum(x.positions or 0 for x in loads)
+      known["data_wait"] = sum(x.waited_s or 0.0 for x in loads) / sum(x.took_s or 0.0 for x in loads)
     self._write("train", step, **measured, learning_rate=rate, **known, **self.clock.times())
 
   def saved(self, step: int) -> None:

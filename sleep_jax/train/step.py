@@ -1,5 +1,6 @@
 """One optimizer step, and the state that it changes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   weights = pretrained.start_weights(cfg.model, cfg.train.init_from, init_key, ignore=cfg.train.init_ignore)
 
   def put(weights):
-    return start().replace(params=weights, opt_state=tx.init(weights))  # what was drawn is never computed
+    drawn = start()  # its weights are replaced, and so never computed
+    return dataclasses.replace(drawn, params=weights, opt_state=tx.init(weights))
 
   return jax.jit(put, compiler_options=_QUICK, donate_argnums=0)(weights)
 
@@ -111,7 +113,7 @@ def train_step(
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
-  return state.replace(step=state.step + 1, params=weights, opt_state=opt_state), measured
+  return dataclasses.replace(state, step=state.step + 1, params=weights, opt_state=opt_state), measured
 
 
 def gradients(

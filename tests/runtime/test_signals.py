@@ -15,9 +15,11 @@ import pytest
 from sleep_jax.runtime import metrics, signals
 from tests import forked
 
-# They start processes and give them seconds: on a busy machine some fail, so they are no quick ones.
+# They start processes, so they are no quick ones. They wait for what a process says or does, never for a
+# time.
 pytestmark = pytest.mark.slow
 
+WAIT_S = 240  # for anything at all, on the busiest machine
 # A process with a command line's listener; `work` is what its main thread does, JAX is never imported.
 CHILD = """
 import atexit, hashlib, os, signal, sys, threading, time
@@ -26,16 +28,15 @@ from sleep_jax.runtime import signals
 def away():  # as in the compiler: no handler of Python runs meanwhile
   hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 
-def look(received, seconds=60):
-  end = time.monotonic() + seconds
-  while not received and time.monotonic() < end:
+def look(received):
+  while not received:
     time.sleep(0.01)
 
 def hang():
   threading.Event().wait()
 
 def say(line):
-  print(line, flush=True)
+  print(f"{{line}}\\n", end="", flush=True)  # in one piece: two threads may speak at a time
 
 listener = signals.own_process()
 try:
@@ -54,33 +55,52 @@ def before_it_starts(ignored=()):
 
 
 class Child:
-  """A process whose lines are read one by one, none of them for longer than some seconds."""
+  """A process whose lines are read one by one."""
 
-  def __init__(self, work, ignored=()):
+  def __init__(self, work, ignored=(), stdin=None):
     source = CHILD.format(work=work.replace("\n", "\n  "))
     self.process = subprocess.Popen(
-      [sys.executable, "-c", source],
+      [sys.executable, "-W", "ignore", "-c", source],
+      stdin=stdin,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       env=forked.environment(),
       preexec_fn=lambda: before_it_starts(ignored),
     )
+    self._read = b""  # and not yet given
 
   def line(self):
-    ready, _, _ = select.select([self.process.stdout], [], [], 60)
-    assert ready, "no line came"
-    return self.process.stdout.readline().decode().rstrip("\n")
+    while b"\n" not in self._read:
+      assert self._more(), f"it ended after {self._read}"
+    line, _, self._read = self._read.partition(b"\n")
+    return line.decode()
 
   def send(self, number):
     self.process.send_signal(number)
 
   def end(self):
-    try:
-      out, _ = self.process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
+    """Its exit code, and what it wrote and nobody read."""
+    while self._more():
+      pass
+    self.process.stdout.close()
+    return self.process.wait(WAIT_S), self._read.decode()
+
+  def wait_until(self, state):
+    """Waits until its main thread is in a state of the system's: S sleeps, say."""
+    path, deadline = f"/proc/{self.process.pid}/task/{self.process.pid}/stat", time.monotonic() + WAIT_S
+    while pathlib.Path(path).read_text().rpartition(")")[2].split()[0] != state:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+
+  def _more(self):
+    """Reads what there is, past any buffer; False at the end."""
+    ready, _, _ = select.select([self.process.stdout], [], [], WAIT_S)
+    if not ready:
       self.process.kill()
-      raise
-    return self.process.returncode, out.decode()
+      raise AssertionError(f"it hangs; it wrote {self._read}")
+    piece = os.read(self.process.stdout.fileno(), 4096)
+    self._read += piece
+    return piece
 
 
 REQUEST = "with signals.stop_signals(say, 'saving') as got:\n  say('ready')\n  "
@@ -120,18 +140,23 @@ def test_while_something_is_compiled_the_first_says_so():
 def test_many_within_a_tenth_of_a_second_end_it(count):
   child = Child(REQUEST + "look([])")
   assert child.line() == "ready"
-  for _ in range(count):
+  for _ in range(count):  # and on, should the system have made one of two that came together
     child.send(signal.SIGINT)
     time.sleep(0.1 / count)
+  while child.process.poll() is None:
+    child.send(signal.SIGINT)
+    time.sleep(0.1)
   code, out = child.end()
   assert code == 1
   assert out.endswith(f"{signals.AT_ONCE}\n")
 
 
-def test_exit_hooks_cannot_keep_it():
-  child = Child("atexit.register(hang)\nthreading.Thread(target=hang).start()")
+@pytest.mark.parametrize("hook", ["atexit.register(hang)", "threading.Thread(target=hang).start()"])
+def test_exit_hooks_cannot_keep_it(hook):
+  """Also where the interpreter is about to end and begins no thread any more, as Python 3.12 does."""
+  child = Child(hook)
   assert child.line() == "leaving"
-  time.sleep(0.3)
+  child.wait_until("S")  # in the hook
   child.send(signal.SIGINT)
   assert child.end() == (1, f"{signals.AT_ONCE}\n")
 
@@ -148,38 +173,36 @@ def test_without_a_request_ctrl_c_interrupts_and_the_next_one_ends_it():
 def test_a_reader_that_does_not_read_cannot_keep_it():
   child = Child(REQUEST + "while True:\n    sys.stdout.write('x' * 65536)")
   assert child.line() == "ready"
-  time.sleep(0.5)
-  child.send(signal.SIGTERM)
-  child.send(signal.SIGTERM)
-  time.sleep(0.2)
-  child.send(signal.SIGTERM)
-  assert child.process.wait(30) == 1
+  child.wait_until("S")  # the pipe is full
+  deadline = time.monotonic() + WAIT_S
+  while child.process.poll() is None:  # two of them that come together are one
+    assert time.monotonic() < deadline
+    child.send(signal.SIGTERM)
+    time.sleep(0.1)
+  assert child.process.returncode == 1
   child.process.stdout.close()
 
 
 def test_nohup_stays_nohup():
-  child = Child(REQUEST + "look(got, 1)\n  say(got)", ignored=(signal.SIGHUP,))
+  child = Child(REQUEST + "sys.stdin.readline()\n  say(got)", ignored=(signal.SIGHUP,), stdin=subprocess.PIPE)
   assert child.line() == "ready"
   child.send(signal.SIGHUP)
+  child.process.stdin.close()  # the signal was there before this
   assert child.end() == (0, "[]\nleaving\n")
 
 
 def test_a_forked_child_neither_speaks_for_its_parent_nor_refuses_to_end():
   work = """pid = os.fork()
   if pid == 0:
-    say('ready')
     say(os.getpid())
     look([])
     os._exit(0)
   say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
   say(got)"""
   child = Child("with signals.stop_signals(say) as got:\n  " + work)
-  assert child.line() == "ready"
-  [forked_pid] = (
-    pathlib.Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text().split()
-  )
+  forked_pid = int(child.line())
   for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-    os.kill(int(forked_pid), number)
+    os.kill(forked_pid, number)
   assert child.end() == (0, f"{-signal.SIGTERM}\n[]\nleaving\n")
 
 

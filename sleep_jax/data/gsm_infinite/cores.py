@@ -42,7 +42,7 @@ def draw_core(
   size = (BUDGETS[op] + 1) // 2
   made = structure.draw_structure(draws, size, depth, reverse)
   graph = made and dependencies.draw_needed(made, size, reverse, draws)
-  if not graph or dependencies.count_operations(made, graph) != op:
+  if not made or not graph or dependencies.count_operations(made, graph) != op:
     return OPERATIONS
   expressions = {
     q: sentences.draw_expression(graph.parents[q], cfg.number_range, draws)
@@ -53,7 +53,7 @@ def draw_core(
   if reverse and unknown is None:
     return VALUES
   lines = values.evaluate(made, graph.order, expressions, unknown, cfg.modulus)
-  x = 0 if unknown is None else expressions[unknown].literal
+  x = 0 if unknown is None else expressions[unknown].literal or 0
   if lines is None or not values.acceptable(made, lines, x) or (reverse and not lines[graph.order[-1]][1]):
     return VALUES
   dependencies.add_unneeded(made, graph, draws)

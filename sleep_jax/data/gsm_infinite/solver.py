@@ -105,7 +105,7 @@ class Text:
     for sentence in split_sentences(context):
       left, equals, right = sentence.partition(" equals ")
       if not equals:
-        self.unknowns.append(name_of(_EXISTS.fullmatch(left)[1]))
+        self.unknowns.append(name_of(_matched(_EXISTS, left)[1]))
         continue
       name = name_of(left)
       if right.isdigit():
@@ -179,6 +179,8 @@ class Text:
       x = self.value(ref)
       result = x if result is None else _add(result, tuple(-c for c in x) if e.difference else x)
     if e.literal is None:
+      if result is None:
+        raise UnsolvableError(f"nothing defines {name!r}")
       return result
     number = (Fraction(e.literal),)
     return number if result is None else (_multiply if e.times else _add)(number, result)
@@ -205,6 +207,13 @@ class Text:
     return Expression(literal, times, tuple(map(name_of, parts)), difference)
 
 
+def _matched(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+  found = re.fullmatch(pattern, text)
+  if found is None:
+    raise UnsolvableError(f"this is no sentence of such a problem: {text!r:.200}")
+  return found
+
+
 def name_of(reference: str) -> str:
   """Returns a quantity's name, given how a sentence refers to it."""
   return re.sub(r"^[Tt]he (?:number of )?", "", reference)
@@ -214,7 +223,7 @@ def asked_of(question: str) -> str:
   """Returns the name of the quantity that a question asks for."""
   if found := re.fullmatch(r"What is the (.*)\?", question):
     return found[1]
-  kind, place = re.fullmatch(r"How many (.*) does (.*) have\?", question).groups()
+  kind, place = _matched(r"How many (.*) does (.*) have\?", question).groups()
   return f"{kind} in {place}"
 
 
@@ -225,7 +234,8 @@ def terminal_of(text: Text, question: str) -> str:
 
 def _add(a: Polynomial, b: Polynomial) -> Polynomial:
   size = max(len(a), len(b))
-  return _trim([(a[i] if i < len(a) else 0) + (b[i] if i < len(b) else 0) for i in range(size)])
+  none = Fraction(0)
+  return _trim([(a[i] if i < len(a) else none) + (b[i] if i < len(b) else none) for i in range(size)])
 
 
 def _multiply(a: Polynomial, b: Polynomial) -> Polynomial:
@@ -256,7 +266,7 @@ def _whole(x: Fraction) -> int:
 
 def _assigned(context: str) -> dict[str, int]:
   """Returns the variables whose value the statements determine, with the value."""
-  found = {m[1]: m for m in map(_ASSIGN.fullmatch, split_sentences(context))}
+  found = {m[1]: m for m in (_matched(_ASSIGN, sentence) for sentence in split_sentences(context))}
   values = {name: int(m[4]) for name, m in found.items() if m[4]}
   children: dict[str, list[str]] = {}
   for name, m in found.items():

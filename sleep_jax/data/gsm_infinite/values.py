@@ -36,8 +36,9 @@ def evaluate(
       lines[q] = (0, 1)
       continue
     if structure.implicit(q):
-      terms = [_times(*(lines[c] for c in pair)) for pair in summands(structure, q)]
-      if None in terms:
+      products = [_times(*(lines[c] for c in pair)) for pair in summands(structure, q)]
+      terms = [term for term in products if term is not None]
+      if len(terms) < len(products):
         return None
       a, b = sum(t[0] for t in terms), sum(t[1] for t in terms)
     else:

@@ -6,6 +6,7 @@ standard errors, which chance brings once in 16,000.
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sleep_jax.data.gsm_infinite.study import statistics
 from sleep_jax.data.gsm_infinite.study.reading import Reading
@@ -19,7 +20,7 @@ CORE = ("S", "U", "chain", "majority", *(f"asked {kind}" for kind in KINDS))
 ALL_FORMS = tuple(f"{role} {form}" for role in "SUN" for form in FORMS)
 SUBSETS = {2: "medium", 3: "hard"}
 
-Key = Callable[[Reading], object]
+Key = Callable[[Reading], Any]
 Deviations = dict[str, float]  # what is compared -> standard errors between the two
 
 
@@ -98,8 +99,8 @@ def verdict(found: Deviations) -> str:
   return f"{len(found)} comparisons, standard errors apart: {counts}{f'. Beyond 3: {names}' if names else ''}"
 
 
-def _grouped(readings: Sequence[Reading], key: Key) -> Mapping[object, list[Reading]]:
-  groups: dict[object, list[Reading]] = collections.defaultdict(list)
+def _grouped(readings: Sequence[Reading], key: Key) -> Mapping[Any, list[Reading]]:
+  groups: dict[Any, list[Reading]] = collections.defaultdict(list)
   for r in readings:
     groups[key(r)].append(r)
   return groups

@@ -80,6 +80,8 @@ def read_problem(question: str, context: str, tokens: int, modulus: int = -1) ->
       names_asked += asked in named
       names_needed += not needed.isdisjoint(named)
   whole = f"{question}\n{context}"
+  answer = solver.solve(question, context, modulus)
+  assert isinstance(answer, int), "a symbolic problem"
   return Reading(
     op=solver.count_operations(question, context),
     depth=3 if any(name.startswith("average") for name in (*text.right, *text.unknowns)) else 2,
@@ -90,7 +92,7 @@ def read_problem(question: str, context: str, tokens: int, modulus: int = -1) ->
     characters=len(whole),
     chain=solver.chain_length(question, context),
     asked=_kind(asked),
-    answer=solver.solve(question, context, modulus),
+    answer=answer,
     roles=dict(sorted(collections.Counter(letters).items())),
     forms=dict(sorted(forms.items())),
     circular=sum(_is_circular(text, name) for name in text.right if _place(name) in _CORE),
@@ -122,7 +124,9 @@ def sentence_roles(question: str, context: str) -> str:
 
 def quantity_of(sentence: str) -> str:
   """Returns the name of the quantity that a sentence defines."""
-  return solver.name_of(_LEFT.fullmatch(sentence)[1])
+  found = _LEFT.fullmatch(sentence)
+  assert found is not None, sentence
+  return solver.name_of(found[1])
 
 
 def sentence_form(sentence: str) -> str:

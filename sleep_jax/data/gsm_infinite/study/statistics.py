@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def reference_readings() -> tuple[Reading, ...]:
 
 
 @functools.cache
-def reference_facts() -> dict[str, dict[str, dict[str, float]]]:
+def reference_facts() -> dict[str, dict[str, dict[str, Any]]]:
   """Returns measured values of the original: `core`, `large` by `subset mode` and op; `forms` of all ops."""
   return json.loads(HERE.joinpath("reference.json").read_text(encoding="utf-8"))
 
