@@ -70,8 +70,8 @@ def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 @flax.struct.dataclass
-class _Arranged:
-  """The blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
+class Arranged:
+  """All blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
   after.
   """
 
@@ -84,10 +84,11 @@ class _Arranged:
     return self.prelude + self.repeated + self.coda
 
 
-def _arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> _Arranged:
+def arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Arranged:
+  """Stacks the weights of equal blocks, as `sleep_cfg.loops` says."""
   first, last = sleep_cfg.looped(len(cfg.blocks))
   part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops == "scan")
-  return _Arranged(part(0, first), part(first, last), part(last))
+  return Arranged(part(0, first), part(first, last), part(last))
 
 
 def consolidate(
@@ -98,6 +99,7 @@ def consolidate(
   sleep_cfg: SleepConfig,
   *,
   valid: jax.Array | None = None,
+  arranged: Arranged | None = None,
 ) -> State:
   """Sleeps on one window. Its hidden states are dropped, and so is the attention cache, but for what is kept.
 
@@ -105,6 +107,7 @@ def consolidate(
     tokens: [B, T] int32, 1 <= T <= L.
     state: fast weights on entry, and what was kept.
     valid: [B, T] bool, False for pads. None: all valid.
+    arranged: from `arrange`, if that was done before.
 
   Returns:
     The state after N passes.
@@ -114,12 +117,13 @@ def consolidate(
     AssertionError: if `valid` has another shape.
   """
   _check_window(tokens, valid, cfg)
-  return _consolidate(weights, _arrange(weights, cfg, sleep_cfg), tokens, state, cfg, sleep_cfg, valid)
+  arranged = arranged or arrange(weights, cfg, sleep_cfg)
+  return _consolidate(weights, arranged, tokens, state, cfg, sleep_cfg, valid)
 
 
 def _consolidate(
   weights: Params,
-  arranged: _Arranged,
+  arranged: Arranged,
   tokens: jax.Array,
   state: State,
   cfg: ModelConfig,
@@ -275,13 +279,20 @@ def decode(
 
 
 def forward(
-  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: Params,
+  batch: Batch,
+  segments: Plan,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  arranged: Arranged | None = None,
 ) -> tuple[jax.Array, State]:
   """Reads whole sequences: sleeps on windows without a loss, answers in those with one.
 
   Args:
     batch: B sequences of T tokens.
     segments: from `windows.plan`, for the same T.
+    arranged: from `arrange`, if that was done before.
 
   Returns:
     Logits [B, M, vocab] float32 at `answer_positions(segments)`, and the state at the end.
@@ -297,7 +308,7 @@ def forward(
     raise ValueError(f"the plan is for {planned} tokens, the batch has {batch.inputs.shape[1]}")
   if (longest := max(s.length for s in segments)) > cfg.window:
     raise ValueError(f"the plan has windows of {longest} tokens, model.window is {cfg.window}")
-  arranged = _arrange(weights, cfg, sleep_cfg)
+  arranged = arranged or arrange(weights, cfg, sleep_cfg)
   state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
   for segment in segments:
     state, out = _read_segment(weights, arranged, batch, state, segment, cfg, sleep_cfg)
@@ -308,7 +319,7 @@ def forward(
 
 def _read_segment(
   weights: Params,
-  arranged: _Arranged,
+  arranged: Arranged,
   batch: Batch,
   state: State,
   segment: Segment,
@@ -344,14 +355,20 @@ def _read_segment(
 
 
 def loss(
-  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: Params,
+  batch: Batch,
+  segments: Plan,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  arranged: Arranged | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Masked cross-entropy in nats a target.
+  """Masked cross-entropy in nats a target; `arranged` as for `forward`.
 
   Returns:
     The mean over all targets of the batch (scalar float32), and the logits [B, M, vocab].
   """
-  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg)
+  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg, arranged=arranged)
   where = answer_positions(segments)
   return cross_entropy(logits, batch.targets[:, where], batch.loss_mask[:, where]), logits
 

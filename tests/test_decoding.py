@@ -65,7 +65,7 @@ def large(eviction: str, tied: bool) -> ModelConfig:
 @pytest.mark.parametrize(("eviction", "tied"), [("hard", True), ("sliding", False)])
 def test_a_step_copies_no_weight_and_no_cache(eviction, tied):
   cfg = large(eviction, tied)
-  weights = hybrids.random_params(cfg)
+  weights = model.init(cfg, KEY)
   session = generate.start(cfg, TWO)
   args = (weights, np.zeros((1, 1), np.int32), np.ones((1, 1), bool), session.fast, session.cache)
   step = decoding.token.lower(*args, cfg).compile()
@@ -93,7 +93,7 @@ def test_one_query_against_a_cache_is_attention(heads, kv_heads):
 @functools.cache
 def model_of(eviction):
   cfg = hybrids.model_config(("gdn", "attn", "nope"), eviction=eviction)
-  return cfg, hybrids.random_params(cfg)
+  return cfg, model.init(cfg, KEY)
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
@@ -117,7 +117,7 @@ def test_several_passes_over_one_cache_are_read_as_before():
   """A cache that all passes share gets a row a pass: such a model takes the other path."""
   cfg = config.replace(model_of("hard")[0], blocks=("attn", "attn"), predict_passes=2, pass_cache="shared")
   assert not decoding.by_rows(cfg) and decoding.by_rows(config.replace(cfg, pass_cache="own"))
-  weights = hybrids.random_params(cfg)
+  weights = model.init(cfg, KEY)
   session = generate.read(weights, [[1]], generate.start(cfg, TWO), cfg, TWO)
   fast, cache = model.open_window(model.init_state(cfg, 1), cfg, 1)
   logits, _, cache = model.decode(weights, np.array([[1]]), fast, cache, cfg)

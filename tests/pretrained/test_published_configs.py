@@ -50,7 +50,7 @@ IN_THE_WILD = {
   },
   "qwen3": {
     "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36, "rope_scaling": None,
-    "mlp_bias": False, "pad_token_id": 151643,
+    "mlp_bias": False, "pad_token_id": 0,
   },
   "smollm3": {
     "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "pretraining_tp": 2,
