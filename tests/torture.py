@@ -38,10 +38,10 @@ from tests import forked
 
 KILLS = flags.DEFINE_integer("kills", 200, "in all", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the first campaign; the next one has the next", lower_bound=0)
+EACH = flags.DEFINE_integer("each", 12, "of one run, at most", lower_bound=1)
 
 TIMED = re.compile("wall_s|cpu_s|tokens_per_s|data_wait|.*_ms_per_.*")  # what the clock says, in a row
-EACH = 12  # kills of one run
-SLOW_EACH = 3  # of a sweep, whose runs import everything anew at each start
+SLOW_EACH = 3  # kills of a sweep, whose runs import everything anew at each start
 WAIT_S = 600.0
 
 _TRAIN = "--config.train."
@@ -119,7 +119,7 @@ class Torture:
     kind, rng = ORDER[seed % len(ORDER)], random.Random(seed)
     whole, took = self.whole(kind)
     folder = self.scratch / f"{kind}_{seed}"
-    left = min(most, SLOW_EACH if kind == "sweep" else EACH)
+    left = min(most, SLOW_EACH) if kind == "sweep" else most
     try:
       while left and self._killed(kind, folder, whole, took, rng):
         left -= 1
@@ -127,7 +127,7 @@ class Torture:
       _check(ended.code == 0, f"it cannot be finished: exit code {ended.code}, {ended.err.strip()}")
       _same_ends(folder, whole)
     except DifferenceError as e:
-      repeat = f"python -m tests.torture --seed={seed} --kills={EACH}"
+      repeat = f"python -m tests.torture --seed={seed} --kills={most} --each={most}"
       raise DifferenceError(f"{kind}, seed {seed}, in {folder}: {e}; to repeat it: {repeat}") from e
     self.campaigns += 1
     self._report(f"{kind}, seed {seed}: finished, equal to the whole run to the byte")
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> int:
   try:
     with Torture(scratch, report) as torture:
       while torture.kills < KILLS.value:
-        torture.campaign(seed, KILLS.value - torture.kills)
+        torture.campaign(seed, min(EACH.value, KILLS.value - torture.kills))
         seed += 1
   except DifferenceError as e:  # what is left of it stays, to be looked at
     report(f"DIFFERENCE after {torture.kills} kills: {e}")
