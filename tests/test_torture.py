@@ -43,6 +43,9 @@ def test_equal_ends_are_equal(whole, tmp_path):
   lines = (whole / "metrics.jsonl").read_text().replace("1.0}", "7.0}")  # the clock is no difference
   (tmp_path / "run" / "metrics.jsonl").write_text(lines)
   torture._same_ends(tmp_path / "run", whole)
+  with metrics.Writer(whole, tensorboard=False) as writer:
+    writer.write({"kind": "done", "step": 2, "wall_s": 1.0})
+  torture._same_rows(tmp_path / "run", whole, 2)  # a run that is killed when all is saved has no end yet
   assert torture._on_disk(whole / "checkpoints") == 2
 
 

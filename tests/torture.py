@@ -262,7 +262,7 @@ def _same_ends(run: pathlib.Path, whole: pathlib.Path) -> None:
 
 
 def _same_rows(run: pathlib.Path, whole: pathlib.Path, upto: int | None) -> None:
-  """Raises if rows differ, times apart; up to a step, or all of them."""
+  """Raises if rows differ, times apart: all, or those of training and of tests up to a step."""
   got, want = _rows(run, upto), _rows(whole, upto)
   for a, b in zip(got, want, strict=False):
     _check(a == b, f"a row of {run} is {a}, in the whole run {b}")
@@ -272,8 +272,9 @@ def _same_rows(run: pathlib.Path, whole: pathlib.Path, upto: int | None) -> None
 def _rows(run: pathlib.Path, upto: int | None) -> list[str]:
   path = run / "metrics.jsonl"
   rows = metrics.read(path) if path.exists() else []
-  kept = [row for row in rows if upto is None or row["step"] <= upto]
-  return [json.dumps({name: x for name, x in row.items() if not TIMED.fullmatch(name)}) for row in kept]
+  if upto is not None:  # the rows of a run's end come after its last checkpoint
+    rows = [row for row in rows if row["step"] <= upto and row["kind"] in ("train", "eval")]
+  return [json.dumps({name: x for name, x in row.items() if not TIMED.fullmatch(name)}) for row in rows]
 
 
 def _last_state(run: pathlib.Path) -> dict[str, bytes]:
