@@ -37,7 +37,8 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   )
   task = training.DeviceTask(
     layout=rule110.layout(data),
-    batch=functools.partial(rule110.batch, data),
+    batch=functools.partial(rule110.lessons, data),
+    held_out=functools.partial(rule110.batch, data),
     held_out_seed=data.held_out_seed,
   )
   return cfg, task

@@ -140,7 +140,8 @@ def read_behind(
   """
   batch, length, _ = x.shape
   q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
-  valid = jnp.ones((batch, length), bool) if valid is None else valid
+  if valid is None:
+    valid = sharding.constrain(jnp.ones((batch, length), bool), ("batch", "seq"))
   k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
   kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
   at, keys_at = cfg.window - 1 + jnp.arange(length), jnp.arange(k.shape[1])

@@ -86,12 +86,16 @@ def block(
   with jax.named_scope(kind):
     x = norm(h, weights["norm"])
     mixed, memory = _mix(weights["mixer"], x, memory, kind=kind, cfg=cfg, valid=valid, decoding=decoding)
-    h = h + (norm(mixed, weights["post_norm"]) if sandwich else mixed)
+    h = h + _scaled(norm(mixed, weights["post_norm"]) if sandwich else mixed, cfg)
   if mlp:
     with jax.named_scope("mlp"):
       out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]))
-      h = h + (norm(out, weights["mlp_post_norm"]) if sandwich else out)
+      h = h + _scaled(norm(out, weights["mlp_post_norm"]) if sandwich else out, cfg)
   return h, memory
+
+
+def _scaled(added: jax.Array, cfg: ModelConfig) -> jax.Array:
+  return added if cfg.residual_scale == 1 else cfg.residual_scale * added
 
 
 def _mix(

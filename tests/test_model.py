@@ -186,3 +186,37 @@ class DeclareTest(parameterized.TestCase):
       drawn = jax.eval_shape(lambda cfg=cfg: model.init(cfg, jax.random.key(0)))
       shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (drawn, hybrids.random_params(cfg))]
       self.assertEqual(*shapes)
+
+
+class ScaleTest(parameterized.TestCase):
+  """What `embed_norm` and `residual_scale` do can be folded into other weights of a model without them."""
+
+  def logits(self, cfg, params):
+    batch, layout = hybrids.random_batch(14, (6, 7, 13), pads=(0, 1, 5))
+    segments = windows.plan(layout, cfg.window)
+    return model.forward(params, batch, segments, cfg, config.SleepConfig(num_passes=2))[0]
+
+  def test_a_norm_on_the_embedding_is_an_embedding_of_normal_rows(self):
+    cfg = hybrids.model_config()
+    params = hybrids.random_params(cfg)
+    scale = np.linspace(0.5, 2.0, cfg.embed_dim, dtype=np.float32)
+    rows = np.asarray(params["embed"])
+    normal = scale * rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + cfg.norm_eps)
+    want = self.logits(cfg, params | {"embed": jnp.asarray(normal)})
+    got = self.logits(config.replace(cfg, embed_norm=True), params | {"embed_norm": jnp.asarray(scale)})
+    hybrids.assert_near(np.asarray(got), np.asarray(want), 1e-5)
+    self.assertIn("embed_norm", model.declare(config.replace(cfg, embed_norm=True)))
+    self.assertNotIn("embed_norm", model.declare(cfg))
+
+  def test_a_residual_scale_is_a_factor_of_every_output_projection(self):
+    cfg = hybrids.model_config()
+    params = hybrids.random_params(cfg)
+
+    def smaller(path, x):
+      name = [key.key for key in path]
+      return 0.25 * x if name[-2:] in (["mixer", "o"], ["mlp", "down"]) else x
+
+    want = self.logits(cfg, jax.tree_util.tree_map_with_path(smaller, params))
+    got = self.logits(config.replace(cfg, residual_scale=0.25), params)
+    hybrids.assert_near(np.asarray(got), np.asarray(want), 1e-5)
+    self.assertGreater(np.abs(np.asarray(got) - np.asarray(self.logits(cfg, params))).max(), 1e-2)

@@ -48,6 +48,7 @@ from sleep_jax import config, pretrained
 from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.gsm_infinite import task
 from sleep_jax.experiments import cli
+from sleep_jax.pretrained import jet_nemotron, memory, ouro
 
 EXPERIMENT = "sleep_jax.experiments.gsm_infinite"
 PRETRAINED = ("jet_2b", "ouro", "ouro_memory", "ouro_sliding")
@@ -118,6 +119,19 @@ def _from_checkpoint(c: config_dict.ConfigDict, preset: str) -> None:
     c.pretrained.trained = "memory"
   elif preset == "ouro_sliding":
     c.model.eviction = "sliding"
+
+
+def published(preset: str) -> config.ModelConfig:
+  """The architecture of a preset's checkpoint, for `launch.plan`, which needs no checkpoint.
+
+  Raises:
+    ConfigError: for a preset that starts from none.
+  """
+  config.one_of(preset, PRETRAINED, "--config")
+  if preset == "jet_2b":
+    return jet_nemotron.config_2b()
+  plain = ouro.config_1_4b()
+  return memory.memory_config(plain) if preset == "ouro_sliding" else plain  # stage 1 has inserted it
 
 
 def sweep(preset: str, seeds: int = 1) -> dict[str, dict[str, object]]:

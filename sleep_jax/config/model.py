@@ -150,6 +150,8 @@ class ModelConfig:
     eviction: `hard`: the whole window goes. `sliding`: the newest L - 1 tokens stay in the cache, and every
       token sees the newest L, itself included.
     embed_std: standard deviation of the embedding at the start. Loops train soonest with 1.0.
+    embed_norm: an RMSNorm on the embedding, in front of the first block.
+    residual_scale: factor of all that mixers and MLPs add to the residual stream.
     norm_eps: epsilon of the RMSNorms on the residual stream.
     norm_placement: `pre`: a norm on what a mixer or MLP reads; `sandwich`: also one on what it adds.
     norm_cast: when an RMSNorm rounds to the activation dtype: `last`, after the product with its weight, or
@@ -178,6 +180,8 @@ class ModelConfig:
   window: Count = 24
   eviction: Literal["hard", "sliding"] = "hard"
   embed_std: Positive = 1.0
+  embed_norm: bool = False
+  residual_scale: Positive = 1.0
   norm_eps: Positive = 1e-6
   norm_placement: Literal["pre", "sandwich"] = "pre"
   norm_cast: Literal["last", "first"] = "last"

@@ -79,7 +79,7 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
     answers: last positions of the sequence, which have a loss.
     batch: B.
   """
-  segments = windows.plan([i >= tokens - answers for i in range(tokens)], cfg.window)
+  segments = windows.plan([i >= tokens - answers for i in range(tokens)], cfg.window, sleep_cfg)
   read = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
   slow, remat = weights(cfg), sleep_cfg.remat
 

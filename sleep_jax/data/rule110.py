@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.config import Bounds, Count, Seed, check, check_fields
+from sleep_jax.config import Bounds, Count, Natural, Seed, check, check_fields
 from sleep_jax.data import limits
 from sleep_jax.windows import Batch
 
@@ -37,6 +37,8 @@ class Rule110Config:
     boundary: `periodic`: the last cell is the first one's left neighbour. `zero`: cells outside are 0; then a
       constant answers t = 8 with 99 %, so the paper cannot have meant it.
     held_out_seed: seed of the evaluation set, which is the same for every run.
+    curriculum_steps: optimizer steps in which t grows from 1 to `rollout_steps` in training, by equal shares.
+      Evaluations always ask for `rollout_steps`. 0: so does training.
   """
 
   PATH: ClassVar[str] = "data"
@@ -46,6 +48,7 @@ class Rule110Config:
   rollout_steps: Annotated[int, Bounds(least=0), Bounds(most=limits.STEPS)] = 32
   boundary: Literal["periodic", "zero"] = "periodic"
   held_out_seed: Seed = 1_000_003
+  curriculum_steps: Natural = 0
 
   def __post_init__(self):
     check_fields(self)
@@ -80,12 +83,13 @@ def check_window(cfg: Rule110Config, window: int) -> None:
   )
 
 
-def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
+def evolve(cells: jax.Array, cfg: Rule110Config, steps: int | jax.Array | None = None) -> jax.Array:
   """Runs the rule for t steps.
 
   Args:
     cells: uint32, any shape; bit i is cell i, bits from `num_cells` on are 0.
     cfg: the task.
+    steps: t. None: the task's.
 
   Returns:
     The strings after t steps, in the same shape and form. A cell c with neighbours l and r becomes
@@ -102,7 +106,20 @@ def evolve(cells: jax.Array, cfg: Rule110Config) -> jax.Array:
       left, right = left | (c >> (n - 1)), right | (c << (n - 1))
     return (c | right) & ~(left & c & right) & all_cells
 
-  return jax.lax.fori_loop(0, cfg.rollout_steps, step, cells, unroll=cfg.rollout_steps <= 64 or None)
+  steps = cfg.rollout_steps if steps is None else steps
+  short = isinstance(steps, int) and steps <= 64
+  return jax.lax.fori_loop(0, steps, step, cells, unroll=short or None)
+
+
+def lesson(cfg: Rule110Config, step: jax.Array) -> jax.Array:
+  """t at an optimizer step of the curriculum, int32.
+
+  >>> cfg = Rule110Config(rollout_steps=3, curriculum_steps=6)
+  >>> [int(lesson(cfg, step)) for step in range(8)]
+  [1, 1, 2, 2, 3, 3, 3, 3]
+  """
+  share = jnp.int32(step) * cfg.rollout_steps // cfg.curriculum_steps
+  return jnp.minimum(share + 1, cfg.rollout_steps)
 
 
 def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
@@ -120,19 +137,20 @@ def strings(cfg: Rule110Config, key: jax.Array, index: jax.Array) -> jax.Array:
   return draw(index) >> (32 - cfg.num_cells)
 
 
-def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
+def sequences(cfg: Rule110Config, packed: jax.Array, steps: jax.Array | None = None) -> Batch:
   """Writes given strings and their labels as token sequences.
 
   Args:
     cfg: the task.
     packed: [B, num_strings] uint32, bit i is cell i.
+    steps: t of the labels. None: the task's.
 
   Returns:
     B sequences of T tokens; no pads.
   """
   shifts = jnp.arange(cfg.num_cells, dtype=jnp.uint32)
   cells = ((packed[:, :, None] >> shifts) & 1).astype(jnp.int32).reshape(packed.shape[0], -1)
-  labels = (evolve(packed, cfg) & 1).astype(jnp.int32)
+  labels = (evolve(packed, cfg, steps) & 1).astype(jnp.int32)
   ask = jnp.full_like(labels[:, :1], ASK)
   inputs = jnp.concatenate([cells, ask, labels[:, :-1]], axis=1)
   targets = jnp.concatenate([jnp.zeros_like(cells), labels], axis=1)
@@ -143,3 +161,10 @@ def sequences(cfg: Rule110Config, packed: jax.Array) -> Batch:
 def batch(cfg: Rule110Config, key: jax.Array, step: jax.Array, size: int) -> Batch:
   """Makes batch number `step` of a stream: sequences step * size .. (step + 1) * size - 1."""
   return sequences(cfg, strings(cfg, key, step * size + jnp.arange(size)))
+
+
+def lessons(cfg: Rule110Config, key: jax.Array, step: jax.Array, size: int) -> Batch:
+  """Batch number `step` for training: `batch`, with the labels of the curriculum's t."""
+  if not cfg.curriculum_steps:
+    return batch(cfg, key, step, size)
+  return sequences(cfg, strings(cfg, key, step * size + jnp.arange(size)), lesson(cfg, step))

@@ -43,26 +43,29 @@ class StartConfig:
     config.check_fields(self)
 
 
-def start_model(start: StartConfig, how: Mapping[str, Any]) -> ModelConfig:
+def start_model(
+  start: StartConfig, how: Mapping[str, Any], architecture: ModelConfig | None = None
+) -> ModelConfig:
   """The model of a run: the architecture is the checkpoint's, the rest is said by `how`.
 
   Args:
     start: the checkpoint; only headers are read.
     how: fields of `ModelConfig` that a checkpoint does not say, nested: `window`, `eviction`, `dtype`,
       `fast.kernel` and the like.
+    architecture: the checkpoint's, where it is known and there is no checkpoint yet. None: it is read.
 
   Raises:
     PretrainedError: if the checkpoint cannot be read.
     ConfigError: if `how` has a field that the checkpoint says, or the fields do not fit each other.
   """
   folder = start.folder
-  if not folder:
+  if not folder and architecture is None:
     raise config.ConfigError("pretrained.folder: is required: a checkpoint's folder, or a run's")
   fast = how.get("fast", {})
   for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
     twice = [f"{name}.{field}" for field in given if field not in known]
     config.check(not twice, ", ".join(twice), f"is said by the checkpoint, {folder}")
-  there = _architecture(folder, start.ignore)
+  there = _architecture(str(folder), start.ignore) if architecture is None else architecture
   if there.without_mlp and start.memory_layers:
     _check_same_memory(start, there)
   elif start.memory_layers:

@@ -27,16 +27,18 @@ class DeviceTask:
 
   Attributes:
     layout: [T] bool, positions that may have a loss.
-    batch: (key, index, size) -> `windows.Batch`; pure and traced.
+    batch: (key, index, size) -> `windows.Batch`; pure and traced. `index` is the optimizer step.
     held_out_seed: key of the evaluation's stream.
+    held_out: the same for the evaluation, where training has a curriculum. None: `batch`.
     test: cfg -> (weights -> row). The row must contain `loss` and `exact`. Called with the mesh set. None:
-      `by_position.make_evaluate` on `batch` with the key of `held_out_seed`.
+      `by_position.make_evaluate` on `held_out` with the key of `held_out_seed`.
     describe: row -> the line about an evaluation.
   """
 
   layout: np.ndarray
   batch: Callable[[jax.Array, jax.Array, int], windows.Batch]
   held_out_seed: int
+  held_out: Callable[[jax.Array, jax.Array, int], windows.Batch] | None = None
   test: Callable[[Config], Callable[[model.Params], Row]] | None = None
   describe: Callable[[Row], str] = against_constant
 
@@ -89,7 +91,7 @@ class DeviceSteps(contextlib.nullcontext):
   def __init__(self, cfg: Config, task: DeviceTask, one_step: OneStep):
     super().__init__(self)
     self._cfg, self._task, self._one_step = cfg, task, one_step
-    self._segments = windows.plan(task.layout, cfg.model.window)
+    self._segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
     work = flops.per_sequence(self._segments, cfg.model, cfg.sleep) * cfg.train.batch_size
     self._load = Load(cfg.train.batch_size * len(task.layout), work)
 
@@ -117,9 +119,13 @@ class DeviceSteps(contextlib.nullcontext):
     cfg, task = self._cfg, self._task
     if task.test:
       return task.test(cfg)
-    key, size = jax.random.key(task.held_out_seed), cfg.train.eval_batch_size
+    key, size, batch = (
+      jax.random.key(task.held_out_seed),
+      cfg.train.eval_batch_size,
+      task.held_out or task.batch,
+    )
     return by_position.make_evaluate(
-      lambda i: shard(task.batch(key, i, size)),
+      lambda i: shard(batch(key, i, size)),
       cfg.train.eval_sequences // size,
       self._segments,
       cfg.model,
@@ -128,6 +134,6 @@ class DeviceSteps(contextlib.nullcontext):
 
   def sample(self) -> tuple[windows.Plan, Callable[[], windows.Batch]]:
     """See `task.Steps`."""
-    key = jax.random.key(self._task.held_out_seed)
-    made = jax.jit(lambda key: self._task.batch(key, jnp.int32(0), TRACED_SEQUENCES))
+    key, batch = jax.random.key(self._task.held_out_seed), self._task.held_out or self._task.batch
+    made = jax.jit(lambda key: batch(key, jnp.int32(0), TRACED_SEQUENCES))
     return self._segments, lambda: made(key)

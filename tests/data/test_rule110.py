@@ -170,6 +170,19 @@ class StreamTest(parameterized.TestCase):
     deep = Rule110Config(num_strings=3, num_cells=7, rollout_steps=9)
     np.testing.assert_array_equal(draw(SMALL).inputs[:, :21], draw(deep).inputs[:, :21])
 
+  def test_a_curriculum_asks_for_fewer_steps_of_the_same_strings(self):
+    cfg = Rule110Config(num_strings=3, num_cells=7, rollout_steps=3, curriculum_steps=6)
+    lessons = jax.jit(rule110.lessons, static_argnums=(0, 3))
+    for step, t in enumerate([1, 1, 2, 2, 3, 3, 3, 3]):
+      plain = Rule110Config(num_strings=3, num_cells=7, rollout_steps=t)
+      got, want = lessons(cfg, jax.random.key(0), step, 16), draw(plain, step=step)
+      np.testing.assert_array_equal(got.inputs[:, :21], want.inputs[:, :21])
+      np.testing.assert_array_equal(got.targets, want.targets)
+    # What is not training asks for all of them from the beginning, and without a curriculum so does training.
+    deep = Rule110Config(num_strings=3, num_cells=7, rollout_steps=3)
+    np.testing.assert_array_equal(draw(cfg).targets, draw(deep).targets)
+    np.testing.assert_array_equal(lessons(deep, jax.random.key(0), 0, 16).targets, draw(deep).targets)
+
   def test_streams_of_different_seeds_share_nothing(self):
     cfg = Rule110Config(num_strings=4, num_cells=24, rollout_steps=0)
     rows = [

@@ -17,6 +17,7 @@ from absl.testing import parameterized
 from sleep_jax.config import ConfigError
 from sleep_jax.experiments import rule110, runner
 from sleep_jax.experiments.configs import rule110 as presets
+from sleep_jax.experiments.configs import takeoff as takeoffs
 from tests.forked import ROOT, Experiment
 
 FILE, GSM = (str(ROOT / "experiments" / "configs" / f"{name}.py") for name in ("rule110", "gsm_infinite"))
@@ -98,6 +99,21 @@ class SweepTest(parameterized.TestCase):
       configs.add(rule110.build(values.to_dict())[0])
     self.assertLen(configs, len(todo))  # no two are the same run
     self.assertFalse((self.dir / "all").exists())
+
+  def test_every_run_of_the_study_of_takeoffs_is_another_and_builds(self):
+    todo = takeoffs.sweep("demo", seeds=2)
+    self.assertLen(todo, 2 * (3 * len(takeoffs.SETTINGS) - 1))
+    self.assertEqual({name.rsplit("_", 2)[0] for name in todo}, set(takeoffs.SETTINGS))
+    built = set()
+    for changes in todo.values():
+      values = takeoffs.get_config("demo")
+      values.update_from_flattened_dict(changes)
+      cfg, task = rule110.build(values.to_dict())
+      task.check(cfg)
+      built.add(cfg)
+      passes = cfg.sleep.num_passes * cfg.train.steps
+      self.assertEqual(passes, presets.DEMO_STEPS)  # as much compute for every N
+    self.assertLen(built, len(todo))
 
   def test_a_file_without_a_sweep_or_an_unknown_preset_is_refused(self):
     with self.assertRaisesRegex(ConfigError, "needs a preset, FILE.py:PRESET; known: tiny"):

@@ -1,0 +1,54 @@
+"""When does a run take off? The demo of Rule 110 with one setting changed at a time, ten seeds each.
+
+    python -m experiments.sweep --config=experiments/configs/takeoff.py:demo --workdir=work/takeoff --seeds=10
+    python -m experiments.takeoff --runs='work/takeoff/*' --out=work/takeoff_figures
+
+    demo  N = 4, 2 and 1 with as many passes over the data each; SETTINGS says what is changed
+
+One seed after the other, all settings of a seed, so that a sweep that is stopped compares equal seeds.
+"""
+
+from ml_collections import config_dict
+
+from sleep_jax.experiments.configs import rule110
+
+EXPERIMENT = rule110.EXPERIMENT
+PRESETS = ("demo",)
+STEPS = rule110.DEMO_STEPS
+# Name -> number of steps -> what it changes of the demo, by dotted key.
+SETTINGS = {
+  "plain": lambda steps: {},
+  "embed2": lambda steps: {"model.embed_std": 2.0},
+  "embed4": lambda steps: {"model.embed_std": 4.0},
+  "embed_norm": lambda steps: {"model.embed_norm": True},
+  "residual_half": lambda steps: {"model.residual_scale": 0.5},  # 1 / sqrt(2 blocks x 2 additions)
+  "short_memory": lambda steps: {"model.fast.decay_init": (1.0, 16.0)},
+  "long_memory": lambda steps: {"model.fast.decay_init": (1 / 64, 1 / 4)},
+  "warmup": lambda steps: {"optim.warmup_steps": steps // 8},
+  "cosine": lambda steps: {"optim.warmup_steps": steps // 8, "optim.decay_steps": steps // 2},
+  "half_rate": lambda steps: {"optim.muon_lr": 5e-3},
+  "last_pass": lambda steps: {"sleep.backprop_passes": 1},
+  "curriculum": lambda steps: {"data.curriculum_steps": steps // 2},
+}
+
+
+def get_config(preset: str = "demo") -> config_dict.ConfigDict:
+  """The demo's config."""
+  if preset not in PRESETS:
+    raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+  return rule110.get_config(preset)
+
+
+def sweep(preset: str, seeds: int = 10) -> dict[str, dict[str, object]]:
+  """The runs: name -> what it changes, by dotted key."""
+  del preset
+  runs = {}
+  for seed in range(seeds):
+    for name, changes in SETTINGS.items():
+      for n in (4, 2, 1):
+        if name == "last_pass" and n == 1:  # with one pass it changes nothing
+          continue
+        steps = STEPS // n
+        chosen = {"sleep.num_passes": n, "train.steps": steps, "seed": seed}
+        runs[f"{name}_n{n}_s{seed}"] = chosen | changes(steps)
+  return runs

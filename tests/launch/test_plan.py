@@ -1,0 +1,244 @@
+"""Plans: what they count, what they refuse, and the program that they compile for a TPU."""
+
+import importlib.util
+import json
+import math
+import pathlib
+
+import jax
+import pytest
+
+from sleep_jax import model, params, sharding
+from sleep_jax.config import ConfigError
+from sleep_jax.cost import footprint
+from sleep_jax.experiments import config_file
+from sleep_jax.launch import aot, estimate, planning, problem
+from sleep_jax.launch.hardware import find
+from sleep_jax.pretrained import jet_nemotron
+from tests.forked import Experiment
+
+RULE110, GSM = (f"experiments/configs/{name}.py" for name in ("rule110", "gsm_infinite"))
+TINY = f"{RULE110}:tiny"
+
+
+def values(path=TINY, **changes):
+  found = config_file.read(path)
+  config_file.change(found, {name.replace("__", "."): value for name, value in changes.items()})
+  return found.to_dict()
+
+
+def asked(path=TINY, **changes):
+  return problem.read(path, values(path, **changes))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  with Experiment("sleep_jax.launch.plan", tmp_path_factory.mktemp("plan")) as experiment:
+    yield experiment.run
+
+
+def test_the_state_is_counted_as_the_compiler_counts_it():
+  """Against the arguments of the real step, compiled here for one device."""
+  tiny = asked()
+  lowered, state = aot.lower(tiny)
+  sizes = estimate.bytes_by_kind(tiny, find("v5e:1x1"))
+  others = footprint.size((state.step, jax.random.key_data(jax.random.key(0))))
+  assert (
+    sizes["weights"] + sizes["optimizer"] + others
+    == lowered.compile().memory_analysis().argument_size_in_bytes
+  )
+
+
+def test_the_state_is_spread_over_the_mesh():
+  """Each device holds its share of every array that its mesh axis divides, worked out by hand from the
+  rules.
+  """
+  tiny, row = asked(), find("v5e:2x4")
+  declared = jax.tree.leaves(model.declare(tiny.cfg.model), is_leaf=params.is_weight)
+  by_hand = 0
+  for weight in declared:
+    split = any(
+      axis == "w_embed" and size % 8 == 0 for axis, size in zip(weight.axes, weight.shape, strict=True)
+    )
+    by_hand += 4 * math.prod(weight.shape) // (8 if split else 1)
+  assert estimate.bytes_by_kind(tiny, row)["weights"] == by_hand
+
+
+@pytest.mark.slow
+def test_what_a_gradient_keeps_is_affine_in_the_batch():
+  fig, row = asked(f"{RULE110}:fig2b", train__batch_size="24"), find("v5p:2x2x1")
+  assert estimate.bytes_by_kind(fig, row, affine=True) == estimate.bytes_by_kind(fig, row)
+
+
+def test_the_roofline():
+  """A step's FLOPs over the chips' peak; recomputation adds one forward pass of what is asleep a level."""
+  row, sizes = find("h200:8"), {}
+  for remat in estimate.RECOMPUTED:
+    sizes[remat] = estimate.work(asked(f"{RULE110}:fig2b", sleep__remat=remat, sleep__num_passes="4"), row)
+  assert len({work.useful for work in sizes.values()}) == 1
+  assert sizes["none"].executed == sizes["none"].useful
+  added = [sizes[remat].executed / sizes["none"].executed for remat in ("block", "pass", "window")]
+  assert added[0] == pytest.approx(4 / 3) and 4 / 3 < added[1] < 5 / 3 and 5 / 3 < added[2] < 6 / 3
+  assert sizes["none"].seconds["arithmetic"] == pytest.approx(sizes["none"].useful / (8 * 989e12))
+  moved = {"all-reduce": [3, 9e9]}
+  linked = estimate.work(asked(), row, moved)
+  assert linked.limit == "links" and linked.least == pytest.approx(9e9 / 900e9)
+
+
+def test_a_preset_for_a_checkpoint_is_planned_without_one():
+  jet = asked(f"{GSM}:jet_2b")
+  assert jet.cfg.model.blocks == jet_nemotron.config_2b().blocks
+  assert params.count(model.declare(jet.cfg.model)) == params.count(model.declare(jet_nemotron.config_2b()))
+  assert jet.task is None and jet.tokens == 4000 and jet.layout.sum() == jet.cfg.data.cut.answer_tokens
+  memory = asked(f"{GSM}:ouro_memory")
+  assert memory.cfg.optim.trained != ("*",) and len(memory.cfg.model.blocks) == 30
+  assert asked(f"{GSM}:ouro_sliding").cfg.model.blocks == memory.cfg.model.blocks
+
+
+def test_the_longest_sequences_of_a_host_are_planned():
+  tiny = asked(f"{GSM}:tiny")
+  cut, window = tiny.cfg.data.cut, tiny.cfg.model.window
+  assert tiny.tokens == max(
+    range(window, 5 * window, window), key=lambda t: t * (t <= cut.max_tokens + window)
+  )
+
+
+@pytest.mark.parametrize(
+  ("hardware", "changes", "said"),
+  [
+    ("v5e:2x4", {"mesh__model": "3"}, "mesh.model: must divide the 8 devices of v5e:2x4, got 3"),
+    (
+      "v5e:2x4",
+      {"mesh__data": "4"},
+      "mesh: must take the 8 devices of v5e:2x4, got 4 x 1; take mesh.data = 8",
+    ),
+    ("v5e:4x4", {"mesh__model": "8"}, "mesh.data: must be a multiple of the 4 hosts of v5e:4x4, got 2"),
+    ("h200:4x8", {}, "train.batch_size: must be a multiple of mesh.data = 32, got 16; try 32"),
+    (
+      "h200:8",
+      {"train__microbatches": "4"},
+      "must leave a part a multiple of mesh.data = 8 sequences, got parts of 4",
+    ),
+  ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(hardware, changes, said):
+  cfg = asked(**changes).cfg
+  with pytest.raises(ConfigError) as caught:
+    problem.check_division(cfg.mesh, cfg.train, find(hardware))
+  assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_command_says_what_fits(run):
+  ended = run(f"--config={TINY}", "--hardware=h200:8", "--price=3")
+  assert (ended.code, ended.err) == (0, "")
+  for said in ("8 chip(s) on 1 host(s), 8 x 1 devices", "fits: ", "counted from shapes", "tokens/s", "price"):
+    assert said in ended.out
+  ended = run(f"--config={TINY}", "--hardware=h200:1", "--config.train.batch_size=8388608")
+  assert ended.code == 1 and "does not fit, by " in ended.out and ended.err == ""
+
+
+def test_a_table_and_its_json(run, tmp_path):
+  arguments = (f"--config={TINY}", "--hardware=h200:8,b200:1,h100:4x8", "--table", "--passes=1,4")
+  ended = run(*arguments, f"--out={tmp_path}/new/table")
+  assert ended.code == 0
+  text, rows = (pathlib.Path(f"{tmp_path}/new/table{suffix}").read_text() for suffix in (".md", ".json"))
+  rows = json.loads(rows)
+  assert ended.out == text and len(text.splitlines()) == 2 + 6
+  assert [(row["hardware"], row["passes"]) for row in rows][:3] == [
+    ("h200:8", 1),
+    ("h200:8", 4),
+    ("b200:1", 1),
+  ]
+  assert rows[0]["work"]["useful"] < rows[1]["work"]["useful"] and rows[0]["needed"] == sum(
+    rows[0]["bytes"].values()
+  )
+  assert "must be a multiple of mesh.data = 32" in rows[4]["error"] and rows[4]["error"] in text
+
+
+@pytest.mark.slow
+def test_a_search_names_the_change_that_fits(run):
+  ended = run(f"--config={TINY}", "--hardware=h200:1", "--config.train.batch_size=8388608", "--search")
+  assert ended.code == 0
+  assert (
+    ended.out.startswith("fits with --config.train.microbatches=") and "as it is: does not fit" in ended.err
+  )
+  change = ended.out.splitlines()[0].removeprefix("fits with ").split()
+  again = run(f"--config={TINY}", "--hardware=h200:1", "--config.train.batch_size=8388608", *change)
+  assert again.code == 0 and again.out.splitlines()[1:] == ended.out.splitlines()[2:]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (("--hardware=h300:8",), "the nearest chip is h"),
+    (("--hardware=v5p:4x4",), "v5p has no topology '4x4'; the nearest is v5p:2x2x4"),
+    ((), "--hardware is required"),
+    (("--hardware=h200:8,h100:8",), "--hardware: takes one name without --table"),
+    (("--hardware=h200:8", "--table", "--search"), "--search: says nothing beside --table"),
+    (("--hardware=h200:8", "--passes=2"), "--passes: says nothing without --table"),
+    (("--hardware=h200:8", "--table", "--passes=0"), "--passes: must be numbers from 1 on"),
+    (("--hardware=h200:8", "--efficiency=2"), "efficiency"),
+    (("--hardware=h200:8", "--config.mesh.model=3"), "mesh.model: must divide the 8 devices of h200:8"),
+    (
+      ("--hardware=h200:8", "--config.model.mlp_dim=2147483647", "--config.model.embed_dim=1073741824"),
+      "the largest hardware of the table",
+    ),
+    (
+      ("--hardware=h100:1", "--config.model.embed_dim=16777216", "--search"),
+      "no microbatches, remat or mesh that was tried makes this config fit h100:1, 80.00 GB a device",
+    ),
+  ],
+)
+def test_mistakes_are_one_line(run, arguments, said):
+  ended = run(f"--config={TINY}", *arguments)
+  lines = [line for line in ended.err.splitlines() if not line.startswith("as it is")]
+  assert (ended.code, ended.out, len(lines)) == (2, "", 1), ended
+  assert said in lines[0]
+
+
+def test_without_a_compiler_it_says_how_to_install_one(run):
+  if importlib.util.find_spec("libtpu"):
+    pytest.skip("libtpu is here")
+  ended = run(f"--config={TINY}", "--hardware=v5e:2x2")
+  assert ended.code == 0 and ended.err == f"{aot.NO_COMPILER}\n" and "counted from shapes" in ended.out
+
+
+def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch, capsys):
+  monkeypatch.setattr(aot, "available", lambda: True)
+  plan = planning.Planner(TINY, values(), minutes=0.001).plan(find("v5e:2x2"))
+  assert plan.source == "counted from shapes" and plan.fits
+  said = (
+    "v5e:2x2: the compiler was stopped after 0.001 minutes (--compile_minutes); counted from shapes instead\n"
+  )
+  assert capsys.readouterr().err == said
+
+
+@pytest.mark.aot
+def test_a_step_is_compiled_for_a_slice():
+  pytest.importorskip("libtpu")
+  row = find("v5e:2x2")
+  plan = planning.Planner(TINY, values(), minutes=5).plan(row)
+  assert plan.fits and plan.source.startswith("compiled in")
+  counted = estimate.bytes_by_kind(asked(), row)
+  assert {name: plan.bytes[name] for name in ("weights", "optimizer")} == {
+    name: counted[name] for name in ("weights", "optimizer")
+  }
+  assert plan.bytes["temporary"] > 0 and plan.collectives["all-gather"][0] > 0
+  assert "links" in plan.work.seconds
+
+
+@pytest.mark.aot
+def test_a_step_too_large_for_a_chip_says_by_how_much():
+  pytest.importorskip("libtpu")
+  plan = planning.Planner(TINY, values(train__batch_size="1048576"), minutes=5).plan(find("v5e:1x1"))
+  assert not plan.fits and plan.source.startswith("compiled in")
+  assert plan.needed > plan.room > 15e9 and plan.verdict.startswith("does not fit, by ")
+
+
+@pytest.mark.aot
+def test_a_plan_has_the_tpus_own_kernel():
+  """Forms are chosen for the devices of the mesh, not for the CPU that plans."""
+  pytest.importorskip("libtpu")
+  tiny = asked(model__fast__kernel="pallas_tpu")
+  with jax.set_mesh(sharding.make_mesh(tiny.cfg.mesh, list(aot.devices(find("v5e:2x2"))))):
+    assert "tpu_custom_call" in aot.lower(tiny)[0].as_text()
