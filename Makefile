@@ -7,6 +7,7 @@ PYTHON ?= python3.12 python3.11 python3
 SIZE ?= demo
 WORKDIR ?= work/demo
 JOBS ?= 2
+KILLS ?= 200
 ARGS ?=
 LOCK_FLAGS ?=
 
@@ -23,11 +24,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo smollm2 test test-slow test-long test-aot lint types format lock peers bench clean
+.PHONY: help setup demo smollm2 test test-slow test-long test-aot torture lint types format lock peers bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  ARGS="-k name"'
+	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  KILLS=200  ARGS="-k name"'
 
 setup: $(VENV)/lock.txt cache ## make the virtual environment
 
@@ -57,6 +58,9 @@ test-long: setup ## run the tests that take minutes each: every damage, every ce
 
 test-aot: $(VENV)/aot.txt cache ## compile for TPUs and Hopper GPUs, without one (use VENV=.venv-aot: their plugins warn wherever jax starts)
 	TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost $(PYTEST) -m aot --timeout=1200 $(ARGS)
+
+torture: setup ## kill runs at random moments, KILLS times in all; each must end as if nobody had
+	$(BIN)/python -m tests.torture --kills=$(KILLS) $(ARGS)
 
 lint: $(VENV)/lock.txt ## check style and formatting
 	$(BIN)/ruff check .
