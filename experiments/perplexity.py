@@ -4,9 +4,8 @@
     python -m experiments.perplexity --checkpoint=checkpoints/SmolLM2-135M --files=last.txt --length=2048 \\
       --window=512
 
-    full attention   one window of T tokens, in one pass
-    window only      a window of L tokens, and nothing that was read before it: no memory
-    N = 1, 2, 4      every window is slept on; N = 1 is the plain hybrid
+The forms are full attention (one window of T tokens, in one pass), window only (L tokens, and nothing that
+was read before them: no memory), and every window slept on with each N; N = 1 is the plain hybrid.
 
 Takes the workdir of a run, whose newest checkpoint counts, or a checkpoint in published format or this
 package's own. A model without fast weights has the first two forms alone under hard eviction. Prints a table;
