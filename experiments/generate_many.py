@@ -100,7 +100,14 @@ def _generate(
     going = np.array([not why for why in ended])
     drawn = np.where(going, generate.draw(session, keys, sampling), 0)
     session = generate.read(
-      weights, drawn[:, None], session, checkpoint.model, cfg.sleep, valid=going[:, None], watch=report
+      weights,
+      drawn[:, None],
+      session,
+      checkpoint.model,
+      cfg.sleep,
+      valid=going[:, None],
+      watch=report,
+      reuse=True,
     )
     report.waited(time.perf_counter() - begun)
     for i in np.flatnonzero(going):
