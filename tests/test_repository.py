@@ -56,6 +56,7 @@ EXTRAS = {
   "sleep_jax.kernels.measure": ("figures", "peers"),
   "sleep_jax.data": ("train",),
   "sleep_jax.data.gsm_infinite": ("tokenizers",),
+  "sleep_jax.data.text": ("tokenizers",),
   "sleep_jax.pretrained": ("tokenizers",),
   "sleep_jax.pretrained.gguf_model": ("tokenizers", "gguf"),
   "sleep_jax.report": ("figures",),
