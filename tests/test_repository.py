@@ -37,7 +37,7 @@ ALLOWED = {
   "config": (),
   "runtime": (),  # knows no model
   "data": ("config", "windows"),
-  "report": ("runtime.metrics", "scoring.intervals"),  # reads what runs have written; knows no jax
+  "report": ("runtime.files", "runtime.metrics", "scoring.intervals"),  # knows no jax
   "cost": ("config", *METHOD),
   "scoring": ("config", "data", "runtime.processes", *METHOD),  # scores are summed over processes
   "pretrained": ("config", "data", "runtime", *METHOD),
