@@ -12,7 +12,6 @@ own. Every tensor is compared with what was read, to the bit. On a mistake nothi
 """
 
 import dataclasses
-import errno
 import pathlib
 import sys
 from collections.abc import Callable
@@ -23,11 +22,11 @@ import jax
 from sleep_jax import config, model, params, pretrained
 from sleep_jax.config import ConfigError, FastConfig, ModelConfig
 from sleep_jax.config.model import MOST_BLOCKS
+from sleep_jax.cost import need
 from sleep_jax.experiments import cli
+from sleep_jax.runtime import files
 
 CONFIG = cli.define_config_flag()
-# Of a target that cannot be written: the path is at fault, not the machine.
-_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class ConversionError(RuntimeError):
@@ -119,6 +118,7 @@ def convert(cfg: ConvertConfig) -> str:
   before = params.count(model.declare(architecture))
   summary = f"read {opened.what}: {before:,} parameters in {len(jax.tree.leaves(weights))} tensors"
   if cfg.memory_layers:
+    check_memory(cfg, architecture)
     key = jax.random.key(cfg.seed)
     architecture, weights = pretrained.add_memory(
       architecture, weights, key, num_layers=cfg.memory_layers, fast=cfg.fast
@@ -181,9 +181,28 @@ def _appear(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None
   try:
     pretrained.appear(target, write)
   except OSError as e:
-    if e.errno in _MISTAKES:
+    if files.is_mistake(e):  # the path is at fault, not the machine
       raise ConfigError(f"target: {target} cannot be written: {e.strerror}") from e
     raise ConversionError(f"{target} cannot be written: {e.strerror}") from e
+
+
+def check_memory(cfg: ConvertConfig, there: ModelConfig) -> None:
+  """Refuses a memory that cannot be inserted, before anything of it is made.
+
+  Args:
+    there: the model that it is inserted into.
+
+  Raises:
+    ConfigError: if there are too many layers, or they are too large, or the model has fast weights.
+  """
+  count = len(there.blocks)
+  known = f"{count}, the blocks of {cfg.source}"
+  config.check(
+    cfg.memory_layers <= count, "memory_layers", f"must be at most {known}, got {cfg.memory_layers}"
+  )
+  grown = pretrained.memory_config(there, num_layers=cfg.memory_layers, fast=cfg.fast)
+  sizes = {f"fast.{name}": getattr(cfg.fast, name) for name in ("num_heads", "key_dim", "value_dim")}
+  need.check_weights(grown, sizes)
 
 
 def _open(cfg: ConvertConfig) -> Opened:

@@ -37,7 +37,7 @@ ALLOWED = {
   "config": (),
   "runtime": (),  # knows no model
   "data": ("config", "windows"),
-  "report": ("runtime.metrics", "scoring.intervals"),  # reads what runs have written; knows no jax
+  "report": ("runtime.files", "runtime.metrics", "scoring.intervals"),  # knows no jax
   "cost": ("config", *METHOD),
   "scoring": ("config", "data", "runtime.processes", *METHOD),  # scores are summed over processes
   "pretrained": ("config", "data", "runtime", *METHOD),
@@ -56,6 +56,7 @@ EXTRAS = {
   "sleep_jax.kernels.measure": ("figures", "peers"),
   "sleep_jax.data": ("train",),
   "sleep_jax.data.gsm_infinite": ("tokenizers",),
+  "sleep_jax.data.text": ("tokenizers",),
   "sleep_jax.pretrained": ("tokenizers",),
   "sleep_jax.pretrained.gguf_model": ("tokenizers", "gguf"),
   "sleep_jax.report": ("figures",),

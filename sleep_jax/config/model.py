@@ -6,7 +6,7 @@ A part of `config`, which names all of this again.
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest
+from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest, shown
 from sleep_jax.config.fields import Bounds, Count, Natural, Positive, check_fields
 
 ATTENTION = (
@@ -213,7 +213,7 @@ class ModelConfig:
     known = block_names()
     for i, kind in enumerate(self.blocks):
       if kind not in known:
-        raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
+        raise ConfigError(f"model.blocks[{i}]: unknown block {shown(kind)}; {nearest(kind, known)}")
     last = len(self.blocks) - 1
     for i in self.without_mlp:
       check(0 <= i <= last, "model.without_mlp", f"must be numbers of blocks, 0..{last}, got {i}")
