@@ -101,6 +101,7 @@ def main() -> int:
       paths, data.field, tokenizer, pathlib.Path(cache), vocab_size=cfg.vocab_size, report=print
     )
     held = rows.make_rows(read, data, cfg.window, None, "--files")
+    print(f"reading {min(SEQUENCES.value, len(held))} of {len(held)} sequences of at most {length} tokens")
     for name, how, sleeps, forget in forms(cfg, sleep_cfg, passes, length):
       evaluate = by_context.make_evaluate(
         held, SEQUENCES.value, BATCH.value, how, sleeps, mesh, forget=forget

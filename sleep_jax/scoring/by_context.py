@@ -1,7 +1,7 @@
 """Loss on text by how much of it was read before, and by what of it is long evicted."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def make_evaluate(
     own = [described[i % len(described)] for i in range(start, start + batch_size)]
     own = own[host * batch_size // hosts : (host + 1) * batch_size // hosts]
     names = ("inputs", "targets", "loss_mask", "valid", "begins")
-    columns = {name: np.stack([row[name] for row in own]) for name in names}
+    columns: dict[str, Any] = {name: np.stack([row[name] for row in own]) for name in names}
     if forget:
       columns["begins"] = np.broadcast_to(np.arange(rows.length) % cfg.window == 0, columns["begins"].shape)
     return windows.Batch(**columns)
@@ -86,7 +86,7 @@ def make_evaluate(
 
 
 def summary(
-  described: list[Mapping[str, np.ndarray]], nats: np.ndarray, right: np.ndarray, length: int, window: int
+  described: Sequence[Mapping[str, np.ndarray]], nats: np.ndarray, right: np.ndarray, length: int, window: int
 ) -> dict[str, Any]:
   """What is reported of an evaluation.
 

@@ -72,7 +72,8 @@ def check_size(cfg: Config, length: int) -> None:
 
 def stack(rows: Sequence[dict[str, np.ndarray]]) -> windows.Batch:
   """Rows as a batch of NumPy arrays."""
-  return windows.Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+  columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  return windows.Batch(**columns)
 
 
 class RowSteps:
@@ -82,7 +83,7 @@ class RowSteps:
     """Compiles nothing yet."""
     self._cfg, self._task, self._one_step, self._mesh = cfg, task, one_step, mesh
     self._batches: Prefetch | None = None
-    self._source = batching.Epochs(task.rows, cfg.train.steps * cfg.train.batch_size, cfg.seed)
+    self._source: Any = batching.Epochs(task.rows, cfg.train.steps * cfg.train.batch_size, cfg.seed)
     self._segments = windows.plan(np.ones(task.length, bool), cfg.model.window, cfg.sleep)
 
   def __enter__(self) -> Self:
@@ -107,6 +108,7 @@ class RowSteps:
 
   def __call__(self, state: Any) -> tuple[Any, Measured, list[Load]]:
     """See `task.Steps`. Takes one step."""
+    assert self._batches is not None, "start comes first"
     begin = self._clock.wall_s
     batch, tokens = next(self._batches)
     now = self._clock.wall_s

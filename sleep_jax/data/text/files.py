@@ -76,7 +76,8 @@ def documents(path: pathlib.Path, field: str) -> Iterator[str]:
   """
   some = False
   try:
-    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
+    opened: Any = gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+    with opened as file:
       for text in _lines(path, file, field) if is_lines(path) else [_text(path, file.read(LARGEST + 1))]:
         some = True
         yield text

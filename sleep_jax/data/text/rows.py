@@ -14,7 +14,7 @@ token.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class Rows:
     may still reach it), at most 2 L (`evicted`), or more (`long_evicted`).
     """
     names = ("inputs", "targets", "bytes", "position", "kind")
-    row = {name: np.zeros(self.length, np.int32) for name in names}
+    row: dict[str, Any] = {name: np.zeros(self.length, np.int32) for name in names}
     row["loss_mask"] = np.zeros(self.length, np.float32)
     row |= {name: np.zeros(self.length, bool) for name in ("valid", "begins")}
     at = 0
