@@ -81,7 +81,8 @@ def compiled(
   start = functools.partial(train.init_state, cfg, tx)
   with form(name):
     begun = time.process_time()
-    dispatch = train.make_dispatch(cfg, task, one_step, windows.plan(task.layout, cfg.model.window))
+    segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
+    dispatch = train.make_dispatch(cfg, task, one_step, segments)
     lowered = dispatch.lower(jax.eval_shape(start))
     traced = time.process_time()
     step = lowered.compile()

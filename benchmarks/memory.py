@@ -86,7 +86,7 @@ def gradient(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
 
 
 def _grad(cfg: config.Config, task: train.DeviceTask) -> Callable[..., Any]:
-  segments = windows.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
   return jax.grad(lambda weights, batch: model.loss(weights, batch, segments, cfg.model, cfg.sleep)[0])
 
 

@@ -130,7 +130,7 @@ def differences(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:
 
   from sleep_jax.benchmarks import torch_model
 
-  segments = windows.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
   values = measure.quick(lambda: model.init(cfg.model, jax.random.key(cfg.seed)))()
   batch = measure.quick(lambda: task.batch(jax.random.key(cfg.seed + 1), 0, cfg.train.batch_size))()
   grad = measure.quick(
@@ -218,7 +218,7 @@ def needed_flops(cfg: config.Config, task: train.DeviceTask) -> float:
   the MLP are computed for nothing; XLA leaves them out where passes are written out, PyTorch because
   `torch_model` does.
   """
-  segments = windows.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
   counted = flops.per_sequence(segments, cfg.model, cfg.sleep).train
   if cfg.model.blocks[-1] == "attn":
     return counted
@@ -226,7 +226,7 @@ def needed_flops(cfg: config.Config, task: train.DeviceTask) -> float:
   dropped = sum(
     math.prod(w.shape) for w in (last["mixer"]["gate"], last["mixer"]["o"], *last["mlp"].values())
   )
-  tokens = sum(s.length * s.count for s in segments if not s.reads)
+  tokens = sum(s.length * s.count for s in segments if s.asleep)
   return counted - flops.TRAIN_FACTOR * 2 * dropped * tokens
 
 
@@ -235,7 +235,7 @@ def _jax_step(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
   cfg = config.replace(cfg, train={"steps_per_dispatch": 1})
   _, tx, one_step = train.optimization(cfg)
   held = [measure.quick(lambda: train.init_state(cfg, tx))()]
-  segments = windows.plan(task.layout, cfg.model.window)
+  segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
   dispatch = train.make_dispatch(cfg, task, one_step, segments).lower(held[0]).compile()
 
   def step():

@@ -60,7 +60,7 @@ def make_test(cfg: config.Config) -> Callable[[model.Params], dict[str, Any]]:
   """weights -> row: one held-out set of `train.eval_sequences` for each k, on the same graphs."""
   data, size = cfg.data, cfg.train.eval_batch_size
   key = jax.random.key(data.held_out_seed)
-  segments = windows.plan(depo.layout(data), cfg.model.window)
+  segments = windows.plan(depo.layout(data), cfg.model.window, cfg.sleep)
   return by_group.make_evaluate(
     lambda g, i: training.shard(depo.batch(data, key, i, size, hops=data.test_hops[g])),
     [f"k{k}" for k in data.test_hops],

@@ -67,6 +67,17 @@ def init_state(cfg: ModelConfig, batch: int, sleep_cfg: SleepConfig) -> State:
   return state
 
 
+def begin(state: State, where: jax.Array) -> State:
+  """The state between windows with the rows `where` [B] bool at the start of a sequence: all zero."""
+
+  def empty(x: jax.Array, axis: int) -> jax.Array:
+    rows = where.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    return jnp.where(rows, jnp.zeros_like(x), x)
+
+  fast = jax.tree.map(lambda x: empty(x, 0), state.fast)
+  return State(fast, jax.tree.map(lambda x: empty(x, 1), state.kept))
+
+
 def first_pass(state: State) -> State:
   """What the first pass over the next window sees, or the only one."""
   return State(state.fast, jax.tree.map(lambda x: x[0], state.kept))

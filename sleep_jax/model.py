@@ -1,8 +1,9 @@
 """The whole model: windows, eviction, consolidation, prediction and loss. Algorithm 1 of arXiv 2605.26099.
 
 A sequence is cut into windows of L tokens. A window without a loss is slept on and forgotten; what
-it left lies in the fast weights. A window with a loss is read awake, in one pass. Which is which is
-planned from the static layout of the loss before anything is traced.
+it left lies in the fast weights. A window with a loss is read awake, in one pass; with `sleep.when` =
+`always` it is then slept on too, and that reading is the first pass of its sleep, as in generation. Which is
+which is planned from the static layout of the loss before anything is traced.
 """
 
 import functools
@@ -17,8 +18,8 @@ import numpy as np
 
 from sleep_jax import blocks, carry, fast_weights, layers, looped, params, sharding
 from sleep_jax.config import ModelConfig, SleepConfig
-from sleep_jax.sleep import loop, sleep
-from sleep_jax.windows import Batch, Plan, Segment, answer_positions
+from sleep_jax.sleep import loop, read_and_sleep, sleep
+from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan
 
 Params = dict[str, Any]
 State = carry.State
@@ -68,14 +69,14 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array
 
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
-  head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
+  head = weights["embed"] if cfg.tied_embeddings else weights["head"]
   h = looped.final_norm(weights, h, cfg)
-  return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
+  return layers.dense(h, head, ("batch", "seq", "vocab"), turned=cfg.tied_embeddings).astype(jnp.float32)
 
 
 @flax.struct.dataclass
-class _Arranged:
-  """The blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
+class Arranged:
+  """All blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
   after.
   """
 
@@ -88,10 +89,11 @@ class _Arranged:
     return self.prelude + self.repeated + self.coda
 
 
-def _arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> _Arranged:
+def arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Arranged:
+  """Stacks the weights of equal blocks, as `sleep_cfg.loops` says."""
   first, last = sleep_cfg.looped(len(cfg.blocks))
   part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops == "scan")
-  return _Arranged(part(0, first), part(first, last), part(last))
+  return Arranged(part(0, first), part(first, last), part(last))
 
 
 def consolidate(
@@ -102,6 +104,7 @@ def consolidate(
   sleep_cfg: SleepConfig,
   *,
   valid: jax.Array | None = None,
+  arranged: Arranged | None = None,
 ) -> State:
   """Sleeps on one window. Its hidden states are dropped, and so is the attention cache, but for what is kept.
 
@@ -109,6 +112,7 @@ def consolidate(
     tokens: [B, T] int32, 1 <= T <= L.
     state: fast weights on entry, and what was kept.
     valid: [B, T] bool, False for pads. None: all valid.
+    arranged: from `arrange`, if that was done before.
 
   Returns:
     The state after N passes.
@@ -118,51 +122,75 @@ def consolidate(
     AssertionError: if `valid` has another shape.
   """
   _check_window(tokens, valid, cfg)
-  return _consolidate(weights, _arrange(weights, cfg, sleep_cfg), tokens, state, cfg, sleep_cfg, valid)
+  arranged = arranged or arrange(weights, cfg, sleep_cfg)
+  return _consolidate(weights, arranged, tokens, state, cfg, sleep_cfg, (), valid)[1]
 
 
 def _consolidate(
   weights: Params,
-  arranged: _Arranged,
+  arranged: Arranged,
   tokens: jax.Array,
   state: State,
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
+  reads: Sequence[int],
   valid: jax.Array | None,
-) -> State:
+) -> tuple[jax.Array | tuple[()], State]:
+  """Logits [B, M, vocab] at `reads`, read awake in the first pass, and the state after the last one.
+
+  The blocks behind the repeated ones (coda) run twice where something is read: after the first pass for the
+  logits, and what they write then is dropped; after the last pass for the memory.
+  """
   first, last = sleep_cfg.looped(len(cfg.blocks))
   start = carry.open_window(carry.first_pass(state), cfg)
   remat = sleep_cfg.remat != "none"
   run = functools.partial(blocks.run, cfg=cfg, valid=valid, remat=remat)
 
-  def one_pass(h, repeated, kept):
+  def run_repeated(h, repeated, kept):
     """`repeated`: the state of the repeated blocks; `kept`: the caches that this pass has to itself."""
     before = start
     if sleep_cfg.state == "carry":
       before = before | carry.rewind(repeated, start)
     before = before | carry.State({}, kept)
     h, after, _ = run(arranged.repeated, h, before)
-    if cfg.loop_norm:
-      h = looped.final_norm(weights, h, cfg)
     shared = after.within(first, last)
     return h, State(shared.fast, _without(shared.kept, kept)), {i: after.kept[i] for i in kept}
+
+  def between(h):
+    """h as the next pass reads it; a single pass is the plain hybrid."""
+    return looped.final_norm(weights, h, cfg) if cfg.loop_norm and sleep_cfg.num_passes > 1 else h
+
+  def one_pass(*before):
+    h, repeated, kept = run_repeated(*before)
+    return between(h), repeated, kept
+
+  def awake(*before):
+    h, repeated, kept = run_repeated(*before)
+    return (between(h), repeated, kept), (h, repeated)
 
   with jax.named_scope("asleep"):
     h, before, _ = run(arranged.prelude, embed(weights, tokens, cfg, valid), start)
     kept = carry.per_pass(state, sleep_cfg.num_passes)
     repeated = before.within(first, last)
-    h, repeated, kept = sleep(
-      one_pass,
-      h,
-      State(repeated.fast, _without(repeated.kept, kept)),
-      kept,
-      num_passes=sleep_cfg.num_passes,
-      backprop_passes=sleep_cfg.backprop_passes,
-      remat=sleep_cfg.remat in ("pass", "window"),
-      unroll=sleep_cfg.loops == "unroll",
-    )
+    given = h, State(repeated.fast, _without(repeated.kept, kept)), kept
+    how: Any = {
+      "num_passes": sleep_cfg.num_passes,
+      "backprop_passes": sleep_cfg.backprop_passes,
+      "remat": sleep_cfg.remat in ("pass", "window"),
+      "unroll": sleep_cfg.loops == "unroll",
+    }
+    logits = ()
+    if reads:
+      (h, repeated), *asleep = read_and_sleep(awake, one_pass, *given, **how)
+      with jax.named_scope("awake"):
+        h, _, _ = run(arranged.coda, h, before | repeated)
+        (h,) = _at([h], reads)
+        logits = logits_of(weights, h, cfg)
+    else:
+      asleep = sleep(one_pass, *given, **how)
+    h, repeated, kept = asleep
     _, after, _ = run(arranged.coda, h, before | repeated)
-  return carry.after_window(state, after, kept)
+  return logits, carry.after_window(state, after, kept)
 
 
 def _without(these: dict[str, Any], those: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +259,7 @@ def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
   """Selects the positions `reads` of each [B, T, D]; unchanged if that is every position."""
   if reads is None or tuple(reads) == tuple(range(outs[0].shape[1])):
     return outs
-  return [h[:, np.asarray(reads)] for h in outs]
+  return [h[:, np.asarray(reads, int)] for h in outs]
 
 
 def open_window(
@@ -251,6 +279,7 @@ def decode(
   *,
   reads: Sequence[int] | None = None,
   valid: jax.Array | None = None,
+  scan: bool = False,
 ) -> tuple[jax.Array, dict[str, fast_weights.FastWeights], looped.Cache]:
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
 
@@ -259,6 +288,7 @@ def decode(
     fast, cache: as the tokens before left them; from `open_window` at first.
     reads: positions among the T whose logits are wanted. None: all.
     valid: [B, T] bool, False for pads. None: all valid.
+    scan: as for `blocks.arrange`.
 
   Returns:
     Logits [B, M, vocab] float32 at `reads`, fast weights and cache.
@@ -269,7 +299,7 @@ def decode(
   """
   _check_window(tokens, valid, cfg)
   with jax.named_scope("awake"):
-    groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg, valid)
+    groups, h = blocks.arrange(weights["blocks"], cfg, scan=scan), embed(weights, tokens, cfg, valid)
     outs, after, filled = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
     assert filled is not None  # as a cache was given
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
@@ -277,29 +307,38 @@ def decode(
 
 
 def forward(
-  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: Params,
+  batch: Batch,
+  segments: Plan,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  arranged: Arranged | None = None,
 ) -> tuple[jax.Array, State]:
-  """Reads whole sequences: sleeps on windows without a loss, answers in those with one.
+  """Reads whole sequences: answers in windows with a loss, sleeps on those that the plan names.
 
   Args:
     batch: B sequences of T tokens.
     segments: from `windows.plan`, for the same T.
+    arranged: from `arrange`, if that was done before.
 
   Returns:
     Logits [B, M, vocab] float32 at `answer_positions(segments)`, and the state at the end.
 
   Raises:
-    ValueError: if the plan is for another length, or for longer windows than the model's.
+    ValueError: if the plan is for another length, for longer windows than the model's, or for another
+      `sleep.when`.
     AssertionError: if arrays of the batch differ in shape.
   """
   chex.assert_rank(batch.inputs, 2)
-  given = [x for x in (batch.targets, batch.loss_mask, batch.valid) if x is not None]
+  given = [x for x in (batch.targets, batch.loss_mask, batch.valid, batch.begins) if x is not None]
   chex.assert_shape(given, batch.inputs.shape)
   if batch.inputs.shape[1] != (planned := segments[-1].start + segments[-1].length * segments[-1].count):
     raise ValueError(f"the plan is for {planned} tokens, the batch has {batch.inputs.shape[1]}")
   if (longest := max(s.length for s in segments)) > cfg.window:
     raise ValueError(f"the plan has windows of {longest} tokens, model.window is {cfg.window}")
-  arranged = _arrange(weights, cfg, sleep_cfg)
+  check_plan(segments, sleep_cfg)
+  arranged = arranged or arrange(weights, cfg, sleep_cfg)
   state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
   for segment in segments:
     state, out = _read_segment(weights, arranged, batch, state, segment, cfg, sleep_cfg)
@@ -310,14 +349,14 @@ def forward(
 
 def _read_segment(
   weights: Params,
-  arranged: _Arranged,
+  arranged: Arranged,
   batch: Batch,
   state: State,
   segment: Segment,
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
 ) -> tuple[State, jax.Array | tuple[()]]:
-  """The state after the windows of a segment, and their logits [B, M, vocab]; () if they are slept on."""
+  """The state after the windows of a segment, and their logits [B, M, vocab]; () if nothing is read."""
 
   def cut(x: jax.Array | None) -> jax.Array | None:
     """[B, T] -> [count, B, length]."""
@@ -327,10 +366,13 @@ def _read_segment(
     return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
 
   def one_window(state: State, xs: Any) -> tuple[State, Any]:
-    tokens, valid = xs
+    tokens, valid, begins = xs
     with jax.named_scope("window"):
-      if not segment.reads:
-        return _consolidate(weights, arranged, tokens, state, cfg, sleep_cfg, valid), ()
+      if begins is not None:
+        state = carry.begin(state, begins[:, 0])
+      if segment.asleep:
+        out, state = _consolidate(weights, arranged, tokens, state, cfg, sleep_cfg, segment.reads, valid)
+        return state, out
       remat = sleep_cfg.remat != "none"
       out, state = _predict(weights, arranged.all, tokens, state, cfg, segment.reads, valid, remat)
       return state, out
@@ -338,7 +380,7 @@ def _read_segment(
   unroll = sleep_cfg.loops == "unroll" or segment.count == 1
   if sleep_cfg.remat == "window":
     one_window = jax.checkpoint(one_window, prevent_cse=unroll)
-  xs = (cut(batch.inputs), cut(batch.valid))
+  xs = (cut(batch.inputs), cut(batch.valid), cut(batch.begins))
   state, out = loop(one_window, state, xs, length=segment.count, unroll=unroll)
   if segment.reads:  # [W, B, M/W, vocab] -> [B, M, vocab]
     out = jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[-1])
@@ -346,23 +388,33 @@ def _read_segment(
 
 
 def loss(
-  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: Params,
+  batch: Batch,
+  segments: Plan,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  arranged: Arranged | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Masked cross-entropy in nats a target.
+  """Masked cross-entropy in nats a target; `arranged` as for `forward`.
 
   Returns:
     The mean over all targets of the batch (scalar float32), and the logits [B, M, vocab].
   """
-  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg)
+  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg, arranged=arranged)
   where = answer_positions(segments)
   return cross_entropy(logits, batch.targets[:, where], batch.loss_mask[:, where]), logits
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
   """sum(mask * -log softmax(logits)[targets]) / sum(mask); scalar float32, 0 if nothing counts."""
+  mask = mask.astype(jnp.float32)
+  return jnp.sum(nats(logits, targets) * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """-log softmax(logits)[targets], [B, M] float32."""
   chosen = jax.nn.one_hot(
     targets, logits.shape[-1], dtype=logits.dtype
   )  # no gather: the vocabulary may be split
-  nats = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(chosen * logits, axis=-1)
-  mask = mask.astype(jnp.float32)
-  return jnp.sum(nats * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(chosen * logits, axis=-1)

@@ -54,11 +54,7 @@ def sleep(
     ValueError: if num_passes < 1 or backprop_passes is not in 1..num_passes.
     TypeError: if a pass changes the shape, dtype or sharding of h or S.
   """
-  if num_passes < 1:
-    raise ValueError(f"num_passes must be at least 1, got {num_passes}")
-  k = num_passes if backprop_passes is None else backprop_passes
-  if not 1 <= k <= num_passes:
-    raise ValueError(f"backprop_passes must lie in 1..{num_passes}, got {k}")
+  k = _learning(num_passes, backprop_passes)
   per_pass = {} if per_pass is None else per_pass
 
   def one_pass(carry, private):
@@ -80,6 +76,57 @@ def sleep(
   return h, S, late
 
 
+def read_and_sleep(
+  read: Callable[[Any, Any, Any], tuple[tuple[Any, Any, Any], Any]],
+  blocks: Blocks,
+  h: jax.Array,
+  S: Any,
+  per_pass: Any = None,
+  *,
+  num_passes: int,
+  backprop_passes: int | None = None,
+  remat: bool = False,
+  unroll: bool = False,
+) -> tuple[Any, Any, Any, Any]:
+  """Sleeps on a window that is also read awake: the first pass is that reading.
+
+  Both start from the same state and compute the same, so that N passes are made in all, not N + 1.
+
+  >>> add = lambda h, S, per_pass: (h, S + h, per_pass)
+  >>> read = lambda h, S, per_pass: (add(h, S, per_pass), S + h)  # what is read is S after the pass
+  >>> y, h, S, _ = read_and_sleep(read, add, jnp.ones(2), jnp.zeros(2), num_passes=3)
+  >>> y.tolist(), S.tolist()
+  ([1.0, 1.0], [3.0, 3.0])
+
+  Args:
+    read: the first pass and what is read from it: (h, S, per_pass[0]) -> ((h, S, per_pass[0]), y).
+    blocks: passes 2 .. N, as for `sleep`.
+    backprop_passes: as for `sleep`; the gradient of y goes through the first pass, whatever it is.
+    h, S, per_pass, num_passes, remat, unroll: as for `sleep`.
+
+  Returns:
+    y, and then what `sleep` returns.
+
+  Raises:
+    ValueError, TypeError: as `sleep`.
+  """
+  k = _learning(num_passes, backprop_passes)
+  per_pass = {} if per_pass is None else per_pass
+  with jax.named_scope("pass"):
+    first = jax.checkpoint(read) if remat else read
+    (h, after, private), y = first(h, S, jax.tree.map(lambda x: x[0], per_pass))
+  if k < num_passes:
+    h, private = jax.lax.stop_gradient((h, private))
+    after = jax.tree.map(_past, S, after)
+  private = jax.tree.map(lambda x: x[None], private)
+  if num_passes > 1:
+    later = jax.tree.map(lambda x: x[1:], per_pass)
+    how = {"num_passes": num_passes - 1, "backprop_passes": min(k, num_passes - 1)}
+    h, after, later = sleep(blocks, h, after, later, **how, remat=remat, unroll=unroll)
+    private = jax.tree.map(lambda *x: jnp.concatenate(x), private, later)
+  return y, h, after, private
+
+
 def loop(body: Callable, carry: Any, xs: Any = None, *, length: int, unroll: bool) -> tuple[Any, Any]:
   """`jax.lax.scan`, or the same written out: (carry, x) -> (carry, y), ys stacked.
 
@@ -97,6 +144,16 @@ def loop(body: Callable, carry: Any, xs: Any = None, *, length: int, unroll: boo
       raise TypeError(f"a step changed its carry from {before} to {after}")
     ys.append(y)
   return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def _learning(num_passes: int, backprop_passes: int | None) -> int:
+  """k, the last passes that gradients flow through; raises ValueError where N or k is none."""
+  if num_passes < 1:
+    raise ValueError(f"num_passes must be at least 1, got {num_passes}")
+  k = num_passes if backprop_passes is None else backprop_passes
+  if not 1 <= k <= num_passes:
+    raise ValueError(f"backprop_passes must lie in 1..{num_passes}, got {k}")
+  return k
 
 
 def _type(x: jax.Array) -> Any:

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from sleep_jax.config import ConfigError
+from sleep_jax.config import ConfigError, SleepConfig
 
 
 @flax.struct.dataclass
@@ -22,12 +22,16 @@ class Batch:
     inputs, targets: [B, T] int32.
     loss_mask: [B, T], 1 where the prediction counts; zero outside the layout given to `plan`.
     valid: [B, T] bool, False for pads. None: no pads.
+    begins: [B, T] bool, True at the first token of a window where another text begins: what was read before
+      is forgotten, the fast weights and what sliding eviction kept. Elsewhere in a window it says nothing.
+      None: nothing begins after the start.
   """
 
   inputs: jax.Array
   targets: jax.Array
   loss_mask: jax.Array
   valid: jax.Array | None = None
+  begins: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,32 +42,44 @@ class Segment:
     start: position of the first window's first token.
     length: tokens a window, at most L.
     count: windows.
-    reads: positions inside each window that have a loss; empty: the model sleeps on the window.
+    reads: positions inside each window that have a loss. Where there are some the window is read awake.
+    asleep: whether the model sleeps on the windows; of one that is also read, the first pass is the reading.
+      None: it does unless they have a loss.
   """
 
   start: int
   length: int
   count: int
   reads: tuple[int, ...]
+  asleep: bool | None = None
+
+  def __post_init__(self):
+    if self.asleep is None:
+      object.__setattr__(self, "asleep", not self.reads)
 
 
 Plan = tuple[Segment, ...]
 
 
-def plan(layout: Sequence[bool] | np.ndarray, window: int) -> Plan:
+def plan(layout: Sequence[bool] | np.ndarray, window: int, sleep_cfg: SleepConfig | None = None) -> Plan:
   """Cuts a sequence into windows and says which are slept on.
 
   >>> for segment in plan([False] * 8 + [False, True], window=4):  # two windows to sleep on, one that answers
   ...   print(segment)
-  Segment(start=0, length=4, count=2, reads=())
-  Segment(start=8, length=2, count=1, reads=(1,))
+  Segment(start=0, length=4, count=2, reads=(), asleep=True)
+  Segment(start=8, length=2, count=1, reads=(1,), asleep=False)
+
+  With `sleep.when` = `always` a window that something follows is slept on, whether it has a loss or not; the
+  last one is not. With one pass to make, sleep is that reading itself and nothing is done besides: the plan
+  is the plain hybrid's.
 
   Args:
     layout: for each of T positions, whether any sequence of a batch may have a loss there.
     window: L.
+    sleep_cfg: says which windows are slept on. None: the default.
 
   Returns:
-    Segments in order. Neighbouring windows alike in length and reads share one.
+    Segments in order. Neighbouring windows alike in all but their place share one.
 
   Raises:
     ConfigError: if no position has a loss.
@@ -71,16 +87,28 @@ def plan(layout: Sequence[bool] | np.ndarray, window: int) -> Plan:
   asked = np.asarray(layout, bool)
   if not asked.any():
     raise ConfigError("loss_mask: no position has a loss, so there is nothing to learn")
+  always = sleep_cfg is not None and sleep_cfg.when == "always" and sleep_cfg.num_passes > 1
   segments: list[Segment] = []
   for start in range(0, len(asked), window):
     part = asked[start : start + window]
     reads = tuple(int(i) for i in np.flatnonzero(part))
+    asleep = start + window < len(asked) if always else not reads
     last = segments[-1] if segments else None
-    if last and (last.length, last.reads) == (len(part), reads):
+    if last and (last.length, last.reads, last.asleep) == (len(part), reads, asleep):
       segments[-1] = dataclasses.replace(last, count=last.count + 1)
     else:
-      segments.append(Segment(start, len(part), 1, reads))
+      segments.append(Segment(start, len(part), 1, reads, asleep))
   return tuple(segments)
+
+
+def check_plan(segments: Plan, sleep_cfg: SleepConfig) -> None:
+  """Raises `ValueError` if the plan was made for another `sleep.when`."""
+  *before, last = segments
+  passed_over = any(not s.asleep for s in before) or (not last.asleep and last.count > 1)
+  if sleep_cfg.when == "always" and sleep_cfg.num_passes > 1 and passed_over:
+    raise ValueError("the plan does not sleep on every window, sleep.when is 'always'")
+  if sleep_cfg.when == "unread" and any(s.asleep and s.reads for s in segments):
+    raise ValueError("the plan sleeps on windows with a loss, sleep.when is 'unread'")
 
 
 def answer_positions(segments: Plan) -> np.ndarray:

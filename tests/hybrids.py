@@ -110,6 +110,7 @@ def oracle_settings(cfg: config.ModelConfig, sleep_cfg: config.SleepConfig, batc
     "rope_theta": cfg.attention.rope_theta,
     "qk_norm": cfg.attention.qk_norm,
     "conv_context": cfg.fast.conv_context,
+    "always": sleep_cfg.when == "always",
     "looped": (sleep_cfg.first_block, sleep_cfg.last_block or len(cfg.blocks)),
   }
 

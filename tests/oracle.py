@@ -231,6 +231,7 @@ def forward(
   qk_norm: bool | None = None,
   conv_context: str = "carry",
   looped: tuple[int, int] | None = None,
+  always: bool = False,
   state: Tree | None = None,
   at_window_start: Callable[[int, Tree], Tree] | None = None,
 ) -> Tree:
@@ -251,12 +252,14 @@ def forward(
     conv_context: "carry" or "reset" (zeros left of every window).
     looped: (first, last): in a sleep blocks [0, first) run once, [first, last) num_passes times and
       [last, ...) once. None loops all.
+    always: every chunk is read awake, and all but the last one are slept on too, from the state with which
+      they began: nothing that the reading wrote is left.
     state: where to start from, as returned; None is the start of a sequence.
     at_window_start: may replace the state when a window begins, f(window index, state) -> state.
 
   Returns:
-    logits: [B, P, vocab] at the P positions of prediction chunks, in order; zero at pads, where they
-      mean nothing.
+    logits: [B, P, vocab] at the P positions of chunks that are read awake, in order; zero at pads, where
+      they mean nothing.
     positions: [P], which those are.
     state: after the last chunk; see initial_state. Under "reset" the contexts are zero.
     trace: one dict a chunk: start, stop, asleep, and S = {block: [S before, S after visit 1, ...]}.
@@ -276,25 +279,26 @@ def forward(
     stop = min(start + window, tokens.shape[1])
     if at_window_start is not None:
       state = at_window_start(index, state)
-    S, keep = dict(state["S"]), valid[:, start:stop]
-    context = state["conv"] if conv_context == "carry" else zeros["conv"]
-    left = dict(context)
-    asleep = not scored[:, start:stop].any()
-    visits = {name: [S[name]] for name in S}
-    h = params["embed"][tokens[:, start:stop]]
-    for i in asleep_order if asleep else range(num_blocks):
-      p, name = params["blocks"][str(i)], str(i)
-      x = rms_norm(h, p["norm"])
-      if pattern[i] == "attn":
-        h = h + attention(p["mixer"], x, keep, rope_theta)
-      else:
-        o, S[name], left[name] = fast_weights(p["mixer"], x, S[name], context[name], keep, pattern[i])
-        h = h + o
-        visits[name].append(S[name])
-      h = h + mlp(p["mlp"], rms_norm(h, p["mlp_norm"]))
-    if not asleep:
-      logits.append(np.where(keep[:, :, None], rms_norm(h, params["final_norm"]) @ params["head"], 0))
-      positions.extend(range(start, stop))
+    keep, context = valid[:, start:stop], state["conv"] if conv_context == "carry" else zeros["conv"]
+    awake = always or bool(scored[:, start:stop].any())
+    asleep = stop < tokens.shape[1] if always else not awake
+    for order in [range(num_blocks)] * awake + [asleep_order] * asleep:  # what the last one writes stays
+      S, left = dict(state["S"]), dict(context)
+      visits = {name: [S[name]] for name in S}
+      h = params["embed"][tokens[:, start:stop]]
+      for i in order:
+        p, name = params["blocks"][str(i)], str(i)
+        x = rms_norm(h, p["norm"])
+        if pattern[i] == "attn":
+          h = h + attention(p["mixer"], x, keep, rope_theta)
+        else:
+          o, S[name], left[name] = fast_weights(p["mixer"], x, S[name], context[name], keep, pattern[i])
+          h = h + o
+          visits[name].append(S[name])
+        h = h + mlp(p["mlp"], rms_norm(h, p["mlp_norm"]))
+      if order is not asleep_order:
+        logits.append(np.where(keep[:, :, None], rms_norm(h, params["final_norm"]) @ params["head"], 0))
+        positions.extend(range(start, stop))
     state = {"S": S, "conv": left if conv_context == "carry" else zeros["conv"]}
     trace.append({"start": start, "stop": stop, "asleep": asleep, "S": visits})
 

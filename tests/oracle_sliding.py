@@ -26,6 +26,7 @@ def forward(
   valid: Array | None = None,
   kept: str = "last",
   reset: bool = False,
+  always: bool = False,
   looped: tuple[int, int] | None = None,
   rope_theta: float = 10_000.0,
   **_: Any,
@@ -35,6 +36,7 @@ def forward(
   Args:
     kept: "last": every pass sees what the last pass over the earlier windows left. "each": pass n sees what
       pass n left, or the last pass over a window that had fewer.
+    always: as for `oracle.forward`.
     reset: each looped pass starts from the S that the window began with.
 
   Returns:
@@ -52,29 +54,31 @@ def forward(
   logits, positions = [], []
   for start in range(0, tokens.shape[1], window):
     stop = min(start + window, tokens.shape[1])
-    asleep = not np.any(np.asarray(loss_mask)[:, start:stop])
+    awake = always or bool(np.any(np.asarray(loss_mask)[:, start:stop]))
+    asleep = stop < tokens.shape[1] if always else not awake
     middle = [(i, n) for n in range(num_passes) for i in range(first, last)]
     order = [(i, 0) for i in range(first)] + middle + [(i, 0) for i in range(last, count)]
-    before = {i: list(found) for i, found in history.items()}
-    S_before, left = dict(S), dict(context)
-    h = params["embed"][tokens[:, start:stop]]
-    for i, n in order if asleep else [(i, 0) for i in range(count)]:
-      p, name = params["blocks"][str(i)], str(i)
-      x = oracle.rms_norm(h, p["norm"])
-      if pattern[i] == "attn":
-        slot = min(n, caches - 1)
-        o, seen = _attention(p["mixer"], x, before[name][slot], valid[:, :stop], window, rope_theta)
-        history[name][slot:] = [seen] * (caches - slot)
-      else:
-        entry = S_before[name] if reset else S[name]
-        keep = valid[:, start:stop]
-        o, S[name], left[name] = oracle.fast_weights(p["mixer"], x, entry, context[name], keep, pattern[i])
-      h = h + o
-      h = h + oracle.mlp(p["mlp"], oracle.rms_norm(h, p["mlp_norm"]))
+    before, S_before, reading = history, S, [(i, 0) for i in range(count)]
+    for visits in [reading] * awake + [order] * asleep:  # what the last one leaves stays
+      history, S, left = {i: list(found) for i, found in before.items()}, dict(S_before), dict(context)
+      h = params["embed"][tokens[:, start:stop]]
+      for i, n in visits:
+        p, name = params["blocks"][str(i)], str(i)
+        x = oracle.rms_norm(h, p["norm"])
+        if pattern[i] == "attn":
+          slot = min(n, caches - 1)
+          o, seen = _attention(p["mixer"], x, before[name][slot], valid[:, :stop], window, rope_theta)
+          history[name][slot:] = [seen] * (caches - slot)
+        else:
+          entry = S_before[name] if reset else S[name]
+          keep = valid[:, start:stop]
+          o, S[name], left[name] = oracle.fast_weights(p["mixer"], x, entry, context[name], keep, pattern[i])
+        h = h + o
+        h = h + oracle.mlp(p["mlp"], oracle.rms_norm(h, p["mlp_norm"]))
+      if visits is not order:
+        logits.append(oracle.rms_norm(h, params["final_norm"]) @ params["head"])
+        positions.extend(range(start, stop))
     context = left
-    if not asleep:
-      logits.append(oracle.rms_norm(h, params["final_norm"]) @ params["head"])
-      positions.extend(range(start, stop))
   empty = np.zeros((len(tokens), 0, params["head"].shape[1]))
   logits = np.concatenate([empty, *logits], axis=1)
   return {"logits": logits, "positions": np.array(positions, int), "S": S, "history": history}

@@ -21,7 +21,8 @@ def prepared(pattern=HYBRID, *, length=14, scored=(6, 7, 13), pads=(0, 1, 5), sl
   batch, layout = hybrids.random_batch(length, scored, pads=pads)
   settings = hybrids.oracle_settings(cfg, sleep_cfg, batch)
   settings |= {"kept": sleep_cfg.kept, "reset": sleep_cfg.state == "reset"}
-  return cfg, sleep_cfg, hybrids.random_params(cfg), batch, windows.plan(layout, cfg.window), settings
+  segments = windows.plan(layout, cfg.window, sleep_cfg)
+  return cfg, sleep_cfg, hybrids.random_params(cfg), batch, segments, settings
 
 
 class OrdinaryHybridTest(parameterized.TestCase):
@@ -42,6 +43,11 @@ CASES = (
   (
     "the middle loops, written out",
     {"num_passes": 2, "kept": "each", "first_block": 1, "last_block": 3, "loops": "unroll", "remat": "pass"},
+  ),
+  ("read and slept on", {"when": "always", "num_passes": 2}),
+  (
+    "read and slept on, the middle loops, each pass",
+    {"when": "always", "num_passes": 3, "kept": "each", "first_block": 1, "last_block": 3},
   ),
   ("reset", {"num_passes": 2, "state": "reset", "first_block": 1, "remat": "window"}),
 )
@@ -77,11 +83,12 @@ class OracleTest(parameterized.TestCase):
     for wrong in ({"kept": "each"}, {"reset": True}, {"num_passes": 2}, {"looped": (1, 4)}):
       self.assertGreater(hybrids.distance(run(**wrong)["logits"], run()["logits"]), 10 * NEAR, wrong)
 
-  @parameterized.parameters("last", "each")
+  @parameterized.parameters(("last", "unread"), ("each", "unread"), ("last", "always"), ("each", "always"))
   @pytest.mark.slow
-  def test_gradients_through_what_is_kept(self, kept):
+  def test_gradients_through_what_is_kept(self, kept, when):
+    scored = (8, 9) if when == "unread" else (0, 3, 5, 8, 9)
     cfg, sleep_cfg, params, batch, segments, settings = prepared(
-      ("gdn", "attn"), length=10, scored=(8, 9), sleep={"num_passes": 2, "kept": kept}
+      ("gdn", "attn"), length=10, scored=scored, sleep={"when": when, "num_passes": 2, "kept": kept}
     )
     _, grads, _ = hybrids.program(segments, cfg, sleep_cfg)(params, batch)
     data = (batch.inputs, batch.targets, batch.loss_mask)

@@ -82,6 +82,23 @@ FORWARD = (
     scored=(4, 5, 6, 7),  # a window read in full
     sleep={"num_passes": 2},
   ),
+  case(
+    "read and slept on",
+    scored=(0, 2, 3, 6, 7, 9, 12, 13),
+    sleep={"when": "always", "num_passes": 3},
+  ),
+  case(
+    "read and slept on, the middle loops",
+    scored=(1, 6, 13),  # the third window has no loss
+    sleep={"when": "always", "num_passes": 3, "first_block": 1, "last_block": 3, "remat": "window"},
+  ),
+  case(
+    "the last window without a loss",
+    pattern=("attn", "gdn"),
+    length=11,
+    scored=(1, 4, 5, 6, 7),
+    sleep={"when": "always", "num_passes": 2},
+  ),
   case("attention alone", pattern=("attn", "attn"), sleep={"num_passes": 2}),
 )
 
@@ -106,9 +123,22 @@ GRADIENTS = (
     scored=(8, 9),
     sleep={"num_passes": 2},
   ),
+  case(
+    "read and slept on",
+    pattern=("gdn", "attn"),
+    length=11,
+    scored=(0, 3, 5, 9, 10),
+    sleep={"when": "always", "num_passes": 2, "first_block": 0, "last_block": 1},
+  ),
 )
 
 SLOW_GRADIENTS = (
+  case("all of it, read and slept on", scored=range(14), sleep={"when": "always", "num_passes": 3}),
+  case(
+    "read and slept on, by passes",
+    scored=(1, 2, 6, 7, 9, 13),
+    sleep={"when": "always", "num_passes": 3, "remat": "pass", "loops": "unroll", "first_block": 1},
+  ),
   case(
     "interleaved, written out, rematerialised",
     pattern=("hebbian",),
@@ -134,7 +164,7 @@ def prepared(c: Case, seed: int = 0):
   """Config, sleep config, parameters, batch, plan and the oracle's settings."""
   sleep_cfg = config.SleepConfig(**dict(c.sleep))
   batch, layout = hybrids.random_batch(c.length, c.scored, pads=c.pads, seed=seed + 1)
-  params, segments = hybrids.random_params(c.model, seed), windows.plan(layout, c.window)
+  params, segments = hybrids.random_params(c.model, seed), windows.plan(layout, c.window, sleep_cfg)
   return c.model, sleep_cfg, params, batch, segments, hybrids.oracle_settings(c.model, sleep_cfg, batch)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from sleep_jax.sleep import loop, sleep
+from sleep_jax.sleep import loop, read_and_sleep, sleep
 
 FORMS = {"scan": False, "unroll": True}
 
@@ -32,7 +32,7 @@ def plain_loop(w, h, S, num_passes):
   return h, S
 
 
-class SleepTest(chex.TestCase):
+class ToyTest(chex.TestCase):
   def setUp(self):
     super().setUp()
     rng = np.random.default_rng(0)
@@ -48,6 +48,8 @@ class SleepTest(chex.TestCase):
     """A scalar that every entry of h and S enters with a weight of its own."""
     return jnp.sum(self.c_h * h) + jnp.sum(self.c_S * S["S"])
 
+
+class SleepTest(ToyTest):
   def gradients(self, run):
     """Of `total(run(w, h, S))` by w, h and S."""
     return jax.grad(lambda w, h, S: self.total(*run(w, h, S)), argnums=(0, 1, 2))(self.w, self.h, self.S)
@@ -188,6 +190,59 @@ class SleepTest(chex.TestCase):
 
     with self.assertRaises(TypeError):
       passes(blocks, self.h, self.S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
+
+
+class ReadAndSleepTest(ToyTest):
+  """The first pass is also the reading; everything else is `sleep`."""
+
+  def run_both(self, w, h, S, **how):
+    """What is read (h after the first pass), h and S."""
+
+    def read(h, S, private):
+      h, S = toy_blocks(w, h, S)
+      return (h, S, private), h
+
+    blocks = functools.partial(toy_blocks, w)
+    y, h, S, per_pass = read_and_sleep(read, lambda h, S, private: (*blocks(h, S), private), h, S, **how)
+    assert per_pass == {}
+    return y, h, S
+
+  @parameterized.product(num_passes=(1, 2, 4), remat=(True, False), form=tuple(FORMS))
+  def test_reads_once_and_sleeps_as_ever(self, num_passes, remat, form):
+    how = {"num_passes": num_passes, "remat": remat, "unroll": FORMS[form]}
+    y, h, S = self.run_both(self.w, self.h, self.S, **how)
+    chex.assert_trees_all_close((h, S), plain_loop(self.w, self.h, self.S, num_passes), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(y, toy_blocks(self.w, self.h, self.S)[0], rtol=1e-5, atol=1e-6)
+    self.assertEqual(float(S["steps"]), num_passes)  # N passes, not N + 1
+
+  @parameterized.product(of=((4, 3), (4, 1), (1, 1)), form=tuple(FORMS), remat=(True,))
+  def test_gradients_are_those_of_reading_and_of_sleeping(self, of, form, remat):
+    """The reading's whole, the sleep's as truncated: the sum of the two, each computed by itself."""
+    num_passes, k = of
+    how = {"num_passes": num_passes, "backprop_passes": k, "remat": remat, "unroll": FORMS[form]}
+
+    def together(w, h, S):
+      y, h, S = self.run_both(w, h, S, **how)
+      return jnp.sum(jnp.sin(y)) + self.total(h, S)
+
+    def apart(w, h, S):
+      blocks = functools.partial(toy_blocks, w)
+      return jnp.sum(jnp.sin(blocks(h, S)[0])) + self.total(*passes(blocks, h, S, **how))
+
+    got, expected = (jax.grad(f, argnums=(0, 1, 2))(self.w, self.h, self.S) for f in (together, apart))
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+  def test_each_pass_keeps_its_own(self):
+    """`per_pass` in order, the first pass's in front."""
+
+    def blocks(h, S, private):
+      return h, S, private + h
+
+    y, _, _, private = read_and_sleep(
+      lambda *x: (blocks(*x), x[2]), blocks, jnp.ones(()), jnp.zeros(()), jnp.arange(3.0), num_passes=3
+    )
+    self.assertEqual(float(y), 0.0)
+    np.testing.assert_array_equal(private, [1, 2, 3])
 
 
 class LoopTest(parameterized.TestCase):

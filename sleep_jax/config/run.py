@@ -16,6 +16,9 @@ class SleepConfig:
   """How a full window is consolidated.
 
   Attributes:
+    when: which windows of a training sequence are slept on: `unread`, those without a loss (Algorithm 1 as
+      printed), or `always`, every one but the last. A window with a loss is then read awake and slept on
+      before it is evicted; the reading is the first of the N passes. Generation always does so.
     num_passes: N, passes over the window; 1 is the plain hybrid.
     backprop_passes: k, gradients flow through the last k passes only. None: through all of them.
     first_block: number of the first block that is repeated; those before it run once (prelude) and write too.
@@ -33,6 +36,7 @@ class SleepConfig:
 
   PATH: ClassVar[str] = "sleep"
 
+  when: Literal["unread", "always"] = "unread"
   num_passes: Count = 1
   backprop_passes: int | None = None
   first_block: Natural = 0
@@ -214,8 +218,14 @@ class Config:
 
 
 def check_sleep(sleep: SleepConfig, model: ModelConfig) -> None:
-  """Raises `ConfigError` if blocks are to be repeated that the model does not have."""
+  """Raises `ConfigError` where the model lacks the blocks, or reads awake in another way than it sleeps."""
   first, last, count = sleep.first_block, sleep.last_block, len(model.blocks)
   known = f"{count} (the number of model.blocks)"
   check(last is None or last <= count, "sleep.last_block", f"must be at most {known}, got {last}")
   check(first < count, "sleep.first_block", f"must be below {known}, got {first}")
+  check(
+    sleep.when == "unread" or model.predict_passes == 1,
+    "sleep.when",
+    f"must be `unread` where model.predict_passes is above 1 (the first pass of a sleep is to be the reading"
+    f" awake), got {sleep.when!r} and {model.predict_passes}",
+  )

@@ -20,7 +20,7 @@ class Flops:
 
   Attributes:
     awake: windows that answer, logits included.
-    asleep: all passes over windows that are slept on.
+    asleep: all passes over windows that are slept on; of those that answer too, all but the first.
   """
 
   awake: float
@@ -52,11 +52,15 @@ def per_sequence(segments: windows.Plan, cfg: ModelConfig, sleep_cfg: SleepConfi
     kinds = [(kind, i not in cfg.without_mlp) for i, kind in enumerate(cfg.blocks)]
     each = {kind: _block(*kind, segment.length, cfg) * segment.count for kind in set(kinds)}
     by_block = [each[kind] for kind in kinds]
-    if segment.reads:
-      head = 2 * cfg.embed_dim * cfg.vocab_size * len(segment.reads) * segment.count
-      awake += cfg.predict_passes * sum(by_block) + head
+    repeated = (sleep_cfg.num_passes - 1) * sum(by_block[first:last])
+    awake += 2 * cfg.embed_dim * cfg.vocab_size * len(segment.reads) * segment.count
+    if not segment.asleep:
+      awake += cfg.predict_passes * sum(by_block)
+    elif segment.reads:  # the first pass is the reading awake; the blocks behind the loop run again
+      awake += sum(by_block)
+      asleep += repeated + sum(by_block[last:])
     else:
-      asleep += sum(by_block) + (sleep_cfg.num_passes - 1) * sum(by_block[first:last])
+      asleep += sum(by_block) + repeated
   return Flops(awake, asleep)
 
 

@@ -14,7 +14,7 @@ import os
 import pathlib
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Self
 
 from absl import logging
@@ -125,16 +125,25 @@ class Writer:
     if self._want_tensorboard:
       self._best_effort("TensorBoard", lambda: self._to_tensorboard(row))
 
-  def truncate_after(self, step: int) -> int:
+  def truncate_after(self, step: int, *, with_done: Collection[str] = ()) -> int:
     """Drops the rows of steps above `step`: a run that resumes from `step` will write them again.
 
     The file is replaced in one rename. TensorBoard is told to forget the same steps.
+
+    Args:
+      with_done: kinds of rows that a run writes at its end, before its `done` row. Where it was killed
+        between the two it will write them again, so those of `step` are dropped as well.
 
     Returns:
       How many rows were dropped.
     """
     self._purge_from = step + 1
-    return self._rewrite(lambda row: row["step"] <= step)
+    try:
+      ends = {row["step"] for row, _ in read_rows(self._path, self._name) if row["kind"] == "done"}
+    except OSError as e:
+      raise self._cannot_write(e) from e
+    again = () if step in ends else with_done
+    return self._rewrite(lambda row: row["step"] <= step - (row["kind"] in again))
 
   def last(self, kind: str | None = None) -> dict[str, Any] | None:
     """The newest row of a kind, or of any kind with a `wall_s`; None if there is none."""
@@ -260,9 +269,9 @@ class Silent(contextlib.nullcontext):
     """Drops the row."""
     del row
 
-  def truncate_after(self, step: int) -> int:
+  def truncate_after(self, step: int, *, with_done: Collection[str] = ()) -> int:
     """Has no rows to drop."""
-    del step
+    del step, with_done
     return 0
 
   def last(self, kind: str | None = None) -> dict[str, Any] | None:

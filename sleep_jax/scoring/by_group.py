@@ -241,7 +241,7 @@ def make_host_evaluate(
       yield jax.tree.map(lambda x: x[host * mine : (host + 1) * mine], whole)
 
   def make_sums(bucket: batching.Bucket) -> Callable[..., Sums]:
-    segments = windows.plan(batching.layout(bucket, cut, cfg.window), cfg.window)
+    segments = windows.plan(batching.layout(bucket, cut, cfg.window), cfg.window, sleep_cfg)
     where = windows.answer_positions(segments)
 
     @jax.jit

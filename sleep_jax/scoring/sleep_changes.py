@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import model, windows
+from sleep_jax import carry, model, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 
 
@@ -39,12 +39,14 @@ def sleep_changes(
   def awake(weights, state, tokens, valid):
     return model.predict(weights, tokens, state, cfg, reads=(0,), valid=valid)[1]
 
-  last_sleep = max((s.start for s in segments if not s.reads), default=-1)
+  last_sleep = max((s.start for s in segments if s.asleep), default=-1)
   for segment in segments:
     for w in range(segment.count if segment.start <= last_sleep else 0):
       part = slice(segment.start + w * segment.length, segment.start + (w + 1) * segment.length)
       valid = None if batch.valid is None else batch.valid[:, part]
-      if segment.reads:  # a window that is answered writes too
+      if batch.begins is not None:
+        state = carry.begin(state, batch.begins[:, part.start])
+      if not segment.asleep:  # a window that is answered writes too
         state = awake(weights, state, batch.inputs[:, part], valid)
         continue
       state, by_pass = passes(weights, state, batch.inputs[:, part], valid)

@@ -73,9 +73,9 @@ def gradient_growth(
     raise ConfigError(
       "model.eviction: must be 'hard', where a gradient goes back through the fast weights alone"
     )
-  slept = sum(s.count for s in segments if not s.reads)
+  slept = sum(s.count for s in segments if s.asleep)
   if not slept:
-    raise ConfigError("model.window: no window is slept on, every one has a loss")
+    raise ConfigError("model.window: no window is slept on, every one is only read")
   size, passes = batch.inputs.shape[0], sleep_cfg.num_passes
   first, last = sleep_cfg.looped(len(cfg.blocks))
   fast = {i: s.S for i, s in model.init_state(cfg, size, sleep_cfg).fast.items()}
@@ -130,7 +130,9 @@ def perturbed_loss(
     for w in range(segment.count):
       part = slice(segment.start + w * segment.length, segment.start + (w + 1) * segment.length)
       tokens, valid = batch.inputs[:, part], None if batch.valid is None else batch.valid[:, part]
-      if segment.reads:
+      if batch.begins is not None:
+        state = carry.begin(state, batch.begins[:, part.start])
+      if not segment.asleep:
         out, state = model.predict(weights, tokens, state, cfg, reads=segment.reads, valid=valid)
         logits.append(out)
         continue
@@ -139,18 +141,22 @@ def perturbed_loss(
 
       def one_pass(
         looping: Any, extra: Any, start: Any = start, opened: Any = opened, valid: Any = valid
-      ) -> tuple[Any, None]:
+      ) -> tuple[Any, Any]:
         h, memory = looping
         memory = memory if sleep_cfg.state == "carry" else start.within(first, last)
         before = opened | _add(carry.rewind(memory, start), extra)
         h, after, _ = blocks.run(repeated, h, before, cfg, valid=valid)
-        h = looped.final_norm(weights, h, cfg) if cfg.loop_norm else h
-        return (h, after.within(first, last)), None
+        again = looped.final_norm(weights, h, cfg) if cfg.loop_norm and sleep_cfg.num_passes > 1 else h
+        return (again, after.within(first, last)), (h, after)
 
       each = {i: x[window] for i, x in added[1].items()}
-      (h, memory), _ = loop(
+      (h, memory), by_pass = loop(
         one_pass, (h, opened.within(first, last)), each, length=sleep_cfg.num_passes, unroll=False
       )
+      if segment.reads:  # awake, in the first pass
+        awake, after = jax.tree.map(lambda x: x[0], by_pass)
+        awake, _, _ = blocks.run(coda, awake, after, cfg, valid=valid)
+        logits.append(model.logits_of(weights, awake[:, np.asarray(segment.reads)], cfg))
       _, state, _ = blocks.run(coda, h, opened | memory, cfg, valid=valid)
       window += 1
   where = windows.answer_positions(segments)

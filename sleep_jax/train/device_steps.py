@@ -91,7 +91,7 @@ class DeviceSteps(contextlib.nullcontext):
   def __init__(self, cfg: Config, task: DeviceTask, one_step: OneStep):
     super().__init__(self)
     self._cfg, self._task, self._one_step = cfg, task, one_step
-    self._segments = windows.plan(task.layout, cfg.model.window)
+    self._segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
     work = flops.per_sequence(self._segments, cfg.model, cfg.sleep) * cfg.train.batch_size
     self._load = Load(cfg.train.batch_size * len(task.layout), work)
 

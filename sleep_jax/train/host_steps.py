@@ -244,7 +244,7 @@ class HostSteps:
 
   def _segments(self, bucket: batching.Bucket) -> windows.Plan:
     window = self._cfg.model.window
-    return windows.plan(batching.layout(bucket, self._task.cut, window), window)
+    return windows.plan(batching.layout(bucket, self._task.cut, window), window, self._cfg.sleep)
 
   def _placed(self, start: int) -> Iterator[tuple[batching.Planned, windows.Batch]]:
     task = self._task

@@ -95,7 +95,7 @@ def train(
     if processes.primary():
       writer = metrics.Writer(run.path, tensorboard=tensorboard, report=report)
     writer = stack.enter_context(writer)
-    writer.truncate_after(done)
+    writer.truncate_after(-1 if restored is None else done, with_done=("cost", "sleep"))
     steps = stack.enter_context(task.steps(cfg, one_step, mesh))
     tokens = steps.tokens_before(done, writer.last())
     recorder = Recorder(cfg, writer, mesh.size, tokens=tokens, on_row=on_row)

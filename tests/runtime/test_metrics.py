@@ -111,6 +111,30 @@ class WriterTest(parameterized.TestCase):
     self.assertEqual(metrics.read(self.path), [row(s) for s in range(7)] + [row(5, "eval"), row(7), row(8)])
     self.assertEqual([p.name for p in self.dir.iterdir()], ["metrics.jsonl"])
 
+  @parameterized.parameters(0, 1, 2, 3)
+  def test_a_run_killed_between_the_rows_of_its_end_writes_them_once(self, written):
+    end = [{"kind": kind, "step": 9} for kind in ("cost", "sleep", "done")]
+    longer = [
+      {"kind": kind, "step": 5} for kind in ("cost", "sleep", "done")
+    ]  # an end before it was made longer
+    rows = [{"kind": "train", "step": 5}, *longer, {"kind": "train", "step": 9}, {"kind": "eval", "step": 9}]
+    with self.writer() as w:
+      for row in rows + end[:written]:
+        w.write(row)
+    with self.writer() as w:
+      self.assertEqual(w.truncate_after(9, with_done=("cost", "sleep")), written % 3)
+      for row in end if written < 3 else ():
+        w.write(row)
+    self.assertEqual(metrics.read(self.path), rows + end)
+
+  def test_a_run_killed_before_its_first_checkpoint_starts_anew(self):
+    with self.writer() as w:
+      w.write({"kind": "eval", "step": 0})
+      w.write({"kind": "train", "step": 1})
+    with self.writer() as w:
+      self.assertEqual(w.truncate_after(-1), 2)
+    self.assertEqual(self.path.read_bytes(), b"")
+
   def test_a_torn_line_of_any_length_never_reaches_a_reader_or_the_next_row(self):
     with self.writer() as w:
       w.write({"kind": "train", "step": 1, "loss": 0.5})
