@@ -1,6 +1,7 @@
 """Job files: what a cluster would make of them, and what is refused before it sees them."""
 
 import copy
+import functools
 import json
 import pathlib
 import re
@@ -24,7 +25,7 @@ TPUS = [name for name in names() if find(name).chip.platform == "tpu" and find(n
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   with Experiment("sleep_jax.launch.render", tmp_path_factory.mktemp("render")) as experiment:
-    yield experiment.run
+    yield functools.cache(experiment.run)  # many tests look at one file
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def test_a_sweep_is_an_array_job_of_what_is_left(run, tmp_path):
     folder = tmp_path / f"t32_n{n}_s0"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(json.dumps({"kind": "done", "step": 98000}) + "\n")
-  ended = run(CONFIG, "--target=slurm", "--hardware=h200:8", "--sweep", f"--workdir={tmp_path}")
+  ended = run.__wrapped__(CONFIG, "--target=slurm", "--hardware=h200:8", "--sweep", f"--workdir={tmp_path}")
   assert (ended.code, ended.out, ended.err) == (0, "", "4 runs, 4 done already\n")
 
 
