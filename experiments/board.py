@@ -1,5 +1,8 @@
 """What a sweep that is watched says: few lines, one estimate of the time left, a log for each run."""
 
+import collections
+import contextlib
+import os
 import pathlib
 import re
 import threading
@@ -7,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from sleep_jax.experiments import config_file, eta
-from sleep_jax.runtime import progress
+from sleep_jax.runtime import files, progress
 
 STEP, EVALUATION = re.compile(r"step +(\d+)/\d+"), re.compile(r"eval step \d+: (.*)")
 DONE = 0
@@ -59,14 +62,15 @@ class Board:
     with self._lock:
       self._tick()
       self._ledgers[name].running = True
-      self._logs.mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(OSError):  # a log that cannot be written stops no run
+        self._logs.mkdir(parents=True, exist_ok=True)
       self._say(f"{name} starts: {self._ledgers[name].steps} steps, log in {self._logs / name}.txt")
 
   def line(self, name: str, text: str) -> None:
     """Logs a line and reads from it how far the run is."""
     with self._lock:
       self._tick()
-      with open(self._logs / f"{name}.txt", "a", encoding="utf-8") as log:
+      with open(self._opened(name, os.O_WRONLY), "a", encoding="utf-8", errors="replace") as log:
         log.write(text)
       if step := STEP.match(text):
         self._ledgers[name].reach(int(step[1]))
@@ -88,9 +92,15 @@ class Board:
           f"{name} done, {done} of {len(self._ledgers)}: {self._evaluations.get(name, 'no evaluation')}"
         )
         return
-      log = self._logs / f"{name}.txt"
-      last = log.read_text(encoding="utf-8").splitlines()[-5:] if log.exists() else []
+      last: list[str] = []
+      with contextlib.suppress(OSError):
+        with open(self._opened(name, os.O_RDONLY), encoding="utf-8", errors="replace") as log:
+          last = list(collections.deque((line.rstrip("\n") for line in log), maxlen=5))
       self._say("\n".join([f"{name} ended with exit code {code}", *(f"    {line}" for line in last)]))
+
+  def _opened(self, name: str, flags: int) -> int:
+    """The log of a run, opened; it is a file, or an OSError."""
+    return files.open_file(self._logs / f"{name}.txt", flags | os.O_APPEND | os.O_CREAT)
 
   def _tick(self) -> None:
     """Books the time since the last event: with more runs than cores each has but a share of one."""

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
+import stat
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -126,6 +128,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   def parse(argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # unless --verbosity says otherwise
     try:
+      check(not any("\0" in word for word in argv), "the command line", "must not hold NUL")
       words, changes = config_file.split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
       if usage.asked(words):
         sys.exit(_help(usage.text(sys.modules[main.__module__], words)))
@@ -172,12 +175,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
       return _unread()
     except OSError as e:  # a disk that is full or does not work, which may be that of stdout
-      where = "" if e.filename is None else f"{e.filename}: "
       _unread_if_full()
+      if e.filename is not None and files.is_mistake(e):  # a path that somebody gave
+        return _say(f"error: {e.filename}: {files.why(e)}", USER_MISTAKE)
+      where = "" if e.filename is None else f"{e.filename}: "
       return _say(f"failed: {where}{files.why(e)}", FAILED)
     except KeyboardInterrupt:
       return _say(signals.AT_ONCE, FAILED)
 
+  if sys.stdout is not None and sys.stdout.errors == "strict":
+    sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as it is, whatever its bytes mean
   listener = signals.own_process()
   sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
   try:
@@ -265,6 +272,29 @@ def required(name: str, value: Any) -> Any:
   if value is None:
     raise ConfigError(f"--{name} is required")
   return value
+
+
+def folder_to_write(name: str, value: str) -> pathlib.Path:
+  """The folder of a flag, which is there or can be made; nothing is made yet.
+
+  Raises:
+    ConfigError: if it is none, or may not be written to.
+  """
+  path = pathlib.Path(value)
+  check(bool(value), f"--{name}", "is an empty path, the results need a folder")
+  for there in (path, *path.parents):
+    try:
+      kind = os.stat(there).st_mode
+    except FileNotFoundError:
+      check(not there.is_symlink(), f"--{name}", f"{files.shown(there)} is a link to nothing")
+      continue
+    except OSError as e:
+      raise ConfigError(f"--{name}: cannot write to {files.shown(value)}: {files.why(e)}") from e
+    check(stat.S_ISDIR(kind), f"--{name}", f"{files.shown(there)} is a file, the results need a folder")
+    usable = os.access(there, os.W_OK | os.X_OK)
+    check(usable, f"--{name}", f"cannot write to {files.shown(value)}: Permission denied")
+    break
+  return path
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:

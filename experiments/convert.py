@@ -4,15 +4,17 @@
       --config.source=checkpoints/Ouro-1.4B --config.target=checkpoints/Ouro-1.4B-memory
     python -m experiments.convert --config=experiments/configs/convert.py:export \\
       --config.source=work/ouro/n4 --config.target=checkpoints/Ouro-1.4B-tuned
+    python -m experiments.convert --config=experiments/configs/convert.py:gguf \\
+      --config.source=SmolLM2.gguf --config.target=checkpoints/SmolLM2
 
 A run that began with a published checkpoint is written in the format of that checkpoint, any other run in our
 own. Every tensor is compared with what was read, to the bit. On a mistake nothing is written.
 """
 
 import dataclasses
-import errno
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -20,11 +22,11 @@ import jax
 from sleep_jax import config, model, params, pretrained
 from sleep_jax.config import ConfigError, FastConfig, ModelConfig
 from sleep_jax.config.model import MOST_BLOCKS
+from sleep_jax.cost import need
 from sleep_jax.experiments import cli
+from sleep_jax.runtime import files
 
 CONFIG = cli.define_config_flag()
-# Of a target that cannot be written: the path is at fault, not the machine.
-_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class ConversionError(RuntimeError):
@@ -36,7 +38,8 @@ class ConvertConfig:
   """One conversion.
 
   Attributes:
-    source: a checkpoint, or the workdir of a run.
+    source: a checkpoint, or the workdir of a run; with `gguf` a file.
+    gguf: the source is a GGUF file, which becomes a checkpoint of the Llama kind.
     target: folder to make; must not exist. None: only read and check.
     step: of a run, which saved step. None: the newest good one.
     origin: of a run, where the checkpoint lies with which it began, if it was moved since.
@@ -49,6 +52,7 @@ class ConvertConfig:
   """
 
   source: str | None = None
+  gguf: bool = False
   target: str | None = None
   step: Annotated[int | None, config.Bounds(least=0)] = None
   origin: str | None = None
@@ -60,7 +64,15 @@ class ConvertConfig:
 
   def __post_init__(self):
     config.check_fields(self)
-    config.check(bool(self.source), "source", "is required: the folder with config.json")
+    what = "the GGUF file" if self.gguf else "the folder with config.json"
+    config.check(bool(self.source), "source", f"is required: {what}")
+    if not self.gguf:
+      named = str(self.source).endswith(".gguf")
+      config.check(not named, "source", f"{self.source} is a GGUF file: use the preset `gguf`")
+      return
+    for name in ("step", "origin"):
+      config.check(getattr(self, name) is None, name, "is of a run, and the source is a GGUF file")
+    config.check(not self.memory_layers, "memory_layers", "must be 0: add a memory to what is written")
 
 
 FIELDS = {"": ConvertConfig}
@@ -98,12 +110,15 @@ def convert(cfg: ConvertConfig) -> str:
   """
   target = None if cfg.target is None else pathlib.Path(cfg.target)
   config.check(target is None or not target.exists(), "target", f"{cfg.target} exists already")
+  if cfg.gguf:
+    return _convert_gguf(cfg, target)
   opened = _open(cfg)
   architecture, weights = opened.model, opened.weights
   _check_finite(weights)
   before = params.count(model.declare(architecture))
   summary = f"read {opened.what}: {before:,} parameters in {len(jax.tree.leaves(weights))} tensors"
   if cfg.memory_layers:
+    check_memory(cfg, architecture)
     key = jax.random.key(cfg.seed)
     architecture, weights = pretrained.add_memory(
       architecture, weights, key, num_layers=cfg.memory_layers, fast=cfg.fast
@@ -128,14 +143,66 @@ def convert(cfg: ConvertConfig) -> str:
     if unchanged and opened.source is not None:
       _check_equal(opened.source, written)
 
+  _appear(target, write)
+  equal = f"rounded in {len(rounded)} tensors" if rounded else "bit-equal to what was read"
+  return "\n".join([f"{summary}; wrote {target}, {equal}", *skipped])
+
+
+def _convert_gguf(cfg: ConvertConfig, target: pathlib.Path | None) -> str:
+  """`convert` of a GGUF file."""
+  from sleep_jax.pretrained import (
+    gguf_header,
+    gguf_model,
+    safetensors_io,
+  )  # an extra that nothing else here needs
+
+  header = gguf_header.read(cfg.source or "")
+  checkpoint = gguf_model.Checkpoint(header, float32=cfg.dtype == "float32", ignore=cfg.ignore)
+  summary = f"read {cfg.source}: {checkpoint.parameters:,} parameters in {len(checkpoint.tensors)} tensors"
+  if target is None:
+    for name in checkpoint.tensors:
+      checkpoint.read(name)
+    return summary
+
+  def write(made: pathlib.Path) -> None:
+    checkpoint.write(made)
+    written = pretrained.open_source(made)
+    for name, (dtype, _) in checkpoint.tensors.items():
+      wanted = checkpoint.read(name).astype(safetensors_io.DTYPES[dtype])
+      if written.tensors.read(name).tobytes() != wanted.tobytes():
+        raise ConversionError(f"{name} was not written as it was read")
+
+  _appear(target, write)
+  return f"{summary}; wrote {target}, equal to the bit"
+
+
+def _appear(target: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+  """Makes the target, complete or not at all."""
   try:
     pretrained.appear(target, write)
   except OSError as e:
-    if e.errno in _MISTAKES:
+    if files.is_mistake(e):  # the path is at fault, not the machine
       raise ConfigError(f"target: {target} cannot be written: {e.strerror}") from e
     raise ConversionError(f"{target} cannot be written: {e.strerror}") from e
-  equal = f"rounded in {len(rounded)} tensors" if rounded else "bit-equal to what was read"
-  return "\n".join([f"{summary}; wrote {target}, {equal}", *skipped])
+
+
+def check_memory(cfg: ConvertConfig, there: ModelConfig) -> None:
+  """Refuses a memory that cannot be inserted, before anything of it is made.
+
+  Args:
+    there: the model that it is inserted into.
+
+  Raises:
+    ConfigError: if there are too many layers, or they are too large, or the model has fast weights.
+  """
+  count = len(there.blocks)
+  known = f"{count}, the blocks of {cfg.source}"
+  config.check(
+    cfg.memory_layers <= count, "memory_layers", f"must be at most {known}, got {cfg.memory_layers}"
+  )
+  grown = pretrained.memory_config(there, num_layers=cfg.memory_layers, fast=cfg.fast)
+  sizes = {f"fast.{name}": getattr(cfg.fast, name) for name in ("num_heads", "key_dim", "value_dim")}
+  need.check_weights(grown, sizes)
 
 
 def _open(cfg: ConvertConfig) -> Opened:

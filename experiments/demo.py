@@ -12,7 +12,6 @@ import pathlib
 
 from absl import flags
 
-from sleep_jax import config
 from sleep_jax.experiments import board, cli, config_file, figures, runner
 from sleep_jax.report import claims, comparison, page
 
@@ -29,8 +28,7 @@ CONFIG = config_file.CONFIGS / "rule110.py"
 
 
 def main() -> int:
-  folder = pathlib.Path(WORKDIR.value)
-  config.check(not folder.is_file(), "--workdir", f"{folder} is a file, a workdir is a directory")
+  folder = cli.folder_to_write("workdir", WORKDIR.value)
   ledgers = board.planned(f"{CONFIG}:{SIZE.value}", SEEDS.value)
   commands = runner.commands(f"{CONFIG}:{SIZE.value}", str(folder), SEEDS.value)
   todo = {name: commands[name] for name in ledgers}

@@ -177,11 +177,10 @@ def main() -> int:
     "and --config.sleep.num_passes say the same thing; give one of them",
   )
   if OUT.value is not None:
-    out = pathlib.Path(OUT.value)
+    out = cli.folder_to_write("out", OUT.value)
     config.check(
       not from_run.is_run(out), "--out", f"{out} is the workdir of a run, nothing is written there"
     )
-    config.check(not out.exists() or out.is_dir(), "--out", f"{out} is a file, the results need a folder")
   rows = []
   for folder in where:
     for row, line in evaluate(folder, CONFIG.texts, numbers, STEP.value):

@@ -30,10 +30,13 @@ def filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
   """
   values = {name: dict(x) if isinstance(x, Mapping) else x for name, x in values.items()}
   start = config.from_dict(pretrained.StartConfig, values.pop("pretrained"), "pretrained.")
+  for group in ("train", "optim", "data", "model"):
+    fields = values.setdefault(group, {})
+    config.check(isinstance(fields, dict), group, f"must be a group of fields, got {config.shown(fields)}")
   for group, name in FILLED:
-    given = name in values.setdefault(group, {})
+    given = name in values[group]
     config.check(not given, f"{group}.{name}", "is said by the group `pretrained`; leave it out")
-  model = pretrained.start_model(start, values.get("model", {}))
+  model = pretrained.start_model(start, values["model"])
   tokenizer = pretrained.tokenizer_file(start.folder)
   Tokenizer(tokenizer.parent, model)  # refuses one that does not fit
   values["model"] = model
@@ -69,7 +72,9 @@ def identified(cfg: config.Config, workdir: str | os.PathLike) -> tuple[config.C
   known = _stored(pathlib.Path(workdir) / "config.json")
   before = known["train"].get("init_from")
   if known["train"].get("init_digest") == digest:
-    return cfg, ("train.init_from", *(["data.tokenizer"] if _of_checkpoint(cfg, known, before) else []))
+    tokenizer = ["data.tokenizer"] if _of_checkpoint(cfg, known, before) else []
+    earlier = ["train.init_digest"] if pretrained.is_run(folder) else []  # of checkpoints before it went on
+    return cfg, ("train.init_from", *tokenizer, *earlier)
   again = known["train"].get("init_digest") is None or pretrained.is_run(folder)
   return cfg, ("train.init_digest",) if before == folder and again else ()
 

@@ -167,6 +167,7 @@ def _generate(
     key=jax.random.key(cfg.seed),
     sampling=cfg.sampling,
     watch=report,
+    reuse=True,
   )
   made.why = writer.begin() or (LENGTH if cfg.max_new_tokens == 0 else "")
   while not (made.why or stopped or writer.output.failure):

@@ -12,6 +12,7 @@ import numpy as np
 
 from sleep_jax import generate, model
 from sleep_jax.config import ConfigError
+from sleep_jax.cost import need
 from sleep_jax.experiments.generate_io import LENGTH, Output, Prompt, Reporter, Writer, prompt_lines
 from sleep_jax.experiments.generate_model import Checkpoint, GenerateConfig
 from sleep_jax.runtime.files import RunFailedError
@@ -36,6 +37,7 @@ def run(cfg: GenerateConfig, file: str, out: TextIO | None, told: TextIO | None,
   shared = {name: getattr(cfg, name) for name in ("stop_strings", "max_new_tokens", "seed")}
   lines = prompt_lines(file, shared | {"sampling": dataclasses.asdict(cfg.sampling)})
   prompts, tokens = [prompt for _, prompt in lines], _encoded(checkpoint, lines)
+  need.check_session(checkpoint.model, cfg.sleep, min(cfg.rows, len(prompts)))
   weights = checkpoint.weights()
   for at in range(0, len(prompts), cfg.rows):
     report, part = Reporter(cfg.sleep.num_passes, told), slice(at, at + cfg.rows)
@@ -100,7 +102,14 @@ def _generate(
     going = np.array([not why for why in ended])
     drawn = np.where(going, generate.draw(session, keys, sampling), 0)
     session = generate.read(
-      weights, drawn[:, None], session, checkpoint.model, cfg.sleep, valid=going[:, None], watch=report
+      weights,
+      drawn[:, None],
+      session,
+      checkpoint.model,
+      cfg.sleep,
+      valid=going[:, None],
+      watch=report,
+      reuse=True,
     )
     report.waited(time.perf_counter() - begun)
     for i in np.flatnonzero(going):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from sleep_jax import config, model, pretrained
 from sleep_jax.config import SleepConfig
+from sleep_jax.cost import need
 from sleep_jax.generate import SamplingConfig
 from sleep_jax.pretrained import chat
 from sleep_jax.pretrained.ends import end_tokens
@@ -79,6 +80,7 @@ class Checkpoint:
     self._cfg, self._folder = cfg, pathlib.Path(cfg.checkpoint or "")
     self.model = pretrained.open_source(self._folder, ignore=cfg.ignore, **cfg.changes).model
     config.check_sleep(cfg.sleep, self.model)
+    need.check_session(self.model, cfg.sleep)
     self.tokenizer = Tokenizer(self._folder, self.model)
     for token in cfg.stop:
       inside = 0 <= token < self.model.vocab_size

@@ -133,7 +133,7 @@ def report(cfg: GsmInfiniteConfig, seen: Seen) -> str:
 
 def main() -> int:
   settings = config.from_dict(Settings, cli.required("config", CONFIG.value).to_dict())
-  folder = pathlib.Path(cli.required("workdir", WORKDIR.value))
+  folder = cli.folder_to_write("workdir", cli.required("workdir", WORKDIR.value))
   config.check(not (folder / "manifest.json").exists(), "--workdir", f"{folder} already holds a data set")
   cfg, wall, cpu = settings.data, time.perf_counter(), time.process_time()
   problem(cfg, settings.seed, 0)  # what cannot be made is refused before anything is written

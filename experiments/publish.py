@@ -16,6 +16,7 @@ from sleep_jax.config import ConfigError, check
 from sleep_jax.experiments import cli, figures
 from sleep_jax.report import accuracy, comparison, load, tables
 from sleep_jax.report.load import Run, RunError
+from sleep_jax.runtime import files
 
 RUNS = flags.DEFINE_list("runs", None, "finished workdirs or globs of them; none: those already in --out")
 OUT = flags.DEFINE_string("out", "results/rule110/demo", "folder of the runs' files, figures and table.md")
@@ -26,7 +27,9 @@ END = "<!-- demo: end -->"
 
 
 def main() -> int:
-  out = pathlib.Path(OUT.value)
+  out = cli.folder_to_write("out", OUT.value)
+  if README.value:
+    replaced(content(pathlib.Path(README.value)), "")
   try:
     if RUNS.value:
       runs = figures.load_runs(RUNS.value)
@@ -42,9 +45,8 @@ def main() -> int:
     print(out / "table.md")
     if README.value:
       readme = pathlib.Path(README.value)
-      readme.write_text(
-        replaced(readme.read_text(encoding="utf-8"), block(runs, OUT.value)), encoding="utf-8"
-      )
+      text = replaced(content(readme), block(runs, OUT.value))
+      readme.write_text(text, encoding="utf-8", newline="")
       print(readme)
   except RunError as error:
     raise ConfigError(str(error)) from error
@@ -80,6 +82,20 @@ def block(runs: list[Run], folder: str) -> str:
     f"![Exact answers by passes of sleep, for the same data and for the same compute]({folder}/demo.png)"
   )
   return f"{BEGIN}\n{picture}\n\n{table(runs)}{END}"
+
+
+def content(readme: pathlib.Path) -> str:
+  """The text of --readme.
+
+  Raises:
+    ConfigError: if it is no file, or none in UTF-8.
+  """
+  try:
+    with open(files.open_file(readme), encoding="utf-8", newline="") as file:
+      return file.read()
+  except (OSError, UnicodeDecodeError) as e:
+    why = files.why(e) if isinstance(e, OSError) else "it is not UTF-8"
+    raise ConfigError(f"--readme: {files.shown(readme)} cannot be read: {why}") from e
 
 
 def replaced(text: str, new: str) -> str:

@@ -113,10 +113,11 @@ def status(folder: pathlib.Path, command: Sequence[str] = ()) -> str:
     command: that would run it. A `train.steps` in it beyond the step at which the run ended makes it longer.
   """
   run = Workdir(folder)
-  if not run.metrics.exists():
+  if not os.path.lexists(run.metrics):
     return "new"
   prefix = "--config.train.steps="
-  wanted = max((int(word.removeprefix(prefix)) for word in command if word.startswith(prefix)), default=0)
+  asked = [word.removeprefix(prefix) for word in command if word.startswith(prefix)]
+  wanted = max((int(text) for text in asked if text.isdecimal()), default=0)
   if run.done_step is not None and run.done_step >= wanted:
     return f"done at step {run.done_step}"
   return f"stopped at step {max((row['step'] for row in metrics.read(run.metrics)), default=0)}"

@@ -12,7 +12,6 @@ Markdown and a figure.
 
 import json
 import math
-import pathlib
 import tempfile
 from typing import Any
 
@@ -72,13 +71,13 @@ def main() -> int:
   values = cli.required("config", CONFIG.value).to_dict()
   passes = cli.whole_numbers("passes", PASSES.value)
   config.check(bool(passes), "--passes", "needs at least one N")
+  folder = None if OUT.value is None else cli.folder_to_write("out", OUT.value)
   rows = []
   for seed in range(SEEDS.value):
     rows += measure(values, passes, seed, SEQUENCES.value)
   text = report.table(rows)
   print(text)
-  if OUT.value is not None:
-    folder = pathlib.Path(OUT.value)
+  if folder is not None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = (
       json.dumps({k: None if isinstance(x, float) and math.isnan(x) else x for k, x in r.items()})

@@ -9,7 +9,6 @@ Rerun the same command until it says that all are done. --config.GROUP.FIELD=VAL
 {run} is the run's name.
 """
 
-import pathlib
 import shlex
 
 from absl import flags
@@ -27,8 +26,9 @@ LIST = flags.DEFINE_bool("list", False, "only say what there is to do")
 
 def main() -> int:
   cli.required("config", CONFIG.value)
-  todo = runner.commands(CONFIG.path, cli.required("workdir", WORKDIR.value), SEEDS.value, CONFIG.changes)
-  states = {name: runner.status(pathlib.Path(WORKDIR.value, name), todo[name]) for name in todo}
+  folder = cli.folder_to_write("workdir", cli.required("workdir", WORKDIR.value))
+  todo = runner.commands(CONFIG.path, str(folder), SEEDS.value, CONFIG.changes)
+  states = {name: runner.status(folder / name, todo[name]) for name in todo}
   if LIST.value:
     for name, command in todo.items():
       print(f"{name:16} {states[name]:20} {shlex.join(command)}")

@@ -8,7 +8,6 @@ A run's setting is its name in front of `_nN_sSEED`. Runs that go on count as fa
 """
 
 import json
-import pathlib
 
 from absl import flags
 
@@ -26,6 +25,8 @@ ARCHIVE = flags.DEFINE_string("archive", None, "folder for finished runs, each a
 def main() -> int:
   check(bool(RUNS.value), "--runs", "is required: finished runs or globs of them")
   check(0 < THRESHOLD.value <= 1, "--threshold", f"must lie in (0, 1], got {THRESHOLD.value}")
+  folder = None if OUT.value is None else cli.folder_to_write("out", OUT.value)
+  archive = None if ARCHIVE.value is None else cli.folder_to_write("archive", ARCHIVE.value)
   try:
     runs = figures.load_runs(RUNS.value)
   except RunError as error:
@@ -35,13 +36,12 @@ def main() -> int:
   rows = takeoff.rows_of(found)
   text = takeoff.table(rows, THRESHOLD.value)
   print(text, end="")
-  if ARCHIVE.value is not None:
+  if archive is not None:
     for run in runs:
       if run.rows.get("done"):
-        print(f"wrote {load.archive(run, ARCHIVE.value)}")
-  if OUT.value is None:
+        print(f"wrote {load.archive(run, archive)}")
+  if folder is None:
     return cli.DONE
-  folder = pathlib.Path(OUT.value)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "takeoff.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
   (folder / "takeoff.md").write_text(text, encoding="utf-8")

@@ -11,9 +11,13 @@ The names below are imported when they are first asked for, and so are the rooms
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,8 +45,67 @@ _MODULES = "config data generate model optim pretrained rules sharding sleep tra
 _BESIDE = ("kernels", "experiments", "launch", "benchmarks")
 _root = pathlib.Path(__file__).resolve().parent.parent
 _clone = (_root / "setup.cfg").is_file() and (_root / "kernels" / "gated_delta").is_dir()
+
+
+class _OneModule(importlib.abc.MetaPathFinder):
+  """Makes `experiments.cli` and `sleep_jax.experiments.cli` one module in a clone, where both are found.
+
+  Executed twice, it would have two of each class and register its flags and rules twice. The name that is
+  imported first decides nothing but the module's `__name__`.
+  """
+
+  def find_spec(
+    self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+  ) -> importlib.machinery.ModuleSpec | None:
+    """The spec of a file that has two names, if this is the short one or the other was imported before."""
+    short = fullname.removeprefix(f"{__name__}.")
+    if short.partition(".")[0] not in _BESIDE or target is not None:  # of a module that is executed again
+      return None
+    other = short if short != fullname else f"{__name__}.{short}"
+    if other == short and not _is_ours(short, getattr(sys.modules.get(short), "__file__", None)):
+      return None
+    found = importlib.machinery.PathFinder.find_spec(fullname, path)
+    if found is None or not _is_ours(short, found.origin):
+      return None
+    found.loader = _SameModule(found.loader, other)
+    return found
+
+
+def _is_ours(short: str, file: str | None) -> bool:
+  """Whether a file is the one of this clone that a short name stands for: others may use the name, too."""
+  place = _root.joinpath(*short.split("."))
+  return file is not None and pathlib.Path(file).resolve() in (
+    place.with_suffix(".py"),
+    place / "__init__.py",
+  )
+
+
+class _SameModule(importlib.abc.Loader):
+  """Gives a module a second name; what a program asks of its file (`python -m`), the file's loader
+  answers.
+  """
+
+  def __init__(self, loader: Any, name: str):
+    self._loader, self._name = loader, name
+
+  def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+    """The module by its other name."""
+    del spec
+    module = importlib.import_module(self._name)
+    self._spec = module.__spec__  # which importlib is about to replace
+    return module
+
+  def exec_module(self, module: ModuleType) -> None:
+    """Leaves it as it is: it was executed under its other name, or is just being executed."""
+    module.__spec__ = self._spec
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._loader, name)
+
+
 if _clone:
   __path__.append(str(_root))
+  sys.meta_path.insert(0, _OneModule())
 
 
 def require(extra: str, *modules: str) -> None:

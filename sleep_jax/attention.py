@@ -66,8 +66,12 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
   return weights
 
 
-def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None) -> KVCache:
-  """The cache of a window of which nothing is read yet; behind what was kept, under sliding eviction."""
+def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None, *, rotated: bool = True) -> KVCache:
+  """The cache of a window of which nothing is read yet; behind what was kept, under sliding eviction.
+
+  Args:
+    rotated: as for `read_window`.
+  """
   rows, before = cfg.window, 0
   if cfg.eviction == "sliding":
     rows, before = 2 * cfg.window - 1, cfg.window - 1
@@ -75,7 +79,7 @@ def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None) -> KVCach
   cache = KVCache(k=k, v=k, valid=valid, length=jnp.asarray(before, jnp.int32))
   if kept is None:
     return cache
-  k = _rotate(kept.k, jnp.arange(before), cfg)
+  k = _rotate(kept.k, jnp.arange(before), cfg) if rotated else kept.k
   return _append(dataclasses.replace(cache, length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
 
 
@@ -102,6 +106,7 @@ def read_window(
   *,
   valid: jax.Array | None = None,
   reach: int | None = None,
+  rotated: bool = True,
 ) -> jax.Array:
   """Causal softmax attention inside one window: o_t = V_t^T softmax(K_t q_t / sqrt(d)).
 
@@ -110,13 +115,15 @@ def read_window(
     x: the whole window, [B, T, D].
     valid: [B, T] bool, False for pads, which nobody attends to. None: all valid.
     reach: keys that a query sees, its own included (`swa`). None: all that came before.
+    rotated: whether queries and keys are turned by their places (RoPE); `nope` blocks know no places.
 
   Returns:
     [B, T, D] in x's dtype.
   """
   q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
   at = jnp.arange(x.shape[1])
-  q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
+  if rotated:
+    q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
   return _out(weights, attend(q, k, v, allowed(at, at, reach, valid)), cfg)
 
 
@@ -128,12 +135,14 @@ def read_behind(
   *,
   valid: jax.Array | None = None,
   reach: int | None = None,
+  rotated: bool = True,
 ) -> tuple[jax.Array, Kept]:
   """`read_window` under sliding eviction: a token sees the newest L keys, whichever window they are of.
 
   Args:
     kept: what the windows before left.
     reach: as for `read_window`; at most L in any case.
+    rotated: as for `read_window`.
 
   Returns:
     [B, T, D] in x's dtype, and what is kept after the window.
@@ -145,7 +154,8 @@ def read_behind(
   k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
   kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
   at, keys_at = cfg.window - 1 + jnp.arange(length), jnp.arange(k.shape[1])
-  q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
+  if rotated:
+    q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
   seen = allowed(at, keys_at, min(reach or cfg.window, cfg.window), valid)
   return _out(weights, attend(q, k, v, seen), cfg), kept
 
@@ -158,6 +168,7 @@ def decode(
   *,
   valid: jax.Array | None = None,
   reach: int | None = None,
+  rotated: bool = True,
 ) -> tuple[jax.Array, KVCache]:
   """`read_window`, or under sliding eviction `read_behind`, for the next tokens of a window that is open.
 
@@ -169,14 +180,20 @@ def decode(
     [B, T, D] in x's dtype, and the cache with the T tokens appended.
   """
   batch, length, _ = x.shape
-  q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
+  q, k, v = _project(weights, layers.without_pads(x, valid), cfg, apart=True)
   at = cache.length + jnp.arange(length)
-  q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
-  cache = _append(cache, k, v, jnp.ones((batch, length), bool) if valid is None else valid)
+  if rotated:
+    q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
+  valid = jnp.ones((batch, length), bool) if valid is None else valid
+  before, cache = cache, _append(cache, k, v, valid)
   if cfg.eviction == "sliding":
     reach = min(reach or cfg.window, cfg.window)
   seen = allowed(at, jnp.arange(cache.k.shape[1]), reach, cache.valid)
-  return _out(weights, attend(q, cache.k, cache.v, seen), cfg), cache
+  if length == 1 and jax.sharding.get_abstract_mesh().empty:
+    out = attend_one(q, before, k, v, seen & (jnp.arange(cache.k.shape[1]) != before.length), valid)
+  else:
+    out = attend(q, cache.k, cache.v, seen)
+  return _out(weights, out, cfg), cache
 
 
 def allowed(
@@ -218,19 +235,62 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Arr
   return jnp.einsum("bhts,bshd->bthd", shares, v)
 
 
+def attend_one(
+  q: jax.Array, cache: KVCache, k: jax.Array, v: jax.Array, seen: jax.Array, valid: jax.Array
+) -> jax.Array:
+  """`attend` of one token to a cache and to itself, which reads the cache where it lies.
+
+  As products of each head its keys and values would be put in another order first, copied whole for every
+  token. Here a query is as wide as the keys of all heads, zero but at its own: num_kv_heads times the
+  products, no copy.
+
+  Args:
+    q: [B, 1, num_heads, head_dim].
+    cache: of the tokens before.
+    k, v: its own, [B, 1, num_kv_heads, head_dim].
+    seen: [B, 1, 1, rows of the cache] bool.
+    valid: [B, 1] bool, False for a pad, which does not see itself.
+
+  Returns:
+    [B, 1, num_heads, head_dim] in q's dtype.
+  """
+  batch, _, heads, width = q.shape
+  kv_heads = k.shape[2]
+  own = jnp.arange(heads)[:, None] // (heads // kv_heads) == jnp.arange(kv_heads)  # [heads, kv_heads]
+  wide = jnp.where(own[None, :, :, None], q[:, 0, :, None], 0).reshape(batch, heads, -1)
+  flat = [x.reshape(batch, x.shape[1], -1) for x in (cache.k, k, cache.v, v)]
+
+  def scores(keys, seen):
+    found = jnp.einsum("bhc,bsc->bhs", wide, keys, preferred_element_type=jnp.float32) * width**-0.5
+    return jnp.where(seen, found, MASKED)
+
+  both = jnp.concatenate([scores(flat[0], seen[:, 0]), scores(flat[1], valid[:, None])], axis=-1)
+  shares = jax.nn.softmax(both, axis=-1).astype(q.dtype)
+  out = jnp.einsum("bhs,bsc->bhc", shares[..., :-1], flat[2]) + shares[..., -1:] * flat[3]
+  out = out.reshape(batch, heads, kv_heads, width)
+  return jnp.sum(jnp.where(own[None, :, :, None], out, 0), axis=2)[:, None]
+
+
 def _project(
-  weights: dict[str, jax.Array], x: jax.Array, cfg: ModelConfig
+  weights: dict[str, jax.Array], x: jax.Array, cfg: ModelConfig, *, apart: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Queries [B, T, num_heads, head_dim], keys and values [B, T, num_kv_heads, head_dim], before RoPE."""
+  """Queries [B, T, num_heads, head_dim], keys and values [B, T, num_kv_heads, head_dim], before RoPE.
+
+  Args:
+    apart: as for `layers.swiglu`.
+  """
   axes = ("batch", "seq", "heads", "head_dim")
   q = layers.dense(x, weights["q"], axes)
-  kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), axes)
-  k, v = jnp.split(kv, 2, axis=-1)
+  if apart:
+    k, v = (layers.dense(x, weights[name], axes) for name in "kv")
+  else:
+    kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), axes)
+    k, v = jnp.split(kv, 2, axis=-1)
   if cfg.attention.bias:
     q, k, v = (y + weights[f"{name}_bias"].astype(y.dtype) for name, y in (("q", q), ("k", k), ("v", v)))
   if cfg.attention.qk_norm:
-    q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps)
-    k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps)
+    q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps, cfg.norm_cast)
+    k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps, cfg.norm_cast)
   return q, k, v
 
 

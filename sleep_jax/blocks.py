@@ -1,8 +1,9 @@
 """One pass over the blocks: (h, state) -> (h, state).
 
 A block is a mixer and an MLP, each behind an RMSNorm and added to the residual stream; with sandwich norms
-through a second RMSNorm. The mixer is attention (`attn`; `swa` to the last few tokens only) or a fast-weight
-layer, named by its rule. Blocks listed in `without_mlp` have a norm and a mixer but no MLP.
+through a second RMSNorm. The mixer is attention (`attn`; `swa` to the last few tokens only, `nope` without
+rotary angles) or a fast-weight layer, named by its rule. Blocks listed in `without_mlp` have a norm and a
+mixer but no MLP.
 
 Equal blocks can run under one `lax.scan` over their weights, stacked: see `arrange`.
 """
@@ -89,7 +90,7 @@ def block(
     h = h + _scaled(norm(mixed, weights["post_norm"]) if sandwich else mixed, cfg)
   if mlp:
     with jax.named_scope("mlp"):
-      out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]))
+      out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]), apart=decoding)
       h = h + _scaled(norm(out, weights["mlp_post_norm"]) if sandwich else out, cfg)
   return h, memory
 
@@ -110,13 +111,14 @@ def _mix(
 ) -> tuple[jax.Array, Any]:
   """The mixer of `block`: [B, T, D] -> [B, T, D], and its memory."""
   if kind not in ATTENTION:
-    return fast_weights.fast_weights(weights, x, memory, cfg, RULES[kind], valid=valid)
+    return fast_weights.fast_weights(weights, x, memory, cfg, RULES[kind], valid=valid, apart=decoding)
   reach = cfg.attention.swa_window if kind == "swa" else None
+  sees = {"valid": valid, "reach": reach, "rotated": kind != "nope"}
   if decoding:
-    return attention.decode(weights, x, memory, cfg, valid=valid, reach=reach)
+    return attention.decode(weights, x, memory, cfg, **sees)
   if cfg.eviction == "sliding":
-    return attention.read_behind(weights, x, memory, cfg, valid=valid, reach=reach)
-  return attention.read_window(weights, x, cfg, valid=valid, reach=reach), None
+    return attention.read_behind(weights, x, memory, cfg, **sees)
+  return attention.read_window(weights, x, cfg, **sees), None
 
 
 @flax.struct.dataclass

@@ -151,6 +151,7 @@ def fast_weights(
   rule: Rule,
   *,
   valid: jax.Array | None = None,
+  apart: bool = False,
 ) -> tuple[jax.Array, FastWeights]:
   """Reads and writes the fast weights. Equivalent to one token at a time; computed in chunks.
 
@@ -160,6 +161,7 @@ def fast_weights(
     state: on entry.
     rule: how S is written, a value of `rules.RULES`.
     valid: [B, T] bool, False for pads, which write nothing. None: all valid.
+    apart: as for `layers.swiglu`.
 
   Returns:
     [B, T, D] in x's dtype, and the state after the last token.
@@ -169,7 +171,11 @@ def fast_weights(
   others = {} if rule.narrow_gate else {"gate": fast.value_dim}
   if rule.write == "channel":
     others |= {"e": fast.key_dim, "w": fast.value_dim}
-  joined = layers.dense(x, _joined(weights, "q", "k", "v", *others), heads)  # one large product, not many
+  names = ("q", "k", "v", *others)
+  if apart:
+    joined = jnp.concatenate([layers.dense(x, weights[name], heads) for name in names], axis=-1)
+  else:
+    joined = layers.dense(x, _joined(weights, *names), heads)  # one large product, not many
   ends = [*itertools.accumulate((2 * fast.key_dim + fast.value_dim, *others.values()))]
   qkv, *parts = jnp.split(joined, ends[:-1], axis=-1)
   projected = dict(zip(others, parts, strict=True))

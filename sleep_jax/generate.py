@@ -13,7 +13,6 @@ the bit, on whether the tokens came one by one or all at once, and awake roundin
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import looped, model, sharding
+from sleep_jax import decoding, looped, model
 from sleep_jax import sampling as ways
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 from sleep_jax.fast_weights import FastWeights
@@ -102,6 +101,7 @@ def read(
   *,
   valid: np.ndarray | None = None,
   watch: Watch | None = None,
+  reuse: bool = False,
 ) -> Session:
   """Reads the next tokens, and sleeps on every window that they fill.
 
@@ -115,6 +115,8 @@ def read(
     valid: [B, T] bool, False for pads; a shorter sequence is padded on the left. Pads take room in the
       window, so a row is read as it is alone if whole windows of it are pads. None: all valid.
     watch: called after every step, awake or asleep; the host waits for the step's end before.
+    reuse: `session` is not needed any more: one token is added to its cache in place, which saves a copy of
+      the cache. It must not be used afterwards.
 
   Returns:
     The session after the last token, `logits` its prediction.
@@ -126,7 +128,7 @@ def read(
     NotFiniteError: if the logits or the fast weights are not finite any more.
   """
   tokens, valid = _checked(tokens, valid, session, cfg)
-  return _read(weights, iter([(tokens, valid)]), session, cfg, sleep_cfg, watch)
+  return _read(weights, iter([(tokens, valid)]), session, cfg, sleep_cfg, watch, reuse)
 
 
 def read_parts(
@@ -164,6 +166,7 @@ def generate(
   sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
   end_tokens: Collection[int] = (),
   watch: Watch | None = None,
+  reuse: bool = False,
 ) -> Iterator[tuple[np.ndarray, Session]]:
   """Draws tokens, each of which is read before it is yielded.
 
@@ -177,6 +180,7 @@ def generate(
     end_tokens: a row ends with one of these, unless its `sampling.stop_at_end` is False. It then reads pads
       until all rows have ended.
     watch: as for `read`.
+    reuse: each session that is yielded must not be used once the next one was asked for; see `read`.
 
   Yields:
     The tokens [B] int32, `ENDED` in rows that have ended, and the session that has read them.
@@ -188,9 +192,18 @@ def generate(
   rows = session.tokens.shape[0]
   stops = np.array([one.stop_at_end for one in ways.of_rows(sampling, rows)])
   going = np.ones(rows, bool)
-  for _ in range(count):
+  for i in range(count):
     token = np.where(going, draw(session, key, sampling), 0)
-    session = read(weights, token[:, None], session, cfg, sleep_cfg, valid=going[:, None], watch=watch)
+    session = read(
+      weights,
+      token[:, None],
+      session,
+      cfg,
+      sleep_cfg,
+      valid=going[:, None],
+      watch=watch,
+      reuse=reuse and i > 0,
+    )
     yield np.where(going, token, ENDED), session
     going &= ~(stops & np.isin(token, list(end_tokens)))
     if not going.any():
@@ -267,6 +280,7 @@ def _read(
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
   watch: Watch | None,
+  reuse: bool = False,
 ) -> Session:
   """Sleeps on windows as they fill, and reads awake what no further token follows."""
   tokens, valid = (
@@ -282,8 +296,10 @@ def _read(
   if tokens.shape[1] == 0:
     raise ConfigError("prompt: has no tokens")
   begun = time.perf_counter()
-  session = _noted(_read_awake(weights, tokens, valid, session, cfg), tokens, valid)
-  if not np.all(_finite(session.logits)):
+  # If the sleep that follows fails, the session before must be as it was; an empty cache is one array twice.
+  reuse = reuse and 0 < session.filled < cfg.window - 1
+  session = _noted(_read_awake(weights, tokens, valid, session, cfg, sleep_cfg, reuse), tokens, valid)
+  if not np.all(decoding.finite(session.logits)):
     raise NotFiniteError(_where_not_finite(weights, session, cfg))
   if watch is not None:
     watch("awake", session, time.perf_counter() - begun)
@@ -298,15 +314,29 @@ def _pieces(length: int) -> list[int]:
 
 
 def _read_awake(
-  weights: model.Params, tokens: np.ndarray, valid: np.ndarray, session: Session, cfg: ModelConfig
+  weights: model.Params,
+  tokens: np.ndarray,
+  valid: np.ndarray,
+  session: Session,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  reuse: bool,
 ) -> Session:
   """Reads tokens for which the open window has room; they are not noted yet."""
   if tokens.shape[1] == cfg.window:  # a cache would be filled to be dropped
-    return dataclasses.replace(session, logits=_whole_window(weights, tokens, valid, session.start, cfg))
+    logits = decoding.whole_window(weights, tokens, valid, session.start, cfg)
+    return dataclasses.replace(session, logits=logits)
   fast, cache, logits, at = session.fast, session.cache, session.logits, 0
   for length in _pieces(tokens.shape[1]):
     piece = np.s_[:, at : at + length]
-    logits, fast, cache = _piece(weights, tokens[piece], valid[piece], fast, cache, cfg)
+    if length == 1 and decoding.by_rows(cfg):
+      logits, fast, rows = decoding.token(weights, tokens[piece], valid[piece], fast, cache, cfg)
+      cache = (decoding.appended_in_place if reuse and tokens.shape[1] == 1 else decoding.appended)(
+        cache, rows
+      )
+    else:
+      scan = sleep_cfg.loops == "scan"
+      logits, fast, cache = decoding.piece(weights, tokens[piece], valid[piece], fast, cache, cfg, scan)
     at += length
   return dataclasses.replace(session, fast=fast, cache=cache, logits=logits)
 
@@ -324,8 +354,8 @@ def _fall_asleep(
 ) -> Session:
   """Sleeps on the full window, and opens the next one."""
   begun = time.perf_counter()
-  state, fast, cache = _asleep(weights, session.tokens, session.valid, session.start, cfg, sleep_cfg)
-  if not _finite(state):
+  state, fast, cache = decoding.asleep(weights, session.tokens, session.valid, session.start, cfg, sleep_cfg)
+  if not decoding.finite(state):
     raise NotFiniteError(_where_not_finite(weights, session, cfg))
   after = dataclasses.replace(
     session,
@@ -348,39 +378,9 @@ def _where_not_finite(weights: model.Params, session: Session, cfg: ModelConfig)
   before = session.windows * cfg.window
   for t in range(session.filled):
     at = np.s_[:, t : t + 1]
-    logits, fast, cache = _piece(weights, session.tokens[at], session.valid[at], fast, cache, cfg)
-    if not np.all(_finite(logits)):
+    logits, fast, cache = decoding.piece(
+      weights, session.tokens[at], session.valid[at], fast, cache, cfg, False
+    )
+    if not np.all(decoding.finite(logits)):
       return f"logits are not finite from token {before + t + 1} on"
   return f"the fast weights are not finite after sleep on tokens {before + 1}..{before + session.filled}"
-
-
-def _placed(*rows: jax.Array) -> list[jax.Array]:
-  """Arrays [B, T] that come from the host, split over the mesh as batches are."""
-  return [sharding.constrain(x, ("batch", "seq")) for x in rows]
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _piece(weights, tokens, valid, fast, cache, cfg):
-  tokens, valid = _placed(tokens, valid)
-  logits, fast, cache = model.decode(
-    weights, tokens, fast, cache, cfg, reads=(tokens.shape[1] - 1,), valid=valid
-  )
-  return logits[:, 0], fast, cache
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _whole_window(weights, tokens, valid, state, cfg):
-  tokens, valid = _placed(tokens, valid)
-  return model.predict(weights, tokens, state, cfg, reads=(tokens.shape[1] - 1,), valid=valid)[0][:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
-def _asleep(weights, tokens, valid, state, cfg, sleep_cfg):
-  tokens, valid = _placed(tokens, valid)
-  state = model.consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid)
-  return state, *model.open_window(state, cfg, tokens.shape[0])
-
-
-@jax.jit
-def _finite(tree):
-  return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -10,7 +10,9 @@ from sleep_jax import sharding
 from sleep_jax.config import RopeScaling
 
 
-def dense(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int = 1) -> jax.Array:
+def dense(
+  x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int = 1, *, turned: bool = False
+) -> jax.Array:
   """Contracts the last `num_in` dimensions of x with the first `num_in` of w.
 
   Args:
@@ -18,13 +20,15 @@ def dense(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int 
     w: [*ins, *outs], cast to x's dtype.
     axes: logical names of the result; JAX cannot infer its layout where w is split (FSDP).
     num_in: number of contracted dimensions.
+    turned: w is [*outs, *ins], its last `num_in` dimensions are contracted. A transposed w would be copied.
 
   Returns:
     [..., *outs], in x's dtype.
   """
-  kept = x.ndim - num_in
-  dimensions = ((tuple(range(kept, x.ndim)), tuple(range(num_in))), ((), ()))
-  out_sharding = sharding.spec(axes, x.shape[:kept] + w.shape[num_in:])
+  kept, outs = x.ndim - num_in, w.ndim - num_in
+  ins, out_shape = (range(outs, w.ndim), w.shape[:outs]) if turned else (range(num_in), w.shape[num_in:])
+  dimensions = ((tuple(range(kept, x.ndim)), tuple(ins)), ((), ()))
+  out_sharding = sharding.spec(axes, x.shape[:kept] + out_shape)
   return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
 
 
@@ -91,10 +95,18 @@ def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
   return kept * frequencies + (1 - kept) * slow
 
 
-def swiglu(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-  """(silu(x W_gate) * (x W_up)) W_down, each product with its bias if there is one; x [B, T, D]."""
-  both = jnp.stack([params["gate"], params["up"]], axis=1)  # [D, 2, F]: one large product, not two
-  gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp")), 2, 0)
+def swiglu(params: dict[str, jax.Array], x: jax.Array, *, apart: bool = False) -> jax.Array:
+  """(silu(x W_gate) * (x W_up)) W_down, each product with its bias if there is one; x [B, T, D].
+
+  Args:
+    apart: multiply with gate and up apart, so that no weight is copied: for a few tokens, whose products take
+      no longer than reading the weights. Otherwise one large product takes both.
+  """
+  if apart:
+    gate, up = (dense(x, params[name], ("batch", "seq", "mlp")) for name in ("gate", "up"))
+  else:
+    both = jnp.stack([params["gate"], params["up"]], axis=1)  # [D, 2, F]
+    gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp")), 2, 0)
   if "up_bias" in params:
     gate, up = (y + params[f"{name}_bias"].astype(y.dtype) for name, y in (("gate", gate), ("up", up)))
   out = dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"))

@@ -25,8 +25,11 @@ def init_cache(cfg: ModelConfig, batch: int, state: carry.State | None = None) -
   """
   passes = cfg.predict_passes if cfg.pass_cache == "own" else 1
   kept = {} if state is None else state.kept
-  names = [str(i) for i, kind in enumerate(cfg.blocks) if kind in ATTENTION]
-  return tuple({i: attention.init_cache(cfg, batch, kept.get(i)) for i in names} for _ in range(passes))
+  kinds = {str(i): kind for i, kind in enumerate(cfg.blocks) if kind in ATTENTION}
+  return tuple(
+    {i: attention.init_cache(cfg, batch, kept.get(i), rotated=kind != "nope") for i, kind in kinds.items()}
+    for _ in range(passes)
+  )
 
 
 def final_norm(weights: dict[str, Any], h: jax.Array, cfg: ModelConfig) -> jax.Array:

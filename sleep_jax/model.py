@@ -69,14 +69,14 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array
 
 def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
-  head = weights["embed"].T if cfg.tied_embeddings else weights["head"]
+  head = weights["embed"] if cfg.tied_embeddings else weights["head"]
   h = looped.final_norm(weights, h, cfg)
-  return layers.dense(h, head, ("batch", "seq", "vocab")).astype(jnp.float32)
+  return layers.dense(h, head, ("batch", "seq", "vocab"), turned=cfg.tied_embeddings).astype(jnp.float32)
 
 
 @flax.struct.dataclass
-class _Arranged:
-  """The blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
+class Arranged:
+  """All blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
   after.
   """
 
@@ -89,10 +89,11 @@ class _Arranged:
     return self.prelude + self.repeated + self.coda
 
 
-def _arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> _Arranged:
+def arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Arranged:
+  """Stacks the weights of equal blocks, as `sleep_cfg.loops` says."""
   first, last = sleep_cfg.looped(len(cfg.blocks))
   part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops == "scan")
-  return _Arranged(part(0, first), part(first, last), part(last))
+  return Arranged(part(0, first), part(first, last), part(last))
 
 
 def consolidate(
@@ -103,6 +104,7 @@ def consolidate(
   sleep_cfg: SleepConfig,
   *,
   valid: jax.Array | None = None,
+  arranged: Arranged | None = None,
 ) -> State:
   """Sleeps on one window. Its hidden states are dropped, and so is the attention cache, but for what is kept.
 
@@ -110,6 +112,7 @@ def consolidate(
     tokens: [B, T] int32, 1 <= T <= L.
     state: fast weights on entry, and what was kept.
     valid: [B, T] bool, False for pads. None: all valid.
+    arranged: from `arrange`, if that was done before.
 
   Returns:
     The state after N passes.
@@ -119,12 +122,13 @@ def consolidate(
     AssertionError: if `valid` has another shape.
   """
   _check_window(tokens, valid, cfg)
-  return _consolidate(weights, _arrange(weights, cfg, sleep_cfg), tokens, state, cfg, sleep_cfg, (), valid)[1]
+  arranged = arranged or arrange(weights, cfg, sleep_cfg)
+  return _consolidate(weights, arranged, tokens, state, cfg, sleep_cfg, (), valid)[1]
 
 
 def _consolidate(
   weights: Params,
-  arranged: _Arranged,
+  arranged: Arranged,
   tokens: jax.Array,
   state: State,
   cfg: ModelConfig,
@@ -275,6 +279,7 @@ def decode(
   *,
   reads: Sequence[int] | None = None,
   valid: jax.Array | None = None,
+  scan: bool = False,
 ) -> tuple[jax.Array, dict[str, fast_weights.FastWeights], looped.Cache]:
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
 
@@ -283,6 +288,7 @@ def decode(
     fast, cache: as the tokens before left them; from `open_window` at first.
     reads: positions among the T whose logits are wanted. None: all.
     valid: [B, T] bool, False for pads. None: all valid.
+    scan: as for `blocks.arrange`.
 
   Returns:
     Logits [B, M, vocab] float32 at `reads`, fast weights and cache.
@@ -293,7 +299,7 @@ def decode(
   """
   _check_window(tokens, valid, cfg)
   with jax.named_scope("awake"):
-    groups, h = blocks.arrange(weights["blocks"], cfg), embed(weights, tokens, cfg, valid)
+    groups, h = blocks.arrange(weights["blocks"], cfg, scan=scan), embed(weights, tokens, cfg, valid)
     outs, after, filled = looped.read(weights, groups, h, State(fast, {}), cfg, valid=valid, cache=cache)
     assert filled is not None  # as a cache was given
     h = looped.exit_hidden(weights, _at(outs, reads), cfg)
@@ -301,13 +307,20 @@ def decode(
 
 
 def forward(
-  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: Params,
+  batch: Batch,
+  segments: Plan,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  arranged: Arranged | None = None,
 ) -> tuple[jax.Array, State]:
   """Reads whole sequences: answers in windows with a loss, sleeps on those that the plan names.
 
   Args:
     batch: B sequences of T tokens.
     segments: from `windows.plan`, for the same T.
+    arranged: from `arrange`, if that was done before.
 
   Returns:
     Logits [B, M, vocab] float32 at `answer_positions(segments)`, and the state at the end.
@@ -325,7 +338,7 @@ def forward(
   if (longest := max(s.length for s in segments)) > cfg.window:
     raise ValueError(f"the plan has windows of {longest} tokens, model.window is {cfg.window}")
   check_plan(segments, sleep_cfg)
-  arranged = _arrange(weights, cfg, sleep_cfg)
+  arranged = arranged or arrange(weights, cfg, sleep_cfg)
   state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
   for segment in segments:
     state, out = _read_segment(weights, arranged, batch, state, segment, cfg, sleep_cfg)
@@ -336,7 +349,7 @@ def forward(
 
 def _read_segment(
   weights: Params,
-  arranged: _Arranged,
+  arranged: Arranged,
   batch: Batch,
   state: State,
   segment: Segment,
@@ -375,14 +388,20 @@ def _read_segment(
 
 
 def loss(
-  weights: Params, batch: Batch, segments: Plan, cfg: ModelConfig, sleep_cfg: SleepConfig
+  weights: Params,
+  batch: Batch,
+  segments: Plan,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  *,
+  arranged: Arranged | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Masked cross-entropy in nats a target.
+  """Masked cross-entropy in nats a target; `arranged` as for `forward`.
 
   Returns:
     The mean over all targets of the batch (scalar float32), and the logits [B, M, vocab].
   """
-  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg)
+  logits, _ = forward(weights, batch, segments, cfg, sleep_cfg, arranged=arranged)
   where = answer_positions(segments)
   return cross_entropy(logits, batch.targets[:, where], batch.loss_mask[:, where]), logits
 

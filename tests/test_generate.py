@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from sleep_jax import config, generate, model, params, sharding
+from sleep_jax import config, decoding, generate, model, params, sharding
 from sleep_jax.config import ConfigError, MeshConfig, SleepConfig
 from sleep_jax.generate import SamplingConfig
 from tests import hybrids, oracle
@@ -121,12 +121,12 @@ class ReadTest(parameterized.TestCase):
 
   def test_awake_programs_do_not_know_how_long_sleep_was(self):
     cfg = hybrids.model_config(("gdn",))
-    before = generate._piece._cache_size()
+    before = decoding.token._cache_size()
     for num_passes, length in ((1, 1), (1, 6), (3, 9)):
       sleep_cfg = SleepConfig(num_passes=num_passes)
       tokens = hybrids.random_tokens(1, length)
       reading(cfg, sleep_cfg, tokens, (length - 1,) if length > 1 else ())
-    self.assertEqual(generate._piece._cache_size(), before + 1)
+    self.assertEqual(decoding.token._cache_size(), before + 1)
 
   @parameterized.parameters(4, 5, 9)
   def test_a_padded_row_is_the_row_alone(self, pads):

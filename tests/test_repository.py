@@ -26,7 +26,7 @@ PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 # The method, at the top of sleep_jax; everything else there is a package.
 METHOD = (
   *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
-  *("params", "sharding", "optim", "generate", "sampling", "session_file", "flax_module"),
+  *("params", "sharding", "optim", "decoding", "generate", "sampling", "session_file", "flax_module"),
 )
 
 # What each layer and each room of sleep_jax may import of this repository, beside itself; a name stands for
@@ -37,7 +37,7 @@ ALLOWED = {
   "config": (),
   "runtime": (),  # knows no model
   "data": ("config", "windows"),
-  "report": ("runtime.metrics", "scoring.intervals"),  # reads what runs have written; knows no jax
+  "report": ("runtime.files", "runtime.metrics", "scoring.intervals"),  # knows no jax
   "cost": ("config", *METHOD),
   "scoring": ("config", "data", "runtime.processes", *METHOD),  # scores are summed over processes
   "pretrained": ("config", "data", "runtime", *METHOD),
@@ -56,7 +56,9 @@ EXTRAS = {
   "sleep_jax.kernels.measure": ("figures", "peers"),
   "sleep_jax.data": ("train",),
   "sleep_jax.data.gsm_infinite": ("tokenizers",),
+  "sleep_jax.data.text": ("tokenizers",),
   "sleep_jax.pretrained": ("tokenizers",),
+  "sleep_jax.pretrained.gguf_model": ("tokenizers", "gguf"),
   "sleep_jax.report": ("figures",),
   "sleep_jax.runtime.metrics": ("train",),
   "sleep_jax.experiments": ("train",),
@@ -374,7 +376,7 @@ def test_the_lock_holds_one_fitting_version_of_each_requirement(python: str):
       pins.setdefault(canonicalize_name(pin.name), []).append(version.version)
 
   wanted = declared("options", "install_requires")
-  for extra in ("train", "tokenizers", "figures", "dev"):
+  for extra in ("train", "tokenizers", "gguf", "figures", "dev"):
     wanted += declared("options.extras_require", extra)
   assert len(wanted) >= 20, "setup.cfg was not read"
   for requirement in wanted:

@@ -49,18 +49,17 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
 
 
 def main() -> int:
+  out = cli.folder_to_write("out", OUT.value)
   try:
     runs = figures.load_runs(cli.required("runs", RUNS.value))
     print(to_markdown(summary_table(runs)))
     equal = [row for row in equal_compute_table(runs) if row["equal_cpu_s"] is not None]
     if len(equal) > 1:
       print(f"At equal CPU seconds:\n\n{to_markdown(equal)}")
-    for path in draw(runs, Path(OUT.value), FIGURE.value):
+    for path in draw(runs, out, FIGURE.value):
       print(path)
   except RunError as error:
     raise ConfigError(str(error)) from error
-  except (FileExistsError, NotADirectoryError, PermissionError) as error:
-    raise ConfigError(f"--out: cannot write there: {error}") from error
   return cli.DONE
 
 

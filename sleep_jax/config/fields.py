@@ -24,6 +24,7 @@ from sleep_jax.config.checks import check, one_of, shown
 MOST_WHOLE = 2**31 - 1  # int32
 LEAST_FLOAT, MOST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32, subnormal numbers aside
 MOST_VALUES = 10_000  # of a list
+MOST_TEXT = 4096  # characters of a name: no path is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,7 @@ def _text(value: Any, path: str, *, free: bool) -> str:
   check(isinstance(value, str), path, f"must be text, got {shown(value)}")
   plain = free or not any(unicodedata.category(c) in ("Cc", "Cs") for c in value)
   check(plain, path, f"must be text without control characters, got {shown(value)}")
+  check(free or len(value) <= MOST_TEXT, path, f"must have at most {MOST_TEXT} characters, got {len(value)}")
   return value
 
 

@@ -6,10 +6,14 @@ A part of `config`, which names all of this again.
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest
+from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest, shown
 from sleep_jax.config.fields import Bounds, Count, Natural, Positive, check_fields
 
-ATTENTION = ("attn", "swa")  # blocks whose memory is a cache of the window; all others have fast weights
+ATTENTION = (
+  "attn",
+  "swa",
+  "nope",
+)  # blocks whose memory is a cache of the window; all others have fast weights
 _FAST = {"gdn": None, "hebbian": None, "jet": None, "delta": None, "kda": None, "gdn2": None}  # in order
 MOST_BLOCKS = 4096  # each of them is declared and traced by itself
 MOST_PASSES_AWAKE = 64  # each of them is written out in the compiled program
@@ -141,7 +145,8 @@ class ModelConfig:
     embed_dim: D.
     mlp_dim: hidden width of the SwiGLU MLP. None: 2 D.
     mlp_bias: added to what each of its three projections gives.
-    blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`), or
+    blocks: the mixer of each block, from first to last: `attn`, attention to the last few tokens (`swa`) or
+      without rotary angles (`nope`), or
       a rule by which fast weights are written (`gdn`, `hebbian`, `jet`, `delta`, `kda`, `gdn2`, or one that
       was given to `rules.register`).
     without_mlp: numbers of blocks that are a mixer behind its norm and no more: a memory added to a
@@ -208,7 +213,7 @@ class ModelConfig:
     known = block_names()
     for i, kind in enumerate(self.blocks):
       if kind not in known:
-        raise ConfigError(f"model.blocks[{i}]: unknown block {kind!r}; {nearest(kind, known)}")
+        raise ConfigError(f"model.blocks[{i}]: unknown block {shown(kind)}; {nearest(kind, known)}")
     last = len(self.blocks) - 1
     for i in self.without_mlp:
       check(0 <= i <= last, "model.without_mlp", f"must be numbers of blocks, 0..{last}, got {i}")

@@ -83,12 +83,14 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
   read = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
   slow, remat = weights(cfg), sleep_cfg.remat
 
-  def whole(slow):
+  def whole(slow, arranged):
     zeros = jnp.zeros(read.shape, read.dtype)
     made = windows.Batch(zeros, zeros, jnp.ones(read.shape, jnp.float32))
-    return model.loss(slow, made, segments, cfg, sleep_cfg)[0]
+    return model.loss(slow, made, segments, cfg, sleep_cfg, arranged=arranged)[0]
 
-  total = saved(whole, slow)
+  # Equal blocks run under one loop, over their weights stacked; the stacks count as weights, not as kept.
+  arranged = jax.eval_shape(lambda slow: model.arrange(slow, cfg, sleep_cfg), slow)
+  total = saved(whole, slow, arranged)
   if remat == "none":
     return total
   length = min(cfg.window, tokens)
@@ -109,9 +111,9 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
   if remat == "window":
     inner = dataclasses.replace(sleep_cfg, remat="pass")
 
-    def window(slow, memory):
+    def window(slow, arranged, memory):
       ids = jnp.zeros((batch, length), jnp.int32)
-      return model.consolidate(slow, ids, memory, cfg, inner)
+      return model.consolidate(slow, ids, memory, cfg, inner, arranged=arranged)
 
-    total += saved(window, slow, start)
+    total += saved(window, slow, arranged, start)
   return total

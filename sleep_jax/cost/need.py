@@ -40,10 +40,57 @@ def check(cfg: Config, tokens: int, *, grouped: int = 1, available: int | None =
     return
   field, value = _largest(cfg, tokens, grouped)
   part, size = max(least(cfg, tokens, grouped).items(), key=lambda item: item[1])
-  raise ConfigError(
-    f"{field}: {value} is too much for the {_bytes(have)} of memory here: such a run needs at least"
-    f" {_bytes(need)} ({part}: {_bytes(size)})"
-  )
+  raise _refusal(field, value, have, "such a run", need, f" ({part}: {_bytes(size)})")
+
+
+def check_weights(cfg: ModelConfig, fields: dict[str, int], *, available: int | None = None) -> None:
+  """Refuses a model whose float32 weights cannot fit, before any of them is made.
+
+  Args:
+    fields: name -> value of the sizes that the user may have set; the largest is named.
+    available: as in `check`.
+
+  Raises:
+    ConfigError: naming one of `fields`.
+  """
+  have, need = memory() if available is None else available, weights(cfg)
+  if have is not None and need > have:
+    field = max(fields, key=lambda name: fields[name])
+    raise _refusal(field, fields[field], have, "such a model", need)
+
+
+def check_session(
+  cfg: ModelConfig, sleep_cfg: SleepConfig, rows: int = 1, *, available: int | None = None
+) -> None:
+  """Refuses a generation whose memory cannot fit, before any of it is made; weights aside.
+
+  Args:
+    rows: sequences that are read side by side.
+    available: as in `check`.
+
+  Raises:
+    ConfigError: naming `window`, `rows` or `sleep.num_passes`.
+  """
+  have, need = memory() if available is None else available, session(cfg, sleep_cfg, rows)
+  if have is not None and need > have:
+    sizes = {"window": cfg.window, "rows": rows, "sleep.num_passes": sleep_cfg.num_passes}
+    if not _kept(cfg, sleep_cfg):
+      del sizes["sleep.num_passes"]
+    field = max(sizes, key=lambda name: sizes[name])
+    raise _refusal(field, sizes[field], have, "such a session", need)
+
+
+def weights(cfg: ModelConfig) -> int:
+  """Bytes of all weights in float32."""
+  declared = jax.tree.leaves(model.declare(cfg), is_leaf=params.is_weight)
+  return FLOAT32 * sum(math.prod(w.shape) for w in declared)
+
+
+def session(cfg: ModelConfig, sleep_cfg: SleepConfig, rows: int = 1) -> int:
+  """Bytes of a session of `generate` at least: S, the open window's cache, and what sliding eviction kept."""
+  cache = _keys(cfg) * cfg.window * sum(kind in ATTENTION for kind in cfg.blocks)
+  tokens = cfg.window * 5  # an int32 and a bool
+  return rows * (_state(cfg) + cache + tokens + _kept(cfg, sleep_cfg) + cfg.vocab_size * FLOAT32)
 
 
 def total(cfg: Config, tokens: int, grouped: int = 1) -> int:
@@ -94,7 +141,7 @@ def _physical() -> int:
 
 def _awake(cfg: ModelConfig, tokens: int, batch: int) -> int:
   """Bytes of a block's hidden states, of its scores and MLP, of S and of one answer's logits."""
-  length, width = min(cfg.window, tokens), 2 if cfg.dtype == "bfloat16" else 4
+  length, width = min(cfg.window, tokens), _width(cfg)
   scores = cfg.attention.num_heads * length**2 * FLOAT32 if set(cfg.blocks) & set(ATTENTION) else 0
   mlp = (cfg.mlp_dim or 2 * cfg.embed_dim) * length * width if len(cfg.without_mlp) < len(cfg.blocks) else 0
   return batch * (cfg.embed_dim * length * width + max(scores, mlp) + _state(cfg) + cfg.vocab_size * FLOAT32)
@@ -103,19 +150,42 @@ def _awake(cfg: ModelConfig, tokens: int, batch: int) -> int:
 def _asleep(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, batch: int) -> int:
   """Bytes that a gradient keeps of every pass it goes through: what the pass began with, h and S."""
   windows = max((tokens - 1) // cfg.window, 0)
-  length, width = min(cfg.window, tokens), 2 if cfg.dtype == "bfloat16" else 4
+  length = min(cfg.window, tokens)
   passes = sleep_cfg.backprop_passes or sleep_cfg.num_passes
-  if passes == 1 or not windows:
+  if not windows:
     return 0
+  kept = batch * _kept(cfg, sleep_cfg)
+  if passes == 1:
+    return kept
   at_once = 1 if sleep_cfg.remat == "window" else windows
   state = _state(cfg, *sleep_cfg.looped(len(cfg.blocks)))
-  return batch * at_once * passes * (cfg.embed_dim * length * width + state)
+  return kept + batch * at_once * passes * (cfg.embed_dim * length * _width(cfg) + state)
 
 
 def _state(cfg: ModelConfig, first: int = 0, last: int | None = None) -> int:
   """Bytes of a sequence's fast weights in blocks `first` .. `last` - 1."""
   memories = sum(kind not in ATTENTION for kind in cfg.blocks[first:last])
   return memories * cfg.fast.num_heads * cfg.fast.key_dim * cfg.fast.value_dim * FLOAT32
+
+
+def _kept(cfg: ModelConfig, sleep_cfg: SleepConfig) -> int:
+  """Bytes of a sequence's keys and values that sliding eviction keeps; N times where each pass has some."""
+  if cfg.eviction != "sliding":
+    return 0
+  first, last = sleep_cfg.looped(len(cfg.blocks))
+  passes = sleep_cfg.num_passes if sleep_cfg.kept == "each" else 1
+  caches = sum(passes if first <= i < last else 1 for i, kind in enumerate(cfg.blocks) if kind in ATTENTION)
+  return caches * (cfg.window - 1) * _keys(cfg)
+
+
+def _keys(cfg: ModelConfig) -> int:
+  """Bytes of a token's key and value in one block."""
+  return 2 * cfg.num_kv_heads * cfg.head_dim * _width(cfg)
+
+
+def _width(cfg: ModelConfig) -> int:
+  """Bytes of an activation."""
+  return 2 if cfg.dtype == "bfloat16" else 4
 
 
 def _largest(cfg: Config, tokens: int, grouped: int) -> tuple[str, Any]:
@@ -158,6 +228,14 @@ def _changed(cfg: Config, name: str, smaller: int) -> Config:
   for group in reversed(groups):
     change = {group: change}
   return config.replace(cfg, **change)
+
+
+def _refusal(field: str, value: Any, have: int, what: str, need: int, most: str = "") -> ConfigError:
+  """The error that names a field whose size cannot be."""
+  return ConfigError(
+    f"{field}: {value} is too much for the {_bytes(have)} of memory here: {what} needs at least"
+    f" {_bytes(need)}{most}"
+  )
 
 
 def _bytes(size: int) -> str:

@@ -22,7 +22,7 @@ from sleep_jax.pretrained.fine_tuning import (
 )
 from sleep_jax.pretrained.from_run import Run, is_run, load_run, open_run, run_source, run_weights
 from sleep_jax.pretrained.loading import Source, differing, load, open_source
-from sleep_jax.pretrained.memory import add_memory, memory_weights
+from sleep_jax.pretrained.memory import add_memory, memory_config, memory_weights
 
 __all__ = [
   "PretrainedError",
@@ -38,6 +38,7 @@ __all__ = [
   "is_run",
   "load",
   "load_run",
+  "memory_config",
   "memory_weights",
   "open_run",
   "open_source",

@@ -62,6 +62,9 @@ def start_model(
   if not folder and architecture is None:
     raise config.ConfigError("pretrained.folder: is required: a checkpoint's folder, or a run's")
   fast = how.get("fast", {})
+  config.check(
+    isinstance(fast, Mapping), "model.fast", f"must be a group of fields, got {config.shown(fast)}"
+  )
   for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
     twice = [f"{name}.{field}" for field in given if field not in known]
     config.check(not twice, ", ".join(twice), f"is said by the checkpoint, {folder}")

@@ -12,6 +12,7 @@ from sleep_jax.config import Config, ModelConfig
 from sleep_jax.pretrained import files, identity, loading
 from sleep_jax.pretrained.fields import PretrainedError, shown
 from sleep_jax.runtime import checkpoint
+from sleep_jax.runtime.run_config import RunConfig
 
 if TYPE_CHECKING:  # a run without a tokenizer needs no library for it
   from sleep_jax.pretrained.tokenizer import Tokenizer
@@ -132,7 +133,7 @@ def load_run(
 
   Raises:
     PretrainedError, ConfigError: as `open_run`, or if the run has saved nothing or its tokenizer is gone.
-    CheckpointError: if that step was not saved or is damaged, or all of them are.
+    CheckpointError: if that step was not saved or is damaged, or all of them are, or one is of another run.
   """
   run = open_run(folder, origin=origin)
   path, tokenizer = run.tokenizer_file, None
@@ -163,11 +164,31 @@ def run_source(run: OpenedRun) -> loading.Source | None:
 def run_weights(run: OpenedRun, *, step: int | None = None) -> tuple[model.Params, int]:
   """The weights of an opened run and their step, as `load_run`."""
   wanted = jax.eval_shape(lambda: model.init(run.model, jax.random.key(0)))
-  with checkpoint.Checkpoints(run.folder / "checkpoints", read_only=True) as saved:
+  folder, same = run.folder / "checkpoints", _run_config(run.folder)
+  with checkpoint.Checkpoints(folder, read_only=True, config=same) as saved:
     restored = saved.restore({"params": wanted}, subset=True, step=step)
   if restored is None:
     raise PretrainedError(f"{run.folder}: this run has saved no step yet")
   return restored[1]["params"], restored[0]
+
+
+def _run_config(folder: pathlib.Path) -> RunConfig:
+  """What the checkpoints of a workdir must name to be this run's: its config.json, as far as that stays.
+
+  A run may have been made longer since a step was saved, or what it began with moved. A run that it began
+  with may have gone on, and has another digest then. Which fields a task had when the step was saved, only
+  the task knows; what they are in config.json counts.
+  """
+  values = _config_of(folder)
+  start, defaults = values["train"].get("init_from"), config.defaults_of(config.Config(None, ModelConfig(1)))
+  moved = ("train.init_from", "data.tokenizer") if start else ()
+  again = ("train.init_digest",) if isinstance(start, str) and is_run(start) else ()
+  return RunConfig(
+    values,
+    may_change=moved + again,
+    may_grow=("train.steps",),
+    defaults=defaults | {"data": values.get("data")},
+  )
 
 
 def _check_origin(begun: pathlib.Path, origin: pathlib.Path, digest: Any) -> None:

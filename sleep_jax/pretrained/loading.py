@@ -30,7 +30,9 @@ ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
   published.JET_NEMOTRON: jet_nemotron.read_config,
   published.OURO: ouro.read_config,
   published.QWEN2: functools.partial(dense.read_config, bias=True),
-  published.LLAMA: functools.partial(dense.read_config, bias=False),
+  published.QWEN3: functools.partial(dense.read_config, mlp_bias=False, qk_norm=True),
+  published.LLAMA: dense.read_config,
+  published.SMOLLM3: functools.partial(dense.read_config, kinds=dense.with_nope),
 }
 CONFIG = "config.json"
 # What is added to a model lies beside it, so that the rest stays what was published.
@@ -105,20 +107,20 @@ def open_source(folder: str | os.PathLike, *, ignore: Collection[str] = (), **ch
     raise PretrainedError(f"{folder}: there is no such folder")
   values = files.read_json(folder / CONFIG)
   if own_format.is_own(values):
-    with _blamed(CONFIG):
+    with blamed(CONFIG):
       cfg = own_format.read_config(values)
     cfg = config.replace(cfg, **changes)
     source = Source(folder, values, cfg, safetensors_io.Tensors(folder), None, tuple(ignore))
     _check_tensors(source, {})
     return source
   fields = _fields(values, ignore)
-  with _blamed(CONFIG, fields):
+  with blamed(CONFIG, fields):
     said = ARCHITECTURES[_architecture(values)](fields)
     fields.finish()
     cfg = ModelConfig(**{"window": max(2000, said["attention"].swa_window or 0), **said})
   memory = None
   if files.is_there(folder / MEMORY_CONFIG):
-    with _blamed(MEMORY_CONFIG):
+    with blamed(MEMORY_CONFIG):
       cfg = dataclasses.replace(cfg, **_memory_fields(files.read_json(folder / MEMORY_CONFIG), cfg.blocks))
     memory = safetensors_io.Tensors(folder, MEMORY_TENSORS)
   cfg = dataclasses.replace(cfg, **changes)
@@ -198,7 +200,7 @@ def _fields(values: dict[str, Any], ignore: Collection[str]) -> Fields:
 
 
 @contextlib.contextmanager
-def _blamed(file: str, fields: Fields | None = None) -> Iterator[None]:
+def blamed(file: str, fields: Fields | None = None) -> Iterator[None]:
   """Names the file in the error of a config that it gives, and the defaults that went into it."""
   try:
     yield

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-QWEN2, LLAMA = "Qwen2ForCausalLM", "LlamaForCausalLM"
+QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+LLAMA, SMOLLM3 = "LlamaForCausalLM", "SmolLM3ForCausalLM"
 JET_NEMOTRON, OURO = "JetNemotronForCausalLM", "OuroForCausalLM"
 
 
@@ -57,6 +58,11 @@ FAMILIES: dict[str, Family] = {
     "transformers 5.23.0, models/qwen2/configuration_qwen2.py, class Qwen2Config",
     _COMMON | _QWEN2 | _SLIDING,
   ),
+  QWEN3: Family(
+    "qwen3",
+    "transformers 5.23.0, models/qwen3/configuration_qwen3.py, class Qwen3Config",
+    _COMMON | _QWEN2 | _SLIDING | {"head_dim": 128, "attention_bias": False},
+  ),
   LLAMA: Family(
     "llama",
     "transformers 5.23.0, models/llama/configuration_llama.py, class LlamaConfig",
@@ -68,6 +74,29 @@ FAMILIES: dict[str, Family] = {
       "max_position_embeddings": 2048,
       "attention_bias": False,
       "mlp_bias": False,
+    },
+  ),
+  SMOLLM3: Family(
+    "smollm3",
+    "transformers 5.23.0, models/smollm3/configuration_smollm3.py, class SmolLM3Config",
+    _COMMON
+    | {
+      "vocab_size": 128256,
+      "hidden_size": 2048,
+      "intermediate_size": 11008,
+      "num_hidden_layers": 36,
+      "num_attention_heads": 16,
+      "num_key_value_heads": 4,
+      "max_position_embeddings": 32768,
+      "rope_theta": 2e6,
+      "use_sliding_window": False,
+      "sliding_window": None,  # none
+      "layer_types": None,
+      "no_rope_layers": None,  # each `no_rope_layer_interval`-th layer
+      "no_rope_layer_interval": 4,
+      "attention_bias": False,
+      "mlp_bias": False,
+      "tie_word_embeddings": True,
     },
   ),
   JET_NEMOTRON: Family(

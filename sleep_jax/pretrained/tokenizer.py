@@ -169,7 +169,7 @@ def _read(path: pathlib.Path) -> bytes:
         raise PretrainedError(f"{path}: is no regular file")
       if status.st_size > LARGEST:
         raise PretrainedError(f"{path}: is larger than {LARGEST >> 20} MB")
-      return file.read(LARGEST)
+      return file.read(status.st_size)
   except FileNotFoundError as e:
     raise PretrainedError(f"{path}: there is no such file") from e
   except (OSError, ValueError) as e:

@@ -32,6 +32,8 @@ _BLOCK = {
   "mixer/k": "self_attn.k_proj.weight",
   "mixer/v": "self_attn.v_proj.weight",
   "mixer/o": "self_attn.o_proj.weight",
+  "mixer/q_norm": "self_attn.q_norm.weight",
+  "mixer/k_norm": "self_attn.k_norm.weight",
   "mixer/q_bias": "self_attn.q_proj.bias",
   "mixer/k_bias": "self_attn.k_proj.bias",
   "mixer/v_bias": "self_attn.v_proj.bias",

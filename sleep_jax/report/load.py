@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sleep_jax.runtime import metrics
+from sleep_jax.runtime import files, metrics
 
 # Of env.json: what a reader needs to repeat a run, and not whose machine it was.
 ENV_KEYS = ("command", "versions", "git", "platform", "backend", "devices", "processes", "started")
@@ -227,8 +227,9 @@ def _json_object(path: Path, default: dict[str, Any] | None = None) -> dict[str,
     return default
   _regular(path)
   try:
-    value = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
+    with open(path, "rb") as file:
+      value = files.parse_json(file.read(files.MOST))
+  except ValueError as error:
     raise RunError(f"{path} is damaged: {error}") from error
   except OSError as error:
     raise RunError(f"{path} cannot be read: {error.strerror}") from error

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import model, windows
+from sleep_jax import carry, model, windows
 from sleep_jax.config import ModelConfig, SleepConfig
 
 
@@ -44,6 +44,8 @@ def sleep_changes(
     for w in range(segment.count if segment.start <= last_sleep else 0):
       part = slice(segment.start + w * segment.length, segment.start + (w + 1) * segment.length)
       valid = None if batch.valid is None else batch.valid[:, part]
+      if batch.begins is not None:
+        state = carry.begin(state, batch.begins[:, part.start])
       if not segment.asleep:  # a window that is answered writes too
         state = awake(weights, state, batch.inputs[:, part], valid)
         continue

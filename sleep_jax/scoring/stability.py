@@ -130,6 +130,8 @@ def perturbed_loss(
     for w in range(segment.count):
       part = slice(segment.start + w * segment.length, segment.start + (w + 1) * segment.length)
       tokens, valid = batch.inputs[:, part], None if batch.valid is None else batch.valid[:, part]
+      if batch.begins is not None:
+        state = carry.begin(state, batch.begins[:, part.start])
       if not segment.asleep:
         out, state = model.predict(weights, tokens, state, cfg, reads=segment.reads, valid=valid)
         logits.append(out)
@@ -139,7 +141,7 @@ def perturbed_loss(
 
       def one_pass(
         looping: Any, extra: Any, start: Any = start, opened: Any = opened, valid: Any = valid
-      ) -> tuple[Any, None]:
+      ) -> tuple[Any, Any]:
         h, memory = looping
         memory = memory if sleep_cfg.state == "carry" else start.within(first, last)
         before = opened | _add(carry.rewind(memory, start), extra)

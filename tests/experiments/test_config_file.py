@@ -192,6 +192,8 @@ MAINS = (
   "depo",
   "gsm_infinite",
   "gsm_infinite_data",
+  "text",
+  "perplexity",
   "convert",
   "generate",
   "memory_table",

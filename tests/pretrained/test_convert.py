@@ -50,7 +50,7 @@ def test_a_memory_is_added(convert, tmp_path):
     (["--config.source=nowhere"], "nowhere: there is no such folder"),
     (
       [f"--config.source={GOLDEN}/ouro_tiny", "--config.memory_layers=9"],
-      "num_layers: must be at most 3, got 9",
+      "memory_layers: must be at most 3, the blocks of",
     ),
     (
       [f"--config.source={GOLDEN}/jet_nemotron_tiny", "--config.memory_layers=1"],

@@ -4,107 +4,42 @@ Every field of every JSON file is set to every value of a pool; files are cut, f
 sample runs with the quick tests, all of it with the slow ones.
 """
 
-import copy
 import json
 import os
 import pathlib
 import random
-import signal
 import tracemalloc
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from sleep_jax import config, pretrained
 from sleep_jax.pretrained import safetensors_io
 from sleep_jax.pretrained.memory import memory_config
+from tests import damage
 from tests.pretrained import tiny
 from tests.pretrained.test_checkpoint_files import save, tensors_of
 
 QUICK = 400  # cases of the sample
 SECONDS = 60  # for one case, on any machine
 MOST = 64e6  # bytes that Python and NumPy may hold at once
-REMOVED = object()
-POOL: list[Any] = [
-  REMOVED, None, True, False, "", "text", "16", "../x", "\ud800", "a\nb", [], {}, [1], {"a": 1}, [[]] * 3,
-  0, -1, 1, 3, 0.5, -0.0, 2**31, 2**63, 10**9, 16777216, 16777217, 10**400, 1e308, 1e-320,
-  float("nan"), float("inf"), float("-inf"),
-]  # fmt: skip
 
 
-DEEP: Any = 1
-for _ in range(900):
-  DEEP = [DEEP]
-
-
-def paths_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
-  """The place of every value in a JSON object: each field, and the first and last of a list."""
-  if path:
-    yield path
-  if isinstance(value, dict):
-    for name, inner in value.items():
-      yield from paths_of(inner, (*path, name))
-  elif isinstance(value, list) and value:
-    for i in {0, len(value) - 1}:
-      yield from paths_of(value[i], (*path, i))
-
-
-def with_value(values: Any, path: tuple, value: Any) -> Any:
-  """A copy with one value replaced or removed."""
-  values = copy.deepcopy(values)
-  inside = values
-  for step in path[:-1]:
-    inside = inside[step]
-  if value is REMOVED:
-    del inside[path[-1]]
-  else:
-    inside[path[-1]] = value
-  return values
-
-
-Cases = Iterator[tuple[str, Callable[[], bytes]]]  # what is wrong, and the content of the file
-
-
-def json_cases(text: str) -> Cases:
-  """A JSON file: every field with every value, and damage to the whole."""
-  values = json.loads(text)
-  encode = lambda content: content.encode("utf-8", "surrogatepass")  # noqa: E731
-  for path in paths_of(values):
-    where = ".".join(map(str, path))
-    for value in [*POOL, DEEP]:
-      label = "removed" if value is REMOVED else f"{value!r:.20}"
-      yield f"{where} = {label}", lambda p=path, v=value: encode(json.dumps(with_value(values, p, v)))
-    if isinstance(path[-1], str):
-      pair = f'"{path[-1]}":'
-      yield f"{where} twice", lambda pair=pair: encode(text.replace(pair, f"{pair} 1, {pair}", 1))
-  yield "an unknown field", lambda: encode(json.dumps(values | {"un\nknown": 1}))
-  for content in ("", "{", "[]", "null", "1", '"x"', "{}", "\ufeff" + text, text + "}"):
-    yield f"{content!r:.12}", lambda content=content: encode(content)
-  yield "nested lists", lambda: b"[" * 100_000
-  yield "nested objects", lambda: b'{"a":' * 50_000
-  yield "another encoding", lambda: b"\xff\xfe" + text.encode("utf-16-le")
-  yield "zeros", lambda: bytes(100)
-  yield "17 MB", lambda: b"{" + b" " * (17 << 20)
-  for at in range(1, len(text), max(1, len(text) // 12)):
-    yield f"cut at {at}", lambda at=at: text[:at].encode()
-
-
-def header_cases(data: bytes) -> Cases:
+def header_cases(data: bytes) -> damage.Cases:
   """A safetensors file: its header's fields, its claims about sizes, its bytes."""
   length = int.from_bytes(data[:8], "little")
   header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
 
   def packed(text: str) -> bytes:
-    encoded = text.encode("utf-8", "surrogatepass")
-    return len(encoded).to_bytes(8, "little") + encoded + body
+    content = damage.encoded(text)
+    return len(content).to_bytes(8, "little") + content + body
 
   names = [n for n in header if n != "__metadata__"]
   part = {n: header[n] for n in (*names[:2], names[-1])} | {"__metadata__": {"format": "pt"}}
-  for path in paths_of(part):
-    for value in [*POOL, DEEP, "F4", "I64", "C64", [2**62, 2**62], [0, 2**62], [2**63, 0]]:
-      label = "removed" if value is REMOVED else f"{value!r:.20}"
-      yield f"{path} = {label}", lambda p=path, v=value: packed(json.dumps(with_value(header, p, v)))
+  for path in damage.paths_of(part):
+    for value in [*damage.POOL, damage.DEEP, "F4", "I64", "C64", [2**62, 2**62], [0, 2**62], [2**63, 0]]:
+      changed = lambda p=path, v=value: packed(json.dumps(damage.with_value(header, p, v)))  # noqa: E731
+      yield f"{path} = {damage.named(value)}", changed
   sizes = (0, 1, length - 1, length + 1, len(data) - 8, len(data), 2**31, 10**8 + 1, 2**60, 2**63, 2**64 - 1)
   for claim in sizes:
     yield f"a header of {claim} bytes", lambda claim=claim: claim.to_bytes(8, "little") + data[8:]
@@ -123,7 +58,7 @@ def header_cases(data: bytes) -> Cases:
     yield f"bit {bit} of byte {at}", lambda at=at, flipped=flipped: data[:at] + flipped + data[at + 1 :]
 
 
-def index_cases(text: str) -> Cases:
+def index_cases(text: str) -> damage.Cases:
   """Weight maps that lead elsewhere."""
   values = json.loads(text)
   name = next(iter(values["weight_map"]))
@@ -159,7 +94,7 @@ def cases_of(folder: pathlib.Path) -> list[tuple[str, str, Callable[[], bytes]]]
   made = []
   for path in sorted(folder.iterdir()):
     data = path.read_bytes()
-    cases = [header_cases(data)] if path.suffix != ".json" else [json_cases(data.decode())]
+    cases = [header_cases(data)] if path.suffix != ".json" else [damage.json_cases(data.decode())]
     cases += [index_cases(data.decode())] if path.name == safetensors_io.INDEX else []
     made += [(path.name, what, content) for group in cases for what, content in group]
   return made
@@ -168,18 +103,13 @@ def cases_of(folder: pathlib.Path) -> list[tuple[str, str, Callable[[], bytes]]]
 KINDS = (*tiny.CONFIGS, "sharded", "memory", "own")
 
 
-def alarmed(*_):
-  raise TimeoutError("a damaged checkpoint hangs")
-
-
 def refused(folder: pathlib.Path, file: str, what: str, content: Callable[[], bytes]) -> bool:
   """Whether a damaged checkpoint is refused, in one line that names a file. The file is put back."""
   before = (folder / file).read_bytes()
   (folder / file).write_bytes(content())
-  signal.signal(signal.SIGALRM, alarmed)
-  signal.alarm(SECONDS)
   try:
-    pretrained.open_source(folder)
+    with damage.limited(SECONDS):
+      pretrained.open_source(folder)
     return False
   except pretrained.PretrainedError as e:
     text = str(e)
@@ -190,7 +120,6 @@ def refused(folder: pathlib.Path, file: str, what: str, content: Callable[[], by
   except Exception as e:
     raise AssertionError(f"{file}: {what}: {type(e).__name__}: {e}") from e
   finally:
-    signal.alarm(0)
     (folder / file).write_bytes(before)
 
 

@@ -1,6 +1,6 @@
 """Configs as they are published: fields removed, null, at their defaults, and all others that programs write.
 
-The four families are read beside the classes that define their defaults. Where torch and transformers are
+The families are read beside the classes that define their defaults. Where torch and transformers are
 installed (`make peers`), defaults and logits are compared with theirs.
 """
 
@@ -15,6 +15,8 @@ from tests.pretrained import tiny
 
 NAMES = {
   "qwen2": published.QWEN2,
+  "qwen3": published.QWEN3,
+  "smollm3": published.SMOLLM3,
   "llama": published.LLAMA,
   "jet": published.JET_NEMOTRON,
   "ouro": published.OURO,
@@ -45,6 +47,15 @@ BASE_FIELDS = {
 IN_THE_WILD = {
   "qwen2": {
     "use_mrope": False, "sliding_window": 32768, "max_window_layers": 21, "use_sliding_window": False,
+  },
+  "qwen3": {
+    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36, "rope_scaling": None,
+    "mlp_bias": False, "pad_token_id": 0,
+  },
+  "smollm3": {
+    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "pretraining_tp": 2,
+    "layer_types": ["full_attention"] * 3, "rope_scaling": None, "rope_interleaved": False,
+    "no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 4,
   },
   "llama": {
     "pretraining_tp": 1, "is_llama_config": True, "rope_interleaved": False, "mlp_bias": False,
@@ -89,6 +100,8 @@ def test_an_absent_or_null_field_has_the_published_default(name, field):
     values |= {"layer_types": None}
   sizes = {"num_attention_heads": 32, "num_key_value_heads": 2} if field == "num_attention_heads" else {}
   sizes |= {"num_attention_heads": 32} if field == "num_key_value_heads" else {}
+  if name == "smollm3" and field in ("num_hidden_layers", "no_rope_layers", "no_rope_layer_interval"):
+    values |= {"no_rope_layers": None}
   values |= {"hidden_size": 64} | sizes
   explicit = read(values | ({} if default is None else {field: default}))
   without = {n: x for n, x in values.items() if n != field}
@@ -137,7 +150,7 @@ def test_every_settled_field_has_a_value_that_is_tried():
   assert set(CHANGES) == set(published.SETTLED)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "ouro"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "ouro"])
 @pytest.mark.parametrize(
   ("settings", "full"),
   [
@@ -156,6 +169,34 @@ def test_layers_that_slide_are_told_from_settings_that_do_nothing(name, settings
     assert read(values)["blocks"] == ("attn", "attn")
   else:
     with pytest.raises(pretrained.PretrainedError, match="is not supported"):
+      read(values)
+
+
+@pytest.mark.parametrize(
+  ("settings", "kinds"),
+  [
+    ({"no_rope_layers": [1, 0, 0]}, "attn nope nope"),
+    ({"no_rope_layers": [1, 1, 1, 0]}, "attn attn attn"),
+    ({"no_rope_layers": None}, "attn attn attn"),
+    ({"no_rope_layers": None, "no_rope_layer_interval": 2}, "attn nope attn"),
+    ({"no_rope_layers": None, "no_rope_layer_interval": 1}, "nope nope nope"),
+    ({"use_sliding_window": True}, "attn nope attn"),
+    ({"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 1, 1]}, "attn attn attn"),
+    ({"use_sliding_window": True, "sliding_window": 8}, None),
+    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, None),
+    ({"no_rope_layers": [1, 0]}, None),
+    ({"no_rope_layers": [1, 0, 2]}, None),
+    ({"no_rope_layers": [True, False, True]}, None),
+    ({"no_rope_layers": "101"}, None),
+    ({"no_rope_layer_interval": 0}, None),
+  ],
+)
+def test_layers_without_rotary_angles(settings, kinds):
+  values = values_of("smollm3") | settings
+  if kinds is not None:
+    assert read(values)["blocks"] == tuple(kinds.split())
+  else:
+    with pytest.raises(pretrained.PretrainedError, match=f"^config.json: ({'|'.join(settings)})"):
       read(values)
 
 

@@ -14,7 +14,12 @@ from tests import hybrids
 from tests.pretrained.test_published_configs import BASE_FIELDS, IN_THE_WILD
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
-NAMES = {"Qwen2": published.QWEN2, "Llama": published.LLAMA}
+NAMES = {
+  "Qwen2": published.QWEN2,
+  "Qwen3": published.QWEN3,
+  "Llama": published.LLAMA,
+  "SmolLM3": published.SMOLLM3,
+}
 TOKENS = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
 SIZES = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 # With as many heads as the classes have by default, a config that lacks them is still that of a small model.
@@ -35,7 +40,7 @@ def test_the_table_of_defaults_is_that_of_the_class(transformers, name):
       assert defaults.rope_parameters == {"rope_type": "default", "rope_theta": value}
     elif field == "rope_scaling":
       assert value is None
-    elif field == "sliding_window":  # the class drops it unless it is used
+    elif field == "sliding_window" and value is not None:  # the class drops it unless it is used
       assert value == getattr(transformers, f"{name}Config")(use_sliding_window=True).sliding_window
     elif value is not None:
       assert getattr(defaults, field) == value, field
@@ -49,7 +54,8 @@ def checkpoint(transformers, request, tmp_path_factory):
   torch.manual_seed(0)
   folder = tmp_path_factory.mktemp(request.param)
   # hidden_size is no multiple of the heads in Llama's own check, so that heads are few there.
-  heads = {} if request.param == "Qwen2" else {"num_attention_heads": 4, "num_key_value_heads": 4}
+  heads = {"num_attention_heads": 4, "num_key_value_heads": 4} if request.param == "Llama" else {}
+  heads |= {"no_rope_layers": [1, 0], "pad_token_id": 0} if request.param == "SmolLM3" else {}
   settings = getattr(transformers, f"{request.param}Config")(**(SIZES | heads))
   peer = getattr(transformers, f"{request.param}ForCausalLM")(settings).eval()
   with torch.no_grad():
@@ -87,6 +93,10 @@ def with_config(folder: pathlib.Path, values: dict, target: pathlib.Path) -> pat
   return target
 
 
+def theta_of(values: dict) -> float:
+  return values["rope_parameters"]["rope_theta"]
+
+
 SIZED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
 
@@ -101,7 +111,9 @@ def test_without_a_field_with_null_and_at_its_default_both_compute_the_same(
     for j, variant in enumerate((changed, changed | {field: None})):
       made = with_config(folder, variant, tmp_path / f"{i}_{j}")
       if field in SIZED:  # a model of another size, which these tensors do not fit
-        with pytest.raises(pretrained.PretrainedError, match=f"Config hold: .*{field} = |layer_types must"):
+        with pytest.raises(
+          pretrained.PretrainedError, match=f"Config hold: .*{field} = |(layer_types|no_rope_layers) must"
+        ):
           pretrained.load(made)
         continue
       try:
@@ -118,8 +130,8 @@ def test_with_all_that_programs_write_beside_both_compute_the_same(transformers,
   name, folder, values = checkpoint
   wanted = peers_logits(transformers, name, folder)
   full = getattr(transformers, f"{name}Config")(**values).to_dict()
-  wild = IN_THE_WILD["qwen2" if name == "Qwen2" else "llama"]
-  older = {n: x for n, x in values.items() if n != "rope_parameters"} | {"rope_theta": 10_000.0}
+  wild = {n: x for n, x in IN_THE_WILD[name.lower()].items() if not n.startswith(("layer_t", "no_rope"))}
+  older = {n: x for n, x in values.items() if n != "rope_parameters"} | {"rope_theta": theta_of(values)}
   nested = values | {"rope_parameters": values["rope_parameters"] | {"partial_rotary_factor": 1.0}}
   extras = [values | {"dtype": "float32"}, json.loads(json.dumps(full, default=str)), nested, older]
   extras += [older | {n: x for n, x in wild.items() if n != "transformers.js_config"}]
@@ -136,7 +148,7 @@ def test_with_buffers_that_older_versions_saved_both_compute_the_same(transforme
   tensors = safetensors.numpy.load_file(folder / "model.safetensors")
   for i in range(2):
     half = np.arange(0, 4, 2) / 4
-    tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.float32(10_000.0**-half)
+    tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.float32(theta_of(values) ** -half)
   safetensors.numpy.save_file(tensors, made / "weights.safetensors", {"format": "pt"})
   wanted = peers_logits(transformers, name, made)
   np.testing.assert_allclose(our_logits(made), wanted, atol=2e-5 * np.abs(wanted).max())

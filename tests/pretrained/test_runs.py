@@ -33,7 +33,7 @@ DRAWN = {
 def start_run(folder, cfg, weights, steps=(3,)):
   """A workdir as a run of `cfg` leaves it; at step k the weights are k times as large."""
   with workdir.prepare(folder, config.to_dict(cfg)) as run:
-    with checkpoint.Checkpoints(run.checkpoints) as saved:
+    with checkpoint.Checkpoints(run.checkpoints, config=run.config) as saved:
       for step in steps:
         state = {"params": jax.tree.map(lambda x, k=step: jax.numpy.asarray(x * k), weights)}
         saved.save(step, state | {"opt_state": {"count": jax.numpy.zeros((), "int32")}}, block=True)
@@ -242,6 +242,53 @@ def test_a_run_that_began_with_a_run_knows_it_wherever_it_lies(tuned, tmp_path):
   moved = config.replace(cfg, train={"init_from": str(tmp_path / "moved"), "init_digest": None})
   assert resume(second, moved)["train"]["init_from"] == str(tmp_path / "moved")
   assert from_run.open_run(second).origin == origin
+  # The step was saved before all this, and is still this run's: to read, and to go on from.
+  assert pretrained.load_run(second).step == 3
+  cfg, movable = fine_tuning.identified(moved, second)
+  with workdir.prepare(second, config.to_dict(cfg), may_change=movable) as run:
+    with checkpoint.Checkpoints(run.checkpoints, config=run.config) as saved:
+      assert saved.restore({"params": jax.eval_shape(lambda: tiny.weights(cfg.model))}, subset=True)[0] == 3
+
+
+OTHERS = {
+  "another seed": {"seed": 5},
+  "another task of the same kind": {"data": {"rollout_steps": 9}},
+  "a longer run": {"train": {"steps": 4000}},
+  "other passes": {"sleep": {"num_passes": 1}},
+  "an optimizer that shapes no weight": {"optim": {"muon_lr": 0.5}},
+}
+READERS = {
+  "load_run": pretrained.load_run,
+  "a step": lambda folder: pretrained.load_run(folder, step=3),
+  "export": lambda folder: convert.convert(
+    convert.ConvertConfig(source=str(folder), target=str(folder.parent / "out"))
+  ),
+  "a start": lambda folder: pretrained.start_weights(DRAWN["rule110"][1], folder, jax.random.key(1)),
+}
+
+
+@pytest.mark.parametrize(
+  ("reader", "what"),
+  [*(("load_run", what) for what in OTHERS), *((name, "another seed") for name in READERS)],
+)
+def test_a_checkpoint_of_another_run_is_never_taken(what, reader, tmp_path):
+  folder, cfg, weights = drawn_run(tmp_path, "rule110", steps=(3,))
+  stranger = start_run(tmp_path / "stranger", config.replace(cfg, **OTHERS[what]), weights, steps=(3, 4))
+  name = "4" if reader != "a step" else "3"
+  shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
+  shutil.move(stranger / "checkpoints" / name, folder / "checkpoints" / name)
+  with pytest.raises(checkpoint.CheckpointError, match=f"step {name} in .* is of another run: ") as caught:
+    READERS[reader](folder)
+  assert next(iter(OTHERS[what])) in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_step_from_before_the_run_was_made_longer_or_its_task_had_a_new_field_is_its_own(tmp_path):
+  folder, cfg, weights = drawn_run(tmp_path, "rule110", steps=(3,))
+  values = json.loads((folder / "config.json").read_text())
+  values["train"]["steps"] *= 2
+  values["data"]["a_new_field"] = 1
+  (folder / "config.json").write_text(json.dumps(values))
+  assert pretrained.load_run(folder).step == 3
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
   },
+  "qwen3": SIZES
+  | {
+    "architectures": [published.QWEN3],
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+  },
+  "smollm3": SIZES
+  | {
+    "architectures": [published.SMOLLM3],
+    "num_hidden_layers": 3,
+    "no_rope_layers": [1, 0, 1],
+    "no_rope_layer_interval": 4,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+  },
   "llama": SIZES
   | {
     "architectures": [published.LLAMA],

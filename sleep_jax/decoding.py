@@ -1,0 +1,86 @@
+"""The compiled steps of a session that reads: a token, a piece of a window, a whole window, a sleep.
+
+A token's step reads every weight and the cache once and writes neither. The rows that it adds to the cache
+are put there by another step, in place if the caller says so.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sleep_jax import looped, model, sharding
+from sleep_jax.attention import KVCache
+from sleep_jax.config import ModelConfig
+
+
+def _placed(*rows: jax.Array) -> list[jax.Array]:
+  """Arrays [B, T] that come from the host, split over the mesh as batches are."""
+  return [sharding.constrain(x, ("batch", "seq")) for x in rows]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "scan"))
+def piece(weights, tokens, valid, fast, cache, cfg, scan):
+  """Logits of the last token; `scan` compiles equal blocks once, and copies their weights to do so."""
+  tokens, valid = _placed(tokens, valid)
+  logits, fast, cache = model.decode(
+    weights, tokens, fast, cache, cfg, reads=(tokens.shape[1] - 1,), valid=valid, scan=scan
+  )
+  return logits[:, 0], fast, cache
+
+
+def by_rows(cfg: ModelConfig) -> bool:
+  """Whether one token adds one row to each cache, on one device, so that `token` can read it."""
+  return jax.sharding.get_mesh().empty and (cfg.pass_cache == "own" or cfg.predict_passes == 1)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def token(weights, tokens, valid, fast, cache, cfg):
+  """Reads every weight and the cache once, and writes none: gives the rows that the cache is to have next."""
+  logits, fast, after = model.decode(weights, tokens, fast, cache, cfg, valid=valid)
+
+  def row(before, after):
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, before.length, 1, axis=1), _arrays(after))
+
+  rows = tuple({i: row(b[i], a[i]) for i in b} for b, a in zip(cache, after, strict=True))
+  return logits[:, 0], fast, rows
+
+
+def _arrays(cache: KVCache) -> tuple[jax.Array, ...]:
+  return cache.k, cache.v, cache.valid
+
+
+def _with_rows(cache: looped.Cache, rows: tuple[dict[str, Any], ...]) -> looped.Cache:
+  """The cache with one more row of each block."""
+
+  def put(before: KVCache, row: tuple[jax.Array, ...]) -> KVCache:
+    k, v, valid = (
+      jax.lax.dynamic_update_slice_in_dim(old, new, before.length, axis=1)
+      for old, new in zip(_arrays(before), row, strict=True)
+    )
+    return KVCache(k, v, valid, before.length + 1)
+
+  return tuple({i: put(b[i], r[i]) for i in b} for b, r in zip(cache, rows, strict=True))
+
+
+appended = jax.jit(_with_rows)
+appended_in_place = jax.jit(_with_rows, donate_argnames="cache")
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def whole_window(weights, tokens, valid, state, cfg):
+  tokens, valid = _placed(tokens, valid)
+  return model.predict(weights, tokens, state, cfg, reads=(tokens.shape[1] - 1,), valid=valid)[0][:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
+def asleep(weights, tokens, valid, state, cfg, sleep_cfg):
+  tokens, valid = _placed(tokens, valid)
+  state = model.consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid)
+  return state, *model.open_window(state, cfg, tokens.shape[0])
+
+
+@jax.jit
+def finite(tree):
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
