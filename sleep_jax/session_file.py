@@ -180,8 +180,11 @@ def _load(
     "session",
     f"{path} is damaged: its checksum is wrong",
   )
+  defaults = json.loads(
+    json.dumps({"model": config.defaults_of(cfg), "sleep": config.defaults_of(sleep_cfg)})
+  )
   for name, now in _belongs_to(weights, cfg, sleep_cfg).items():
-    _same(name, told.get(name), now, path)
+    _same(name, told.get(name), now, path, defaults.get(name))
   batch, filled, windows = (_whole(told[name]) for name in ("batch", "filled", "windows"))
   config.check(
     1 <= batch <= size // (4 * cfg.window)
@@ -363,18 +366,20 @@ def _belongs_to(weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig)
   architecture = dataclasses.replace(cfg, fast=dataclasses.replace(cfg.fast, kernel=None))
   same = SleepConfig()
   nights = dataclasses.replace(
-    sleep_cfg, remat=same.remat, loops=same.loops, backprop_passes=same.backprop_passes
+    sleep_cfg, when=same.when, remat=same.remat, loops=same.loops, backprop_passes=same.backprop_passes
   )
   values = {"model": architecture, "sleep": nights}
   plain = json.loads(json.dumps({name: config.to_dict(value) for name, value in values.items()}))
   return plain | {"weights": fingerprint(weights)}
 
 
-def _same(name: str, before: Any, now: Any, path: pathlib.Path) -> None:
-  """Raises `ConfigError` with the first field that differs."""
+def _same(name: str, before: Any, now: Any, path: pathlib.Path, defaults: Any = None) -> None:
+  """Raises `ConfigError` with the first field that differs; one that is not there had its default."""
   if isinstance(now, dict) and isinstance(before, dict):
     for key, value in now.items():
-      _same(f"{name}.{key}", before.get(key), value, path)
+      usual = (defaults or {}).get(key)
+      if key in before or usual is None or value != usual:
+        _same(f"{name}.{key}", before.get(key), value, path, usual)
   elif name == "weights":
     config.check(before == now, "session", f"{path} is of other weights")
   else:

@@ -128,8 +128,19 @@ class SessionFileTest(parameterized.TestCase):
   def test_what_changes_no_number_may_change(self):
     self.save()
     cfg = config.replace(self.cfg, fast={"kernel": "xla"})
-    sleep_cfg = SleepConfig(num_passes=2, loops="unroll", remat="pass", backprop_passes=1)
+    sleep_cfg = SleepConfig(num_passes=2, loops="unroll", remat="pass", backprop_passes=1, when="always")
     hybrids.assert_same(session_file.load(self.path, self.weights, cfg, sleep_cfg), self.session)
+
+  @parameterized.parameters(("sleep", "when"), ("sleep", "kept"), ("model", "norm_cast"))
+  def test_a_field_that_came_later_had_its_default(self, group, field):
+    """A file of the time before there was such a field of the config."""
+    self.save()
+    header, rest = parts(self.path.read_bytes())
+    told = json.loads(header["__metadata__"]["sleep_jax_session"])
+    del told[group][field]
+    header["__metadata__"]["sleep_jax_session"] = json.dumps(told)
+    self.path.write_bytes(joined(header, rest))
+    hybrids.assert_same(self.load()[0], self.session)
 
   def test_another_models(self):
     self.save()

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from sleep_jax import layers
 from sleep_jax.config import ModelConfig, RopeScaling
 from sleep_jax.pretrained import files, gguf_tokenizer, loading, published, safetensors_io, weight_map
-from sleep_jax.pretrained.fields import LAYERS, Fields, listing, shown
+from sleep_jax.pretrained.fields import LAYERS, Fields, PretrainedError, listing, shown
 from sleep_jax.pretrained.gguf_header import Header
 from sleep_jax.pretrained.tokenizer import Tokenizer
 
@@ -123,7 +123,10 @@ class Checkpoint:
     self.texts = made.texts | {loading.CONFIG: json.dumps(self.config, indent=2) + "\n"}
     with tempfile.TemporaryDirectory() as folder:
       _write_texts(pathlib.Path(folder), made.texts)
-      Tokenizer(folder, self.model).encode("Who reads this?")
+      try:
+        Tokenizer(folder, self.model).encode("Who reads this?")
+      except PretrainedError as e:
+        raise header.error(f"its tokenizer does not work: {e}") from e
 
   @property
   def parameters(self) -> int:
@@ -200,13 +203,15 @@ def _config(header: Header, ignore: Collection[str]) -> dict[str, Any]:
     fields.only(name, (head_dim,), f"a head is {head_dim} wide")
   for name in ("expert_count", "expert_used_count", "expert_group_count"):
     fields.only(name, (0,), "the MLP is dense")
-  rows = header.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in header.tensors else None
+  if (embedding := header.tensors.get("token_embd.weight")) is None:
+    raise header.error("tensor token_embd.weight is missing")
+  rows = embedding.shape[0]
   fields.only("vocab_size", (rows,), f"the embedding has {rows} rows")
   fields.skip("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
   config = {
     "architectures": [published.LLAMA],
     "model_type": published.FAMILIES[published.LLAMA].model_type,
-    "vocab_size": rows or 1,
+    "vocab_size": rows,
     "hidden_size": width,
     "intermediate_size": fields.size("feed_forward_length"),
     "num_hidden_layers": fields.size("block_count", most=LAYERS),

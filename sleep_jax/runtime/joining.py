@@ -49,6 +49,7 @@ def join(
   devices = slurm_devices(os.environ)
   met, asked = None, {}
   if address is not None:
+    assert count is not None and index is not None  # the command line has asked for all three
     host, port = peers.parse_address(address)
     met = peers.meet(host, port, index, count, report)
     asked = {"coordinator_address": address, "num_processes": count, "process_id": index}

@@ -76,7 +76,7 @@ class Peers:
       while waiting.get_map():
         for key, _ in waiting.select():
           peer, rest = key.data
-          data = _receive(key.fileobj)
+          data = _receive(self._connections[peer])
           if not data:
             waiting.unregister(key.fileobj)
             if peer not in self._done:
@@ -154,7 +154,8 @@ def own_address(host: str, port: int) -> str | None:
     PeerError: if its port is taken.
   """
   local = host in ("localhost", "::1") or host.startswith("127.")
-  for family, _, _, _, (address, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+  for family, _, _, _, (first, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    address = str(first)
     if not local and (address == "::1" or address.startswith("127.")):
       continue
     try:

@@ -15,7 +15,7 @@ from sleep_jax.pretrained.memory import memory_config
 from tests import hybrids
 from tests.pretrained import tiny
 
-THETA = {"jet": 1e6, "ouro": 1e6, "qwen2": 1e4, "llama": 1e4}
+THETA = {"jet": 1e6, "ouro": 1e6, "qwen2": 1e4, "qwen3": 1e4, "smollm3": 1e4, "llama": 1e4}
 
 
 def tensors_of(folder):
