@@ -57,7 +57,7 @@ KINDS = {
     (
       "--config=experiments/configs/gsm_infinite.py:tiny",
       *(*_OFTEN, "--tensorboard=False"),
-      *(f"{_TRAIN}batch_size=2", f"{_TRAIN}log_every=2"),
+      *(f"{_TRAIN}batch_size=2", f"{_TRAIN}log_every=5"),
       *(f"{_TRAIN}eval_sequences=4", f"{_TRAIN}eval_batch_size=4", "--config.data.tokenizer_texts=8"),
       *("--config.model.blocks=('gdn',)", "--config.sleep.last_block=1", "--config.sleep.num_passes=1"),
     ),
