@@ -70,7 +70,8 @@ def opened(folder: str) -> tuple[ModelConfig, SleepConfig, model.Params, int | N
   if pretrained.is_run(folder):
     run = pretrained.load_run(folder)
     cfg = dataclasses.replace(run.config.model, **changes)
-    return cfg, run.config.sleep, run.weights, run.config.data.get("length")
+    data = run.config.data if isinstance(run.config.data, dict) else {}
+    return cfg, run.config.sleep, run.weights, data.get("length")
   config.check("window" in changes, "--window", "is required: a checkpoint does not say L")
   cfg, weights, _ = pretrained.load(folder, **changes)
   return cfg, SleepConfig(), weights, None
@@ -84,11 +85,10 @@ def main() -> int:
     for _ in files.documents(path, FIELD.value):
       pass
   if OUT.value is not None:
-    out = pathlib.Path(OUT.value)
+    out = cli.folder_to_write("out", OUT.value)
     config.check(
       not pretrained.is_run(out), "--out", f"{out} is the workdir of a run, nothing is written there"
     )
-    config.check(not out.exists() or out.is_dir(), "--out", f"{out} is a file, the results need a folder")
   tokenizer = pretrained.tokenizer_file(folder)
   cfg, sleep_cfg, weights, trained_length = opened(folder)
   length = LENGTH.value or trained_length or 4 * cfg.window
