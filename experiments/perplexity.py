@@ -16,13 +16,12 @@ import dataclasses
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
 from sleep_jax import config, model, pretrained, sharding
-from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
+from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.data.text import corpus, files, rows
 from sleep_jax.experiments import cli
 from sleep_jax.report import context, context_curves
@@ -42,21 +41,6 @@ SEQUENCES = flags.DEFINE_integer("sequences", 32, "that are read, spread over al
 BATCH = flags.DEFINE_integer("batch_size", 1, "sequences at a time", lower_bound=1)
 EVICTION = flags.DEFINE_enum("eviction", None, ["hard", "sliding"], "Default: the run's, or hard")
 OUT = flags.DEFINE_string("out", None, "folder for the results. Default: they are printed only")
-
-
-def forms(
-  cfg: ModelConfig, sleep_cfg: SleepConfig, passes: list[int], length: int
-) -> Iterator[tuple[str, ModelConfig, SleepConfig, bool]]:
-  """Name, model, sleep, and whether every window forgets what was before it, of each form."""
-  plain = SleepConfig(when="unread")
-  yield "full attention", dataclasses.replace(cfg, window=length, eviction="hard"), plain, False
-  yield "window only", dataclasses.replace(cfg, eviction="hard"), plain, True
-  if set(cfg.blocks) <= set(ATTENTION) and cfg.eviction == "hard":
-    return
-  for n in passes:
-    how = dataclasses.replace(sleep_cfg, when="always", num_passes=n, backprop_passes=None)
-    config.check_sleep(how, cfg)
-    yield f"N = {n}", cfg, how, False
 
 
 def opened(folder: str) -> tuple[ModelConfig, SleepConfig, model.Params, int | None]:
@@ -102,7 +86,7 @@ def main() -> int:
     )
     held = rows.make_rows(read, data, cfg.window, None, "--files")
     print(f"reading {min(SEQUENCES.value, len(held))} of {len(held)} sequences of at most {length} tokens")
-    for name, how, sleeps, forget in forms(cfg, sleep_cfg, passes, length):
+    for name, how, sleeps, forget in by_context.forms(cfg, sleep_cfg, passes, length):
       evaluate = by_context.make_evaluate(
         held, SEQUENCES.value, BATCH.value, how, sleeps, mesh, forget=forget
       )
