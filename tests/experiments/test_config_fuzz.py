@@ -76,10 +76,10 @@ def start(name, preset, checkpoints):
   if name == "text":
     c.data.update(files=checkpoints["files"], held_out=checkpoints["held_out"])
   if "train" in c:  # so that what is small enough for a test is small enough for its memory
-    c.train.update(batch_size=2, microbatches=1, eval_batch_size=1)
+    c.train.update(batch_size=8, microbatches=1, eval_batch_size=8)  # of the eight devices of the tests
     if name == "gsm_infinite":
       c.data.operations = (2, 3)
-      c.train.eval_sequences = 4
+      c.train.eval_sequences = 16
   return c
 
 
