@@ -18,7 +18,7 @@ from sleep_jax.train import host_steps, row_steps
 from tests import damage
 from tests.pretrained import tiny
 
-QUICK = 60  # cases of a preset
+QUICK = 25  # cases of a preset
 SECONDS = 60  # for one case, on a busy machine
 MOST = 256e6  # bytes that Python and NumPy may hold at once
 FILES = {path.stem: path for path in config_file.CONFIGS.glob("[a-z]*.py")}
@@ -168,4 +168,4 @@ def test_any_value_in_any_field(name, preset, cases, checkpoints):
     assert tracemalloc.get_traced_memory()[1] < MOST
   finally:
     tracemalloc.stop()
-  assert cases / 3 < refused < cases
+  assert refused > cases / 3

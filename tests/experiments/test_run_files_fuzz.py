@@ -15,8 +15,8 @@ import tracemalloc
 import matplotlib.pyplot
 import pytest
 
-from sleep_jax.experiments import board, eta, figures, publish, runner
-from sleep_jax.report import accuracy, changes, costs, load, page, tables
+from sleep_jax.experiments import board, eta, figures, runner
+from sleep_jax.report import accuracy, changes, comparison, costs, load, page, tables
 from sleep_jax.report.load import RunError
 from tests import damage
 from tests.report import fake_runs
@@ -129,7 +129,7 @@ def listing(root):
 
 
 def draw_all(paths, out, save):
-  """What `experiments.figures` and `experiments.publish` make of runs; files of figures only to `save`."""
+  """What `experiments.figures` makes of runs; files of figures only to `save`."""
   runs = figures.load_runs(paths)
   tables.to_markdown(tables.summary_table(runs))
   tables.to_markdown(tables.equal_compute_table(runs))
@@ -138,7 +138,7 @@ def draw_all(paths, out, save):
       draw(runs)
     except RunError as e:
       damage.one_line(e)
-  publish.provenance(runs)
+  comparison.note(runs)
   for run in runs:
     load.archive(run, out / "archive")
   figures.load_runs(out / "archive" / "*.jsonl")

@@ -29,7 +29,7 @@ from sleep_jax.runtime.workdir import WorkdirError
 from tests import damage, hybrids
 from tests.pretrained import tiny
 
-QUICK = 60  # cases of the sample
+QUICK = 40  # cases of the sample
 SECONDS = 60  # for one case, on a busy machine
 MISTAKES = (ConfigError, CheckpointError, MetricsError, WorkdirError)
 CONFIG = config.Config(data=rule110.Rule110Config(), model=hybrids.model_config(("attn", "gdn")))
