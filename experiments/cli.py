@@ -70,15 +70,21 @@ def define_config_flag() -> ConfigFlag:
 
 
 @functools.cache
+def define_folder_flag() -> flags.FlagHolder:
+  """The flag --workdir alone; one for all mains of a process."""
+  return flags.DEFINE_string("workdir", None, "the only place written to")
+
+
+@functools.cache
 def define_workdir_flag() -> flags.FlagHolder:
-  """The flag --workdir of a single run; one for all mains of a process."""
+  """The flag --workdir of a single run, and those of what is written there."""
   flags.DEFINE_integer(
     "profile", 0, "steps that are traced into the workdir's folder `profile`", lower_bound=0
   )
   flags.DEFINE_bool(
     "tensorboard", True, "write the workdir's folder `tb` beside metrics.jsonl, which has it all"
   )
-  return flags.DEFINE_string("workdir", None, "the only place written to")
+  return define_folder_flag()
 
 
 @functools.cache

@@ -51,6 +51,7 @@ def folders(text: str) -> list[pathlib.Path]:
     runs = [path for path in matches if from_run.is_run(path)]
     config.check(bool(runs), "--run", f"{part} is no workdir of a run, and matches none")
     found |= dict.fromkeys(runs)
+  config.check(bool(found), "--run", "names no workdir of a run")
   return list(found)
 
 

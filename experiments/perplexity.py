@@ -16,13 +16,12 @@ import dataclasses
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
 from sleep_jax import config, model, pretrained, sharding
-from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig
+from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.data.text import corpus, files, rows
 from sleep_jax.experiments import cli
 from sleep_jax.report import context, context_curves
@@ -44,21 +43,6 @@ EVICTION = flags.DEFINE_enum("eviction", None, ["hard", "sliding"], "Default: th
 OUT = flags.DEFINE_string("out", None, "folder for the results. Default: they are printed only")
 
 
-def forms(
-  cfg: ModelConfig, sleep_cfg: SleepConfig, passes: list[int], length: int
-) -> Iterator[tuple[str, ModelConfig, SleepConfig, bool]]:
-  """Name, model, sleep, and whether every window forgets what was before it, of each form."""
-  plain = SleepConfig(when="unread")
-  yield "full attention", dataclasses.replace(cfg, window=length, eviction="hard"), plain, False
-  yield "window only", dataclasses.replace(cfg, eviction="hard"), plain, True
-  if set(cfg.blocks) <= set(ATTENTION) and cfg.eviction == "hard":
-    return
-  for n in passes:
-    how = dataclasses.replace(sleep_cfg, when="always", num_passes=n, backprop_passes=None)
-    config.check_sleep(how, cfg)
-    yield f"N = {n}", cfg, how, False
-
-
 def opened(folder: str) -> tuple[ModelConfig, SleepConfig, model.Params, int | None]:
   """Model, sleep, weights and, of a run on text, T.
 
@@ -70,7 +54,8 @@ def opened(folder: str) -> tuple[ModelConfig, SleepConfig, model.Params, int | N
   if pretrained.is_run(folder):
     run = pretrained.load_run(folder)
     cfg = dataclasses.replace(run.config.model, **changes)
-    return cfg, run.config.sleep, run.weights, run.config.data.get("length")
+    data = run.config.data if isinstance(run.config.data, dict) else {}
+    return cfg, run.config.sleep, run.weights, data.get("length")
   config.check("window" in changes, "--window", "is required: a checkpoint does not say L")
   cfg, weights, _ = pretrained.load(folder, **changes)
   return cfg, SleepConfig(), weights, None
@@ -84,11 +69,10 @@ def main() -> int:
     for _ in files.documents(path, FIELD.value):
       pass
   if OUT.value is not None:
-    out = pathlib.Path(OUT.value)
+    out = cli.folder_to_write("out", OUT.value)
     config.check(
       not pretrained.is_run(out), "--out", f"{out} is the workdir of a run, nothing is written there"
     )
-    config.check(not out.exists() or out.is_dir(), "--out", f"{out} is a file, the results need a folder")
   tokenizer = pretrained.tokenizer_file(folder)
   cfg, sleep_cfg, weights, trained_length = opened(folder)
   length = LENGTH.value or trained_length or 4 * cfg.window
@@ -102,7 +86,7 @@ def main() -> int:
     )
     held = rows.make_rows(read, data, cfg.window, None, "--files")
     print(f"reading {min(SEQUENCES.value, len(held))} of {len(held)} sequences of at most {length} tokens")
-    for name, how, sleeps, forget in forms(cfg, sleep_cfg, passes, length):
+    for name, how, sleeps, forget in by_context.forms(cfg, sleep_cfg, passes, length):
       evaluate = by_context.make_evaluate(
         held, SEQUENCES.value, BATCH.value, how, sleeps, mesh, forget=forget
       )

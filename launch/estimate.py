@@ -120,8 +120,7 @@ def _reads(asked: Problem) -> float:
   first, last = cfg.sleep.looped(len(kinds))
   total = 0.0
   for segment in asked.segments:
-    if segment.reads:
-      total += segment.count * (whole + (cfg.model.predict_passes - 1) * sum(sizes))
-    else:
-      total += segment.count * (sum(sizes) + (cfg.sleep.num_passes - 1) * sum(sizes[first:last]))
+    passes = sum(sizes) + (cfg.sleep.num_passes - 1) * sum(sizes[first:last])
+    once = passes if segment.asleep else cfg.model.predict_passes * sum(sizes)
+    total += segment.count * (once + (whole - sum(sizes) if segment.reads else 0))
   return total * width

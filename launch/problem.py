@@ -35,7 +35,7 @@ class Problem:
 
   @functools.cached_property
   def segments(self) -> windows.Plan:
-    return windows.plan(self.layout, self.cfg.model.window)
+    return windows.plan(self.layout, self.cfg.model.window, self.cfg.sleep)
 
   def changed(self, **groups: Mapping[str, Any]) -> "Problem":
     """The same with other fields, by group.
@@ -70,6 +70,8 @@ def read(path: str, values: Mapping[str, Any]) -> Problem:
   if isinstance(built, tuple):
     cfg, task = built
     return Problem(cfg, task.layout, task)
+  if not hasattr(built.data, "cut"):  # rows of one length, a loss everywhere
+    return Problem(built, np.ones(built.data.length, bool), None)
   cut, window = built.data.cut, built.model.window
   prompts = range(
     max(cut.max_tokens - window, 1), cut.max_tokens

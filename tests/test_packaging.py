@@ -223,6 +223,8 @@ def test_the_wheel_holds_one_import_name_and_all_of_it(wheel: pathlib.Path):
   data = [*(ROOT / "sleep_jax").rglob("*.json"), *(ROOT / "sleep_jax").rglob("*.jsonl")]
   assert len(data) >= 3
   assert {file.relative_to(ROOT).as_posix() for file in data} | {"sleep_jax/py.typed"} <= names
+  templates = {f"sleep_jax/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "launch").rglob("*.tmpl")}
+  assert templates and templates <= names
 
 
 @pytest.mark.slow

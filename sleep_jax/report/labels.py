@@ -17,6 +17,7 @@ from matplotlib.transforms import Bbox
 from sleep_jax.report.drawing import SIZE, figure_of
 
 THICK, THIN = 1.0, 0.12  # what it counts to cover two pixels of a mean, and of a seed or a baseline
+FAR, MOST_POINTS = 1e6, 20_000  # pixels from the page's corner, and points of one line, that are looked at
 HALO = (patheffects.withStroke(linewidth=2.5, foreground="white"),)
 # Where a label may stand: (sideways, upwards) from the last point, in points and in text heights; -1: it ends
 # at the point, 0: it is centred over it, 1: it begins behind it.
@@ -109,11 +110,11 @@ def _cost(
 
 
 def _on_page(axes: Axes, line: Line2D) -> np.ndarray:
-  """Points along a line, two pixels apart, in pixels."""
+  """Points along a line, two pixels apart, in pixels; further where it is longer than any page."""
   corners = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
-  corners = corners[np.isfinite(corners).all(axis=1)]
+  corners = np.clip(corners[np.isfinite(corners).all(axis=1)], -FAR, FAR)
   if len(corners) < 2:
     return corners
   along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))])
-  places = np.arange(0.0, along[-1], 2.0)
+  places = np.arange(0.0, along[-1], max(2.0, along[-1] / MOST_POINTS))
   return np.column_stack([np.interp(places, along, corners[:, i]) for i in (0, 1)])

@@ -1,6 +1,7 @@
 """One process becomes one of several, before any device is touched: by flags, or as the cluster says."""
 
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ _TOGETHER = (
   ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"),
 )
 _NUMBERS = (
-  *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+  *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
   *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
   *("TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "JOB_COMPLETION_INDEX"),
   *("JAX_COORDINATOR_PORT", "JAX_PARTITION_INDEX", "JAX_SLICE_INDEX"),
@@ -45,6 +46,7 @@ def join(
     RunFailedError: if the others do not come.
   """
   _check_environment(os.environ)
+  devices = slurm_devices(os.environ)
   met, asked = None, {}
   if address is not None:
     assert count is not None and index is not None  # the command line has asked for all three
@@ -60,7 +62,8 @@ def join(
     peers.START_S, f"failed: --distributed: the processes did not find each other in {peers.START_S:.0f} s"
   )
   try:
-    jax.distributed.initialize(**asked, initialization_timeout=round(peers.START_S) + _MARGIN_S)
+    limit_s = round(peers.START_S) + _MARGIN_S
+    jax.distributed.initialize(**asked, local_device_ids=devices, initialization_timeout=limit_s)
     if met is None:
       met = _meet_on_a_cluster(report)
   except jax.errors.JaxRuntimeError as e:
@@ -103,6 +106,46 @@ def _routed_address() -> str:
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
     asking.connect(("192.0.2.1", 9))  # an address that is nobody's; a datagram socket sends nothing by this
     return asking.getsockname()[0]
+
+
+def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
+  """Which of the GPUs that a Slurm task sees it should take; None: Slurm says nothing of GPUs.
+
+  JAX would take the one with the task's number on its node, without a word: of an 8-GPU node that runs one
+  task, one GPU; and none where each task is bound to a GPU of its own.
+
+  Args:
+    environ: of the task.
+
+  Raises:
+    PeerError: if the node's GPUs cannot be shared out equally among its tasks.
+  """
+  visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+  count = len(list(filter(None, visible.split(","))))
+  if "CUDA_VISIBLE_DEVICES" not in environ:
+    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
+    count = int(on_node) if on_node.isdecimal() else 0
+  if "SLURM_STEP_NODELIST" not in environ or "JAX_LOCAL_DEVICE_IDS" in environ or not count:
+    return None
+  tasks = _tasks_here(environ)
+  if count == 1 or tasks == 1:
+    return list(range(count))
+  if count % tasks:
+    raise PeerError(
+      f"--distributed: {count} GPUs cannot be shared out among {tasks} Slurm tasks of a node; start one a"
+      " node, or one a GPU"
+    )
+  each, local = count // tasks, int(environ.get("SLURM_LOCALID", "0"))
+  return list(range(local * each, (local + 1) * each))
+
+
+def _tasks_here(environ: Mapping[str, str]) -> int:
+  """Tasks of this step on this node. Slurm lists them by node, as `2(x3),1`."""
+  counts: list[int] = []
+  for number, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+    counts += [int(number)] * int(repeated or 1)
+  node = int(environ.get("SLURM_NODEID", "0"))
+  return counts[node] if node < len(counts) else 1
 
 
 def _check_environment(environment: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from sleep_jax.runtime.run_config import RunConfig
 NAME = "manifest.json"
 MAX_NAMED = 10  # steps or paths named in one message
 _FORMAT = 1
+_TYPE = re.compile(r"[\w<>]+\[[0-9,]*\]", re.ASCII)  # as `describe` writes it
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -101,8 +102,10 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
   tree, files = manifest.get("tree"), manifest.get("files")
   if not isinstance(manifest.get("config", {}), dict):
     return "config is no object"
-  if not isinstance(tree, dict) or not all(isinstance(x, str) for x in tree.values()):
+  if not isinstance(tree, dict) or not all(isinstance(x, str) and _TYPE.fullmatch(x) for x in tree.values()):
     return "tree does not give a type for every array"
+  if not all(path.isprintable() for path in tree):
+    return "tree has the name of no array"
   if not isinstance(files, dict) or not files:
     return "files is no table of files"
   for name, told in files.items():

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from sleep_jax.runtime import metrics
+from sleep_jax.runtime.files import shown
 
 _ABSENT = object()
 _MAX_NAMED = 10  # keys named in one message
@@ -58,7 +59,7 @@ class RunConfig:
       then, now = old.get(key, _ABSENT), new.get(key, _ABSENT)
       if _same(then, now) or key in self._may_change or (key in self._may_grow and _grew(then, now)):
         continue
-      faults.append(f"{key}: {_told(then)} in the {where}, {_told(now)} asked for")
+      faults.append(f"{shown(key)}: {_told(then)} in the {where}, {_told(now)} asked for")
     more = f"; and {len(faults) - _MAX_NAMED} more" if len(faults) > _MAX_NAMED else ""
     return "; ".join(faults[:_MAX_NAMED]) + more if faults else None
 

@@ -1,7 +1,8 @@
 """Loss on text by how much of it was read before, and by what of it is long evicted."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import model, sharding, windows
-from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.config import ATTENTION, ModelConfig, SleepConfig, check_sleep
 from sleep_jax.data.text.rows import KINDS, Rows
 from sleep_jax.runtime import processes
 from sleep_jax.scoring.intervals import wilson
@@ -32,6 +33,21 @@ def buckets(length: int, window: int) -> list[tuple[int, int]]:
     found.append((start, min(end, length)))
     start, end = end, 2 * end
   return found
+
+
+def forms(
+  cfg: ModelConfig, sleep_cfg: SleepConfig, passes: list[int], length: int
+) -> Iterator[tuple[str, ModelConfig, SleepConfig, bool]]:
+  """Name, model, sleep, and whether every window forgets what was before it, of each form."""
+  plain = SleepConfig(when="unread")
+  yield "full attention", dataclasses.replace(cfg, window=length, eviction="hard"), plain, False
+  yield "window only", dataclasses.replace(cfg, eviction="hard"), plain, True
+  if set(cfg.blocks) <= set(ATTENTION) and cfg.eviction == "hard":
+    return
+  for n in passes:
+    how = dataclasses.replace(sleep_cfg, when="always", num_passes=n, backprop_passes=None)
+    check_sleep(how, cfg)
+    yield f"N = {n}", cfg, how, False
 
 
 def make_evaluate(

@@ -74,6 +74,11 @@ FLAGS = {
     (("--run={run}", "--out={bad}"), ()),
     (("--run={run}", "--rules={bad}"), {"empty"}),
   ],
+  "perplexity": [
+    (("--checkpoint={checkpoint}", "--files={bad}"), ()),
+    (("--checkpoint={bad}", "--files={run}/metrics.jsonl", "--field=kind"), ()),
+    (("--checkpoint={bad}", "--files={run}/metrics.jsonl", "--field=kind", "--out={bad}"), ()),
+  ],
   "stability": [((TINY, "--passes=1", "--out={bad}"), ELSEWHERE)],
   "takeoff": [
     (("--runs={bad}",), ()),

@@ -10,12 +10,13 @@ import os
 import random
 import re
 import sys
+import tracemalloc
 
 import matplotlib.pyplot
 import pytest
 
-from sleep_jax.experiments import board, eta, figures, publish, runner
-from sleep_jax.report import accuracy, changes, costs, load, page, tables
+from sleep_jax.experiments import board, eta, figures, runner
+from sleep_jax.report import accuracy, changes, comparison, costs, load, page, tables
 from sleep_jax.report.load import RunError
 from tests import damage
 from tests.report import fake_runs
@@ -128,7 +129,7 @@ def listing(root):
 
 
 def draw_all(paths, out, save):
-  """What `experiments.figures` and `experiments.publish` make of runs; files of figures only to `save`."""
+  """What `experiments.figures` makes of runs; files of figures only to `save`."""
   runs = figures.load_runs(paths)
   tables.to_markdown(tables.summary_table(runs))
   tables.to_markdown(tables.equal_compute_table(runs))
@@ -137,7 +138,7 @@ def draw_all(paths, out, save):
       draw(runs)
     except RunError as e:
       damage.one_line(e)
-  publish.provenance(runs)
+  comparison.note(runs)
   for run in runs:
     load.archive(run, out / "archive")
   figures.load_runs(out / "archive" / "*.jsonl")
@@ -195,6 +196,22 @@ def test_figures_of_damaged_runs_are_drawn_or_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_figures_of_damaged_runs_often(seed, tmp_path):
   assert 0 < fuzz(tmp_path, seed, 500, save=seed == 1) < 500
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
+@pytest.mark.parametrize(("field", "value"), [("cpu_s", 2**31), ("cpu_s", 2.0**62), ("tokens", 2**62)])
+def test_no_figure_takes_memory_by_a_number_in_a_row(field, value, tmp_path):
+  points = [(200, 0.4), (400, 0.6)]
+  folder = fake_runs.write(tmp_path / "run", 1, points, per_eval={field: value})
+  text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (folder / "metrics.jsonl").write_text(json.dumps(fake_runs.evaluation(0, 0.1, 1)) + "\n" + "".join(text))
+  tracemalloc.start()
+  try:
+    accuracy.side_by_side(figures.load_runs(folder))
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+  finally:
+    tracemalloc.stop()
+    matplotlib.pyplot.close("all")
 
 
 def log_of(folder, what):

@@ -13,7 +13,7 @@ import pytest
 from sleep_jax import config, model, sharding, train
 from sleep_jax.config import ConfigError
 from sleep_jax.data.text import rows
-from sleep_jax.experiments import perplexity, text
+from sleep_jax.experiments import text
 from sleep_jax.experiments.configs import text as presets
 from sleep_jax.report import context
 from sleep_jax.runtime import metrics, workdir
@@ -218,7 +218,7 @@ def test_window_only_sees_its_window_alone():
       return self.ids[start:stop], np.ones(stop - start, np.int32)
 
   forms = {
-    name: (how, s, forget) for name, how, s, forget in perplexity.forms(cfg, config.SleepConfig(), [2], 8)
+    name: (how, s, forget) for name, how, s, forget in by_context.forms(cfg, config.SleepConfig(), [2], 8)
   }
   assert list(forms) == ["full attention", "window only", "N = 2"]
   got = {}

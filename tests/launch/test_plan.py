@@ -8,7 +8,7 @@ import pathlib
 import jax
 import pytest
 
-from sleep_jax import model, params, sharding
+from sleep_jax import model, params
 from sleep_jax.config import ConfigError
 from sleep_jax.cost import footprint
 from sleep_jax.experiments import config_file
@@ -233,12 +233,3 @@ def test_a_step_too_large_for_a_chip_says_by_how_much():
   plan = planning.Planner(TINY, values(train__batch_size="1048576"), minutes=5).plan(find("v5e:1x1"))
   assert not plan.fits and plan.source.startswith("compiled in")
   assert plan.needed > plan.room > 15e9 and plan.verdict.startswith("does not fit, by ")
-
-
-@pytest.mark.aot
-def test_a_plan_has_the_tpus_own_kernel():
-  """Forms are chosen for the devices of the mesh, not for the CPU that plans."""
-  pytest.importorskip("libtpu")
-  tiny = asked(model__fast__kernel="pallas_tpu")
-  with jax.set_mesh(sharding.make_mesh(tiny.cfg.mesh, list(aot.devices(find("v5e:2x2"))))):
-    assert "tpu_custom_call" in aot.lower(tiny)[0].as_text()

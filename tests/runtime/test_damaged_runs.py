@@ -29,7 +29,7 @@ from sleep_jax.runtime.workdir import WorkdirError
 from tests import damage, hybrids
 from tests.pretrained import tiny
 
-QUICK = 60  # cases of the sample
+QUICK = 40  # cases of the sample
 SECONDS = 60  # for one case, on a busy machine
 MISTAKES = (ConfigError, CheckpointError, MetricsError, WorkdirError)
 CONFIG = config.Config(data=rule110.Rule110Config(), model=hybrids.model_config(("attn", "gdn")))
@@ -92,6 +92,18 @@ def cases_of(folder):
     if name == CHECKPOINT:
       made += [(name, f"{what}, re-hashed", lambda c=content: rehashed(c())) for what, content in of_file]
     made += [(name, what, what) for what in NO_FILES]
+  return made + [
+    (CHECKPOINT, f"{field} names {value}", content) for field, value, content in names_of(folder)
+  ]
+
+
+def names_of(folder):
+  """Re-hashed manifests in which a name has a line end: (field, its value, content)."""
+  made, values = [], json.loads((folder / CHECKPOINT).read_text())
+  for field in ("tree", "files", "config"):
+    for value in ("float32[1]", 3, [1, "0" * 64]):
+      changed = json.dumps(values | {field: values[field] | {"a\nb": value}})
+      made.append((field, value, lambda c=changed: rehashed(c)))
   return made
 
 

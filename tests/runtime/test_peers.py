@@ -13,7 +13,7 @@ import time
 import jax
 import pytest
 
-from sleep_jax.runtime import files, joining, metrics, peers
+from sleep_jax.runtime import files, joining, peers
 from tests import forked
 
 
@@ -390,51 +390,3 @@ def test_what_jax_says_at_its_end_is_kept_where_nobody_said_which_process_went()
     told = subprocess.run([sys.executable, "-c", peers._FILTER], input=words + said, capture_output=True)
     assert sorted(told.stdout.splitlines()) == sorted(want)
     assert told.returncode == 0
-
-
-# Whole runs.
-
-STEPS = 60
-
-
-def rule110(folder, port, count, index):
-  changes = {"steps": STEPS, "save_every": 20, "eval_every": STEPS, "log_every": 5, "batch_size": 2 * count}
-  return subprocess.Popen(
-    [
-      *(sys.executable, "-m", "experiments.rule110", "--tensorboard=False"),
-      *("--config=experiments/configs/rule110.py:tiny", f"--workdir={folder}", "--config.mesh.data=-1"),
-      *(f"--config.train.{name}={value}" for name, value in changes.items()),
-      *("--distributed", f"--coordinator_address=127.0.0.1:{port}"),
-      *(f"--num_processes={count}", f"--process_id={index}"),
-    ],
-    cwd=forked.ROOT,
-    env=forked.environment(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-  ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGABRT)]
-)
-def test_a_run_that_loses_a_process_says_which_ends_with_1_and_goes_on(tmp_path, victim, number):
-  folder = tmp_path / "run"
-  port = free_port()
-  children = [rule110(folder, port, 2, i) for i in range(2)]
-  while not (folder / "checkpoints" / "20" / "manifest.json").exists():
-    assert all(child.poll() is None for child in children)
-    time.sleep(0.02)
-  children[victim].send_signal(number)
-  began = time.monotonic()
-  code, err = ends(children)[1 - victim]
-  assert time.monotonic() - began < 60
-  told = f"failed: process {victim} of 2 ended without a word: killed, or out of memory?; the same command"
-  assert (code, err) == (1, f"{told} goes on from the last checkpoint\n")
-  port = free_port()
-  found = ends([rule110(folder, port, 2, i) for i in range(2)])
-  assert [code for code, _ in found] == [0, 0], found
-  steps = [row["step"] for row in metrics.read(folder / "metrics.jsonl") if row["kind"] == "train"]
-  assert steps == list(range(5, STEPS + 1, 5))

@@ -1,5 +1,6 @@
 """Several processes in one run: the same numbers as one, one writer, and an end in common."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -60,7 +61,7 @@ def spread(*arguments, count=2, devices=1):
 
 def end(process):
   """Exit code, stdout and stderr; C++ prints lines of its own on both."""
-  out, err = process.communicate(timeout=400)
+  out, err = process.communicate(timeout=900)
   return process.returncode, out, "\n".join(x for x in err.splitlines() if "[Gloo]" not in x)
 
 
@@ -118,9 +119,7 @@ class OneProcessTest(parameterized.TestCase):
     self.assertIn("nothing to run", err)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-class SeveralProcessesTest(parameterized.TestCase):
+class RunsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -135,6 +134,10 @@ class SeveralProcessesTest(parameterized.TestCase):
         else:
           self.assertEqual(a[name], b[name])
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class SeveralProcessesTest(RunsTest):
   @parameterized.named_parameters(("data_from_the_device", RULE110), ("data_from_the_hosts", GSM))
   def test_two_processes_train_as_one(self, command):
     two, one = self.folder / "two", self.folder / "one"
@@ -185,6 +188,41 @@ class SeveralProcessesTest(parameterized.TestCase):
     self.assertEqual(code, 2, err)
     self.assertIn("mesh: of 2 processes must take all 2 devices", err)
     self.assertFalse((self.folder / "run").exists())
+
+
+def two_halves(folder, first, second):
+  """The rows of a run of 10 steps on (processes, devices of each), that is then made longer on others."""
+  grown = ()
+  for steps, (count, devices) in ((10, first), (20, second)):
+    command = (*RULE110, f"--workdir={folder}", f"--config.train.steps={steps}", "--tensorboard=False")
+    many = count > 1
+    process = spread(*command, count=count, devices=devices) if many else start(*command, devices=devices)
+    code, out, err = end(process)
+    assert code == 0, out + err
+    if grown:
+      assert "resuming at step 10 of 20" in out
+      assert rows(folder, "train", "eval")[: len(grown)] == grown
+    grown = rows(folder, "train", "eval")
+  assert [row["step"] for row in grown if row["kind"] == "train"] == [5, 10, 15, 20]
+  return grown
+
+
+@functools.cache
+def two_halves_here():
+  with tempfile.TemporaryDirectory() as folder:
+    return two_halves(pathlib.Path(folder, "run"), (1, 1), (1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+class OtherMachinesTest(RunsTest):
+  """A run that goes on where there are other processes, or devices, than there were: the same numbers."""
+
+  @parameterized.parameters(
+    ((2, 1), (1, 1)), ((1, 1), (2, 1)), ((1, 8), (1, 4)), ((1, 4), (2, 4)), ((2, 4), (1, 4))
+  )
+  def test_it_goes_on_elsewhere(self, first, second):
+    self.assert_same_numbers(two_halves(self.folder / "run", first, second), two_halves_here())
 
 
 class GatherTest(parameterized.TestCase):
