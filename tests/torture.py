@@ -135,7 +135,7 @@ class Torture:
 
   def _killed(self, kind, folder, whole, took, rng) -> bool:
     """Starts the run and kills it; False if it was faster, and is done."""
-    server, began = self._server(kind), time.monotonic()
+    server, began, begun_ns = self._server(kind), time.monotonic(), time.time_ns()
     pid = server.start(*_arguments(kind, folder))
     wants_save = rng.random() < 0.5
     moment, saves, wait = rng.uniform(0, 0.9 * took), rng.randint(1, 2), rng.uniform(0, 0.05)
@@ -155,7 +155,7 @@ class Torture:
     saving, told = 0, []
     for run in _runs(folder):
       note = run / "checkpoints" / "in_flight.json"
-      saving += os.path.lexists(note)
+      saving += os.path.lexists(note) and note.lstat().st_mtime_ns >= begun_ns  # not of an earlier start
       said = _acknowledged(ended.out, run.name if kind == "sweep" else None)
       there = _on_disk(run / "checkpoints")
       told.append(f"{said} said, {there} there")
