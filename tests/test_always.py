@@ -228,6 +228,7 @@ def test_passes_are_counted_once():
     assert middle.asleep == pytest.approx(2 * (n - 1) * a_window / 2 + 2 * a_window / 2)
 
 
+@pytest.mark.slow
 def test_measures_know_it():
   cfg = hybrids.model_config(("gdn", "gdn"), loop_norm=True)
   sleep_cfg = always(num_passes=2, last_block=1)

@@ -145,6 +145,7 @@ def test_own_rule_is_the_recurrence_that_it_says(registered):
   assert not np.allclose(after, gated_hebbian(q, k, v, g, b, S)[1])
 
 
+@pytest.mark.slow
 def test_own_rule_is_a_block_of_a_config_file_that_learns(registered):
   module = registered(example(EXTENDING, "def oja"), "my_study")
   assert module.get_config("tiny").train.steps > 0
@@ -197,7 +198,7 @@ def test_commands_and_files_exist(page):
   for module in re.findall(r"-m ((?:experiments|kernels|launch|benchmarks)[\w.]*)", text):
     path = ROOT / module.replace(".", "/")
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
-  for target in re.findall(r"^ +make ([a-z-]+)", text, re.MULTILINE):
+  for target in re.findall(r"^ +make ([a-z0-9-]+)", text, re.MULTILINE):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
   for file, preset in re.findall(r"--config=(experiments/\S+\.py):(\w+)", text):
     assert f'"{preset}"' in (ROOT / file).read_text(), f"{file}:{preset}"

@@ -200,9 +200,15 @@ MAINS = (
 )
 HELP = """
 import importlib, json, sys
+from absl import flags
 from sleep_jax.experiments import usage
-mains = [importlib.import_module(f"sleep_jax.experiments.{name}") for name in sys.argv[1:]]
-print(json.dumps([[usage.text(main, width=width) for width in (60, 100)] for main in mains]))
+texts = []
+for name in sys.argv[1:]:
+  main = importlib.import_module(f"sleep_jax.experiments.{name}")
+  texts.append([usage.text(main, width=width) for width in (60, 100)])
+  for flag in list(flags.FLAGS.flags_by_module_dict().get(main.__name__, ())):
+    delattr(flags.FLAGS, flag.name)  # the next main may have one of the same name
+print(json.dumps(texts))
 """
 
 

@@ -18,7 +18,7 @@ from sleep_jax.train import host_steps, row_steps
 from tests import damage
 from tests.pretrained import tiny
 
-QUICK = 25  # cases of a preset
+QUICK = 6  # cases of a preset
 SECONDS = 60  # for one case, on a busy machine
 MOST = 600e6  # bytes that Python and NumPy may hold at once; a text is read into a buffer of 256 MB
 FILES = {path.stem: path for path in config_file.CONFIGS.glob("[a-z]*.py")}

@@ -30,7 +30,7 @@ FIGURES = (
   ),
   *(costs.costs, changes.sleep_changes, accuracy.demo_curves, accuracy.side_by_side),
 )
-QUICK = 25
+QUICK = 8
 SECONDS = 120  # for one case, on a busy machine
 SHARE = {"_exact": 0.5, "_low": 0.4, "_high": 0.6, "_majority": 0.2}
 COST = {"kind": "cost", "step": 400, "wake_ms_per_answer": 0.1, "sleep_ms_per_window": 2.0, "state_bytes": 64}

@@ -31,10 +31,19 @@ def zeros(cfg, batch, sleep_cfg, count=2):
   )
 
 
+HOW = ({}, {"first_block": 1, "last_block": 2}, {"state": "reset", "first_block": 1})
+
+
 @pytest.mark.parametrize(
-  "how", [{}, {"first_block": 1, "last_block": 2}, {"state": "reset", "first_block": 1}], ids=str
+  ("how", "loop_norm"),
+  [
+    (HOW[0], False),
+    (HOW[2], True),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in ((HOW[1], False), (HOW[2], False))),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in ((HOW[0], True), (HOW[1], True))),
+  ],
+  ids=str,
 )
-@pytest.mark.parametrize("loop_norm", [False, True])
 def test_without_a_perturbation_the_loss_is_the_models(how, loop_norm):
   cfg, weights, batch, segments = setting(loop_norm=loop_norm)
   sleep_cfg = SleepConfig(num_passes=3, **how)
