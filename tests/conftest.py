@@ -1,5 +1,8 @@
 """Eight simulated CPU devices for every test, set before anything touches a backend."""
 
+import gc
+import pathlib
+
 import hypothesis
 import jax
 import pytest
@@ -10,6 +13,22 @@ hypothesis.settings.load_profile("no deadline")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+  """Drops compiled programs before they are too many for one process.
+
+  A program is several pieces of mapped memory, of which Linux allows a process 65,530. One more, and the
+  compiler ends the process with a segmentation fault.
+  """
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
