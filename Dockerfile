@@ -16,4 +16,4 @@ RUN pip install --require-hashes -r requirements/lock.txt \
 
 COPY . .
 RUN pip install --no-deps --no-build-isolation . && pip check
-WORKDIR /work
+WORKDIR /runs

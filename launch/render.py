@@ -34,9 +34,9 @@ SLICES = flags.DEFINE_integer("slices", 1, "slices of a TPU pod, on GKE", lower_
 IMAGE = flags.DEFINE_string("image", None, "NAME@sha256:DIGEST of the container, on GKE and TPU VMs")
 NAME = flags.DEFINE_string("name", None, "of the job; none: from the config's file and preset")
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "on storage that all hosts share; on GKE and TPU VMs below /work, none: /work/NAME"
+  "workdir", None, "on storage that all hosts share; on GKE and TPU VMs below /runs, none: /runs/NAME"
 )
-CLAIM = flags.DEFINE_string("claim", "sleep-jax", "on GKE: the volume claim that is mounted at /work")
+CLAIM = flags.DEFINE_string("claim", "sleep-jax", "on GKE: the volume claim that is mounted at /runs")
 SAVE = flags.DEFINE_float(
   "save_seconds", 60.0, "that a save takes; launch.preflight measures it", lower_bound=0
 )
@@ -45,7 +45,7 @@ SWEEP = flags.DEFINE_bool("sweep", False, "all runs of the preset, each in a fol
 SEEDS = flags.DEFINE_integer("seeds", 1, "with --sweep: seeds 0 .. SEEDS - 1 of each run", lower_bound=1)
 
 TARGETS = ("slurm", "gke", "tpu_vm")
-MOUNT = "/work"
+MOUNT = "/runs"
 DIGEST = re.compile(r"[\w./:-]+@sha256:[0-9a-f]{64}")
 LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 LONGEST_NAME = 40  # Kubernetes adds the names of the parts, and has room for 63 characters in all

