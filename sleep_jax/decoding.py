@@ -2,6 +2,9 @@
 
 A token's step reads every weight and the cache once and writes neither. The rows that it adds to the cache
 are put there by another step, in place if the caller says so.
+
+In all of them tokens [B, T] are int32, valid [B, T] is bool and False for pads, logits [B, vocab] are float32
+and those of the last token, and `cfg` is the model's.
 """
 
 import functools
@@ -70,12 +73,14 @@ appended_in_place = jax.jit(_with_rows, donate_argnames="cache")
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def whole_window(weights, tokens, valid, state, cfg):
+  """Logits of the last token of a window of T <= L tokens that is read awake from `state`; keeps nothing."""
   tokens, valid = _placed(tokens, valid)
   return model.predict(weights, tokens, state, cfg, reads=(tokens.shape[1] - 1,), valid=valid)[0][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
 def asleep(weights, tokens, valid, state, cfg, sleep_cfg):
+  """Sleeps on a full window: the state behind it, and the fast weights and empty caches of the next one."""
   tokens, valid = _placed(tokens, valid)
   state = model.consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid)
   return state, *model.open_window(state, cfg, tokens.shape[0])
@@ -83,4 +88,5 @@ def asleep(weights, tokens, valid, state, cfg, sleep_cfg):
 
 @jax.jit
 def finite(tree):
+  """Whether every number of every array is finite, a bool scalar."""
   return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -196,9 +196,8 @@ def test_mistakes_are_one_line(run, arguments, said):
   assert said in lines[0]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="what is said where libtpu is not")
 def test_without_a_compiler_it_says_how_to_install_one(run):
-  if importlib.util.find_spec("libtpu"):
-    pytest.skip("libtpu is here")
   ended = run(f"--config={TINY}", "--hardware=v5e:2x2")
   assert ended.code == 0 and ended.err == f"{aot.NO_COMPILER}\n" and "counted from shapes" in ended.out
 
