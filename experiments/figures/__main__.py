@@ -13,7 +13,7 @@ from absl import flags
 
 from sleep_jax.config import ConfigError
 from sleep_jax.experiments import cli, figures
-from sleep_jax.experiments.figures import depo, gsm_infinite, rule110
+from sleep_jax.experiments.figures import depo, gsm_infinite, memory, rule110
 from sleep_jax.report import accuracy, changes, costs, page
 from sleep_jax.report.load import Run, RunError
 from sleep_jax.report.tables import equal_compute_table, summary_table, to_markdown
@@ -25,6 +25,7 @@ DRAW = {
   "4": gsm_infinite.figure_4,
   "cost": costs.costs,
   "demo": accuracy.demo_curves,
+  "memory": memory.figure,
   "sleep": changes.sleep_changes,
 }
 RUNS = flags.DEFINE_list("runs", None, "workdirs, archived runs or globs of them, separated by commas")
