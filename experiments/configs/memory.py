@@ -82,7 +82,7 @@ def get_config(preset: str = "tiny_recall") -> config_dict.ConfigDict:
   elif preset == "text":
     c.data.update(task="needle", depths=(1, 4), lengths=(512, 1024), words=256)
     c.model.window = 256
-    c.train.update(eval_sequences=16, eval_batch_size=1, batch_size=1)
+    c.train.update(eval_sequences=16, eval_batch_size=8, batch_size=8)
   else:
     c.data.update(TINY[preset])
   c.model.vocab_size = memory.MemoryConfig(**c.data.to_dict()).vocab_size

@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.data.memory.story import PAD, Shape, Story, Test, Words, choose, columns
+from sleep_jax.data.memory.story import (
+  PAD,
+  Shape,
+  Story,
+  Test,
+  Words,
+  ascending,
+  below,
+  choose,
+  columns,
+  ranks,
+  shuffled,
+)
 
 if TYPE_CHECKING:
   from sleep_jax.data.memory.config import MemoryConfig
@@ -28,13 +40,14 @@ NOWHERE = -1
 
 def _other(key: jax.Array, size: int, than: jax.Array) -> jax.Array:
   """A number below `size`, evenly among those that are not `than`; among all if `than` is no such number."""
-  drawn = jax.random.randint(key, (), 0, jnp.where(than >= 0, size - 1, size))
+  drawn = below(key, jnp.where(than >= 0, size - 1, size))
   return drawn + ((than >= 0) & (drawn >= than))
 
 
 def _some(key: jax.Array, known: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   """`count` different places of [n] in random order, those that are `known` first; and whether each is."""
-  order = jnp.argsort(jax.random.uniform(key, known.shape) + ~known)[:count]
+  place = ranks(jax.random.uniform(key, known.shape) + ~known)
+  order = jnp.zeros_like(place).at[place].set(jnp.arange(len(place), dtype=place.dtype))[:count]
   return order, known[order]
 
 
@@ -52,7 +65,7 @@ def _moves(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length
 
   def step(at, k):
     person_key, place_key = jax.random.split(k)
-    person = jax.random.randint(person_key, (), 0, cfg.persons)
+    person = below(person_key, cfg.persons)
     place = _other(place_key, cfg.places, at[person])
     return at.at[person].set(place), (person, place)
 
@@ -91,9 +104,9 @@ def _carried(cfg: "MemoryConfig", key: jax.Array, depth: int, moves: int) -> tup
   moves.
   """
   place_key, bound_key, who_key, step_key = jax.random.split(key, 4)
-  lies = jax.random.randint(place_key, (cfg.objects,), 0, cfg.places)
-  bound = jnp.sort(choose(bound_key, 1 + moves, depth))
-  carrier, target = jax.random.randint(who_key, (2,), 0, jnp.asarray([cfg.persons, cfg.objects]))
+  lies = below(place_key, cfg.places, (cfg.objects,))
+  bound = ascending(choose(bound_key, 1 + moves, depth))
+  carrier, target = below(who_key, jnp.asarray([cfg.persons, cfg.objects]), (2,))
   world = _World(
     jnp.full(cfg.persons, NOWHERE),
     lies,
@@ -158,7 +171,7 @@ def _before(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, lengt
   world, facts = _carried(cfg, world_key, depth, moves=2)
   thing, known = _some(ask_key, world.count > 1, cfg.queries)
   trail, count = world.trail[thing], world.count[thing]
-  which = jax.random.randint(which_key, count.shape, 1, jnp.maximum(count, 2))
+  which = 1 + below(which_key, jnp.maximum(count - 1, 1), count.shape)
   place = jnp.take_along_axis(trail, which[:, None], axis=1)
   inside = (jnp.arange(depth) >= 1) & (jnp.arange(depth) < count[:, None])
   last = jnp.max(jnp.where((trail == place) & inside, jnp.arange(depth), 1), axis=1)
@@ -176,8 +189,8 @@ def _sides(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length
   del length
   place_key, sign_key, axis_key, flip_key, order_key, end_key, form_key, ask_key = jax.random.split(key, 8)
   walk = words.of("place", choose(place_key, depth + 1, cfg.places))
-  signs = jax.random.randint(sign_key, (2,), 0, 2)
-  axis = jax.random.randint(axis_key, (depth,), 0, 2)
+  signs = below(sign_key, 2, (2,))
+  axis = below(axis_key, 2, (depth,))
   side = axis + 2 * signs[axis]  # of the next place, seen from the one before: a number in SIDES
 
   def said(flip):
@@ -186,7 +199,7 @@ def _sides(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length
     return first, words.marks["north"] + jnp.where(flip, (side + 2) % 4, side), second
 
   statements = columns(*said(jax.random.bernoulli(flip_key, shape=(depth,))))
-  order = jax.random.permutation(order_key, depth)
+  order = shuffled(order_key, depth)
   first, beside, second = said(jax.random.bernoulli(end_key, shape=(depth,)))
   asks_first = jax.random.bernoulli(form_key, shape=(depth,))
   ask = jnp.full(depth, words.marks["ask"])
@@ -207,8 +220,8 @@ def _gifts(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length
 
   def step(holder, k):
     thing_key, first_key, next_key = jax.random.split(k, 3)
-    thing = jax.random.randint(thing_key, (), 0, cfg.objects)
-    begin = jax.random.randint(first_key, (), 0, cfg.persons)
+    thing = below(thing_key, cfg.objects)
+    begin = below(first_key, cfg.persons)
     giver = jnp.where(holder[thing] >= 0, holder[thing], begin)
     receiver = _other(next_key, cfg.persons, giver)
     return holder.at[thing].set(receiver), (giver, thing, receiver)
@@ -220,7 +233,7 @@ def _gifts(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length
     words.of("person", facts[2]),
   )
   fact = choose(ask_key, cfg.queries, depth)
-  kind = jax.random.randint(kind_key, (cfg.queries,), 0, len(GIFT_MARKS))
+  kind = below(kind_key, len(GIFT_MARKS), (cfg.queries,))
   asked = jnp.asarray([words.marks[name] for name in GIFT_MARKS])[kind]
   pad = jnp.full_like(giver, PAD)
   # each way to ask: two words that are given, and the word that is asked for

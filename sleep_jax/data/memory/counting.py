@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax.config import check
-from sleep_jax.data.memory.story import Shape, Story, Test, Words, choose, columns, one_in_order
+from sleep_jax.data.memory.story import (
+  Shape,
+  Story,
+  Test,
+  Words,
+  ascending,
+  choose,
+  columns,
+  one_in_order,
+  shuffled,
+)
 
 if TYPE_CHECKING:
   from sleep_jax.data.memory.config import MemoryConfig
@@ -51,9 +61,11 @@ def _common(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, lengt
   word_key, order_key = jax.random.split(key)
   chosen = words.of("word", choose(word_key, depth + _others(cfg, depth, length), cfg.words))
   often, seldom = jnp.repeat(chosen[:depth], cfg.often), jnp.repeat(chosen[depth:], cfg.seldom)
-  listed = jax.random.permutation(order_key, jnp.concatenate([often, seldom]))
-  answer = jnp.sort(chosen[:depth])[None].astype(jnp.int32)
-  return Story(columns(listed), columns(jnp.asarray([words.marks["ask"]])), answer)
+  listed = jnp.concatenate([often, seldom])
+  answer = ascending(chosen[:depth])[None].astype(jnp.int32)
+  return Story(
+    columns(listed[shuffled(order_key, len(listed))]), columns(jnp.asarray([words.marks["ask"]])), answer
+  )
 
 
 def _common_needs(cfg: "MemoryConfig", depth: int, length: int) -> dict[str, int]:
@@ -78,8 +90,9 @@ def _frequent(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, len
   ranked = words.of("word", choose(word_key, len(counts), cfg.words))
   written = jnp.repeat(ranked, jnp.asarray(counts), total_repeat_length=int(counts.sum()))
   answer = ranked[None, :depth].astype(jnp.int32)
-  statements = columns(jax.random.permutation(order_key, written))
-  return Story(statements, columns(jnp.asarray([words.marks["ask"]])), answer)
+  return Story(
+    columns(written[shuffled(order_key, len(written))]), columns(jnp.asarray([words.marks["ask"]])), answer
+  )
 
 
 def _frequent_needs(cfg: "MemoryConfig", depth: int, length: int) -> dict[str, int]:

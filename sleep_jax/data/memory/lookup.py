@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.data.memory.story import Shape, Story, Test, Words, choose, columns, one_in_order
+from sleep_jax.data.memory.story import (
+  Shape,
+  Story,
+  Test,
+  Words,
+  choose,
+  columns,
+  one_in_order,
+  ranks,
+  shuffled,
+)
 
 if TYPE_CHECKING:
   from sleep_jax.data.memory.config import MemoryConfig
@@ -25,11 +35,14 @@ def _needles(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, leng
   count = depth * cfg.values
   keys = words.of("key", choose(key_key, depth, cfg.words))
   values = words.of("value", choose(value_key, count, cfg.words)).reshape(depth, cfg.values)
-  order = jax.random.permutation(order_key, count)
-  place = jnp.argsort(order).reshape(depth, cfg.values)  # of each pair
-  in_order = jnp.take_along_axis(values, jnp.argsort(place, axis=1), axis=1)
+  place = shuffled(order_key, count)  # of each pair
   pairs = columns(jnp.repeat(keys, cfg.values), values.ravel())
-  return Story(pairs[order], columns(keys[: cfg.queries]), in_order[: cfg.queries].astype(jnp.int32))
+  nth = jax.vmap(ranks)(place.reshape(depth, cfg.values))  # of the values of a key
+  in_order = jnp.zeros_like(values).at[jnp.arange(depth)[:, None], nth].set(values)
+  asked = slice(cfg.queries)
+  return Story(
+    jnp.zeros_like(pairs).at[place].set(pairs), columns(keys[asked]), in_order[asked].astype(jnp.int32)
+  )
 
 
 def _overwriting(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length: int) -> Story:
@@ -39,7 +52,7 @@ def _overwriting(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, 
   count = cfg.keys * depth
   keys = words.of("key", choose(key_key, cfg.keys, cfg.words))
   values = words.of("value", choose(value_key, count, cfg.words))
-  written = jax.random.permutation(order_key, jnp.repeat(jnp.arange(cfg.keys), depth))
+  written = shuffled(order_key, count) // depth  # which key each statement is about
   last = jnp.zeros(cfg.keys, jnp.int32).at[written].max(jnp.arange(count))
   asked = slice(cfg.queries)
   return Story(columns(keys[written], values), columns(keys[asked]), columns(values[last[asked]]))
@@ -53,11 +66,10 @@ def _tracking(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, len
   variables = words.of("variable", choose(variable_key, cfg.chains * links, cfg.words))
   variables = variables.reshape(cfg.chains, links)
   numbers = words.of("number", choose(number_key, cfg.chains, cfg.words))
-  turn = jax.random.permutation(order_key, jnp.repeat(jnp.arange(cfg.chains), links))
-  place = jnp.argsort(turn, stable=True)  # of the links of the first chain, then of the second ...
+  turn = shuffled(order_key, cfg.chains * links) // links  # which chain each statement is about
   source = jnp.concatenate([numbers[:, None], variables[:, :-1]], axis=1)
   links_of_chains = columns(variables.ravel(), source.ravel())
-  statements = jnp.zeros_like(links_of_chains).at[place].set(links_of_chains)
+  statements = links_of_chains[ranks(turn)]  # the links of a chain lie side by side
   if cfg.asked == "variables":
     return Story(statements, columns(numbers[asked]), variables[asked].astype(jnp.int32))
   return Story(statements, columns(variables[asked, -1]), columns(numbers[asked]))

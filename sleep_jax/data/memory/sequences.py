@@ -17,7 +17,7 @@ import numpy as np
 
 from sleep_jax.config import check
 from sleep_jax.data.memory.config import MemoryConfig
-from sleep_jax.data.memory.story import PAD, Story
+from sleep_jax.data.memory.story import PAD, Story, below, shuffled
 from sleep_jax.windows import Batch
 
 
@@ -90,7 +90,7 @@ def batch(cfg: MemoryConfig, key: jax.Array, step: jax.Array, size: int, of: int
     of_key, own = jax.random.split(jax.random.fold_in(key, index))
     if of is not None:
       return makers[of](own)
-    return jax.lax.switch(jax.random.randint(of_key, (), 0, len(makers)), makers, own)
+    return jax.lax.switch(below(of_key, len(makers)), makers, own)
 
   inputs, labelled = jax.vmap(one)(step * size + jnp.arange(size))
   shifted = jnp.concatenate([inputs[:, 1:], jnp.zeros_like(inputs[:, :1])], axis=1)
@@ -105,12 +105,13 @@ def _sequence(cfg: MemoryConfig, key: jax.Array, *, depth: int, length: int) -> 
   told = story(cfg, story_key, depth, length)
   count, width = told.statements.shape
   if cfg.test.scattered:
-    slots = jax.random.permutation(place_key, length - count * (width - 1))  # of statements and filler words
-    places = jnp.sort(slots[:count]) + jnp.arange(count) * (width - 1)
+    slots = shuffled(place_key, length - count * (width - 1))  # of statements and filler words
+    (taken,) = jnp.nonzero(slots < count, size=count)
+    places = taken + jnp.arange(count) * (width - 1)
   else:
     places = jnp.arange(count) * width
   filler = cfg.vocabulary.kinds["filler"]
-  context = jax.random.randint(fill_key, (length,), filler.start, filler.stop)
+  context = filler.start + below(fill_key, len(filler), (length,))
   context = context.at[places[:, None] + jnp.arange(width)].set(told.statements)
   context = jnp.pad(context, (cfg.context - length, 0), constant_values=PAD)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
   from sleep_jax.data.memory.config import MemoryConfig
 
 PAD = 0
+COMPARED = 256  # numbers that are compared two by two; XLA takes seconds to compile a sort
 
 
 class Story(NamedTuple):
@@ -92,9 +93,37 @@ class Test:
   blanks: bool = False
 
 
+def ranks(x: jax.Array) -> jax.Array:
+  """The place of each of [n] in ascending order; of equal ones the first comes first.
+
+  >>> ranks(jnp.asarray([5, 3, 5, 1])).tolist()
+  [2, 1, 3, 0]
+  """
+  if x.shape[0] > COMPARED:
+    return jnp.argsort(jnp.argsort(x, stable=True))
+  i = jnp.arange(x.shape[0])
+  before = (x < x[:, None]) | ((x == x[:, None]) & (i < i[:, None]))
+  return jnp.sum(before, axis=1, dtype=jnp.int32)
+
+
+def ascending(x: jax.Array) -> jax.Array:
+  """Sorts [n]."""
+  return jnp.zeros_like(x).at[ranks(x)].set(x)
+
+
+def shuffled(key: jax.Array, size: int) -> jax.Array:
+  """The numbers below `size` in random order."""
+  return ranks(jax.random.bits(key, (size,), jnp.uint32))
+
+
+def below(key: jax.Array, size: Any, shape: tuple[int, ...] = ()) -> jax.Array:
+  """Numbers below `size`, at most 2^16, evenly to 2^-16: half of the program that `jax.random.randint` is."""
+  return (jax.random.bits(key, shape, jnp.uint32) % jnp.uint32(size)).astype(jnp.int32)
+
+
 def choose(key: jax.Array, count: int, size: int) -> jax.Array:
   """`count` different numbers below `size`, in random order."""
-  return jax.random.permutation(key, size)[:count]
+  return shuffled(key, size)[:count]
 
 
 def columns(*words: jax.Array) -> jax.Array:
