@@ -50,6 +50,7 @@ def test_presets_say_what_they_are():
     presets.get_config("tiny_recal")
 
 
+@pytest.mark.slow
 def test_a_short_run_reports_every_set_beside_a_guess_and_is_drawn(tmp_path):
   cfg, task = memory.build(presets.get_config("smoke").to_dict())
   with workdir.prepare(str(tmp_path / "n2"), config.to_dict(cfg)) as run:
