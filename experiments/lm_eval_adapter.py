@@ -67,7 +67,7 @@ class SleepingLM(LM):
     check(window is not None or passes == 1, "passes", f"must be 1 without a window, got {passes}")
     self._sleep = SleepConfig(when="always", num_passes=passes)
     self._window, self._max_gen_toks = window, max_gen_toks
-    changes = {"window": window or SHORTEST, "eviction": eviction}
+    changes = {"eviction": eviction} | ({} if window is None else {"window": window})
     if pretrained.is_run(checkpoint):
       run = pretrained.load_run(checkpoint)
       self._cfg, self._weights = dataclasses.replace(run.config.model, **changes), run.weights
@@ -77,6 +77,7 @@ class SleepingLM(LM):
     else:
       self._cfg, self._weights, _ = pretrained.load(checkpoint, **changes)
     check_sleep(self._sleep, self._cfg)
+    self._shortest = window or max(SHORTEST, self._cfg.attention.swa_window or 0)
     self._tokenizer = Tokenizer(pretrained.tokenizer_file(checkpoint).parent, self._cfg)
     self._ends = end_tokens(checkpoint)
     self._prefix = _first_token(pathlib.Path(checkpoint), self._ends)
@@ -145,7 +146,7 @@ class SleepingLM(LM):
 
   def _room(self, count: int) -> int:
     """Tokens of the smallest program that holds so many: whole windows, or one, each twice the one before."""
-    length = self._window or SHORTEST
+    length = self._shortest
     while length < count:
       length *= 2
     return length

@@ -113,13 +113,13 @@ def test_windows_and_sleep_change_what_a_hybrid_says(adapter, tmp_path):
   folder = str(tiny.checkpoint(tmp_path / "jet", "jet"))
   values = json.loads((tmp_path / "jet" / "config.json").read_text())
   (tmp_path / "jet" / "config.json").write_text(json.dumps(values | {"eos_token_id": 0}))
-  request = [Request(TEXTS[0] * 2)]
-  forms = [{}, {"window": 8}, {"window": 8, "passes": 2}, {"window": 8, "passes": 4}]
+  request = [Request(TEXTS[0] * 8)]
+  forms = [{}, {"window": 24}, {"window": 24, "passes": 2}, {"window": 24, "passes": 4}]
   found = [adapter.SleepingLM(folder, **form).loglikelihood_rolling(request)[0] for form in forms]
   assert np.isfinite(found).all() and len({round(x, 4) for x in found}) == len(forms)
   # the same text token by token, as generation reads it
-  lm = adapter.SleepingLM(folder, window=8, passes=2)
-  tokens = [0, *lm._encode(TEXTS[0] * 2)]
+  lm = adapter.SleepingLM(folder, window=24, passes=2)
+  tokens = [0, *lm._encode(TEXTS[0] * 8)]
   session, nats = adapter.generate.start(lm._cfg, lm._sleep), 0.0
   for token, following in zip(tokens, tokens[1:], strict=False):
     session = adapter.generate.read(lm._weights, [[token]], session, lm._cfg, lm._sleep)
