@@ -14,6 +14,7 @@ MODULES = (
   "sleep_jax.windows",
   "sleep_jax.looped",
   "sleep_jax.blocks",
+  "sleep_jax.session",
   "sleep_jax.data.text.rows",
   "sleep_jax.scoring.by_context",
   "sleep_jax.scoring.intervals",
