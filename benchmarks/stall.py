@@ -11,7 +11,6 @@ a text, a second table says how well each of them predicts it.
 
 import argparse
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -51,17 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--threads", type=int, default=None, help="cores; all if not given")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
-  try:
-    threads = measure.pin(args.threads)
-    cfg = ModelConfig(vocab_size=4096, window=args.window)
-    sleeps = [SleepConfig(num_passes=args.passes, spread=late) for late in args.spread]
-    for sleep_cfg in sleeps:
-      config.check_sleep(sleep_cfg, cfg)
-    config.check(args.text is None or args.checkpoint is not None, "--text", "needs --checkpoint")
-    cfg, weights = _loaded(args.checkpoint, args.window) if args.checkpoint else (cfg, _drawn(cfg))
-    tokens = _tokens(args.checkpoint, args.text, cfg, args.windows) if args.text else None
-  except config.ConfigError as e:
-    parser.error(str(e))
+  threads = measure.pin(args.threads)
+  cfg = ModelConfig(vocab_size=4096, window=args.window)
+  sleeps = [SleepConfig(num_passes=args.passes, spread=late) for late in args.spread]
+  for sleep_cfg in sleeps:
+    config.check_sleep(sleep_cfg, cfg)
+  config.check(args.text is None or args.checkpoint is not None, "--text", "needs --checkpoint")
+  cfg, weights = _loaded(args.checkpoint, args.window) if args.checkpoint else (cfg, _drawn(cfg))
+  tokens = _tokens(args.checkpoint, args.text, cfg, args.windows) if args.text else None
   facts = tables.machine()
   results = {"Tokens": measured(weights, cfg, sleeps, windows=args.windows, rounds=args.rounds)}
   if tokens is not None:
@@ -162,4 +158,4 @@ def _loaded(folder: pathlib.Path, window: int) -> tuple[ModelConfig, model.Param
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

@@ -128,7 +128,7 @@ def _kinds(fields: Fields, count: int) -> tuple[str, ...]:
   return tuple(_KINDS[name] for name in fields.names("layer_types", count, _KINDS))
 
 
-def _fast(fields: Fields, few: int, heads: int, *, key_dim: int | None = None, **others: float) -> FastConfig:
+def _fast(fields: Fields, few: int, heads: int, *, key_dim: int | None = None, **others: Any) -> FastConfig:
   """The delta nets; `key_dim` where the file says nothing and its family derives it."""
   if heads % few:
     raise fields.error("linear_num_key_heads", f"must divide linear_num_value_heads = {heads}, got {few}")
