@@ -77,11 +77,12 @@ def read(cfg, sleep_cfg, tokens, cuts, valid, session=None, **how):
   return sessions
 
 
+def slow(*values):
+  return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 CASES = {
-  "hard": (PAIR, {}, {"num_passes": 2, "spread": 3}, (0, 0)),
-  "hard, one pass, at once": (PAIR, {}, {"num_passes": 1, "spread": 1}, (0, 0)),
   "hard, a pass a token, with pads": (PAIR, {}, {"num_passes": 3, "spread": 3}, (0, 2)),
-  "sliding": (PAIR, {"eviction": "sliding"}, {"num_passes": 2, "spread": 2}, (0, 0)),
   "sliding, each pass, with pads": (
     PAIR,
     {"eviction": "sliding"},
@@ -90,6 +91,9 @@ CASES = {
   ),
 }
 SLOW = {
+  "hard": (PAIR, {}, {"num_passes": 2, "spread": 3}, (0, 0)),
+  "hard, one pass, at once": (PAIR, {}, {"num_passes": 1, "spread": 1}, (0, 0)),
+  "sliding": (PAIR, {"eviction": "sliding"}, {"num_passes": 2, "spread": 2}, (0, 0)),
   "the middle loops": (DEEP, {}, {"num_passes": 2, "spread": 3, "first_block": 1, "last_block": 3}, (0, 5)),
   "the middle loops, sliding, each pass": (
     DEEP,
@@ -107,7 +111,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("case", [*CASES, *slow(*SLOW)])
 def test_every_token_sees_what_it_is_to_see(case):
   """Token by token: the logits of the replay, and the memory of a sleep that is not spread."""
   pattern, changes, how, pads = (CASES | SLOW)[case]
@@ -133,7 +137,7 @@ def test_every_token_sees_what_it_is_to_see(case):
   assert hybrids.distance(wanted[:, cfg.window], plain[:, cfg.window]) > 10 * NEAR  # it can be told apart
 
 
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("eviction", ["hard", *slow("sliding")])
 def test_how_tokens_come_in_does_not_matter(eviction):
   """And what outlives a window does not depend on it to the bit."""
   cfg = hybrids.model_config(PAIR, eviction=eviction)
@@ -163,7 +167,7 @@ def test_after_it_a_session_is_that_of_a_sleep_that_was_not_spread():
   assert_near(rows, plain.cache, NEAR)
 
 
-@pytest.mark.parametrize("passes", range(1, 6))
+@pytest.mark.parametrize("passes", [2, *slow(1, 3, 4, 5)])
 def test_no_token_waits_for_more_than_one_pass(passes, monkeypatch):
   """Counted where the passes are made, for every K that is taken."""
   cfg, made = hybrids.model_config(("gdn",), window=7), []
@@ -198,6 +202,7 @@ def test_the_watcher_sees_every_pass():
   assert seen == ["awake", "pass", "asleep", "awake"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_generation_is_drawn_from_what_was_read_and_may_reuse_its_memory(eviction):
   cfg = hybrids.model_config(PAIR, eviction=eviction)
@@ -217,7 +222,7 @@ def test_generation_is_drawn_from_what_was_read_and_may_reuse_its_memory(evictio
     assert_near(session.logits, replayed(tokens, cfg, sleep_cfg, valid)[0][:, -1], NEAR)
 
 
-@pytest.mark.parametrize("length", range(9, 13))
+@pytest.mark.parametrize("length", [10, *slow(9, 11, 12)])
 def test_a_session_is_stored_in_the_middle_of_a_sleep_and_goes_on_to_the_bit(length, tmp_path: pathlib.Path):
   cfg = hybrids.model_config(PAIR, eviction="sliding", dtype="bfloat16")
   sleep_cfg = SleepConfig(num_passes=2, spread=3, kept="each")

@@ -113,14 +113,25 @@ def write_like(
   for e in source.entries(cfg):
     entries.setdefault(source.stored_name(e.name), []).append(e)
   wanted = {name: some[0].shape for name, some in entries.items() if not some[0].memory}
-  there = {n: shape for n, shape in tensors.shapes.items() if n not in buffers and n != source.repeated}
+  shapes = source.whole_shapes(wanted)
+  there = {n: shape for n, shape in shapes.items() if n not in buffers and n != source.repeated}
   if wanted != there:
     raise PretrainedError(f"the weights are not those of a model like {source.folder}")
   flat = _flat(weights)
+  cut: dict[str, tuple[str, int]] = {}  # a piece of a tensor -> that, and the piece's first row
+  for name in wanted:
+    first = 0
+    for piece in (pieces := source.stored(name)):
+      if len(pieces) > 1:
+        cut[piece] = name, first
+        first += tensors.shapes[piece][0]
 
   def get(name: str) -> np.ndarray:
     if name in buffers:
       return tensors.read(name)
+    if name in cut:
+      whole, first = cut[name]
+      return get(whole)[first : first + tensors.shapes[name][0]]
     some = entries[source.stored_name(source.embed) if name == source.repeated else name]
     parts = [_array(flat, e) for e in some]
     return np.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -91,6 +91,23 @@ class Source:
     tied = self.model.tied_embeddings and not self.own
     return found or (HEAD if tied and name == self.embed else name)
 
+  def stored(self, name: str) -> list[str]:
+    """The tensors that hold what one of this name does: one, or pieces of it, one behind the other."""
+    one, pieces = self.stored_name(name), self.layout.pieces(name)
+    there = self.tensors.files
+    return pieces if pieces and one not in there and all(piece in there for piece in pieces) else [one]
+
+  def whole_shapes(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, in which the pieces of one of `names` count as that."""
+    shapes = dict(self.tensors.shapes)
+    for name in names:
+      pieces = self.stored(name)
+      if len(pieces) > 1 and len({shapes[p][1:] for p in pieces}) == 1 and shapes[pieces[0]]:
+        shapes[name] = (sum(shapes[p][0] for p in pieces), *shapes[pieces[0]][1:])
+        for piece in pieces:
+          del shapes[piece]
+    return shapes
+
   @property
   def repeated(self) -> str | None:
     """The head's name, if the model is tied and holds the embedding under that name as well."""
@@ -170,7 +187,7 @@ def load(
   declared = model.declare(source.model)
   places = {**source.tensors.files, **({} if source.memory is None else source.memory.files)}
   placed = {}
-  for entry in sorted(source.entries(), key=lambda e: (e.memory, places[source.stored_name(e.name)])):
+  for entry in sorted(source.entries(), key=lambda e: (e.memory, places[source.stored(e.name)[0]])):
     dtype = jnp.dtype(param_dtype if entry.weight.decay else "float32")
     placed[entry.path] = _place(entry.to_ours(read(source, entry)), entry.weight, dtype)
   _check_repeated(source)
@@ -181,7 +198,8 @@ def load(
 def read(source: Source, entry: weight_map.Entry) -> np.ndarray:
   """The tensor of a weight, as it is stored."""
   tensors = source.memory if entry.memory and source.memory is not None else source.tensors
-  return tensors.read(source.stored_name(entry.name))
+  parts = [tensors.read(name) for name in source.stored(entry.name)]
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def differing(source: Source, weights: model.Params) -> list[str]:
@@ -268,7 +286,7 @@ def _check_tensors(source: Source, assumed: dict[str, Any]) -> None:
       if source.repeated is not None:
         wanted[HEAD] = wanted[source.stored_name(source.embed)]
       wanted |= {name: tensors.shapes[name] for name in source.buffers}
-    there = tensors.shapes
+    there = tensors.shapes if memory else source.whole_shapes(wanted)
     missing, unexpected = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
     misshapen = [
       f"{n} {list(there[n])} instead of {list(wanted[n])}"

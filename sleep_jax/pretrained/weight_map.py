@@ -61,21 +61,14 @@ _BLOCK = {
 _DELTA_NET = {
   f"mixer/{ours}": f"linear_attn.{theirs}.weight"
   for ours, theirs in [(x, f"{x}_proj") for x in "qkvabo"]
-  + [(f"{x}_conv", f"{x}_conv1d") for x in "qkv"]
+  + [(f"{x}_conv", "conv1d") for x in "qkv"]
   + [("gate", "g_proj"), ("out_norm", "o_norm")]
 } | {"mixer/A_log": "linear_attn.A_log", "mixer/dt_bias": "linear_attn.dt_bias"}
-_QWEN_DELTA_NET = (
-  _DELTA_NET
-  | {
-    "mixer/a": "linear_attn.in_proj_a.weight",
-    "mixer/b": "linear_attn.in_proj_b.weight",
-    "mixer/gate": "linear_attn.in_proj_z.weight",
-    "mixer/out_norm": "linear_attn.norm.weight",
-    "mixer/o": "linear_attn.out_proj.weight",
-  }
-  | {f"mixer/{x}": "linear_attn.in_proj_qkv.weight" for x in "qkv"}
-  | {f"mixer/{x}_conv": "linear_attn.conv1d.weight" for x in "qkv"}
-)
+_QWEN_DELTA_NET = _DELTA_NET | {
+  f"mixer/{ours}": f"linear_attn.{theirs}.weight"
+  for ours, theirs in [("a", "in_proj_a"), ("b", "in_proj_b"), ("gate", "in_proj_z"), ("out_norm", "norm")]
+  + [("o", "out_proj"), ("q", "in_proj_qkv"), ("k", "in_proj_qkv"), ("v", "in_proj_qkv")]
+}
 _VECTORS = ("norm", "bias", "A_log", "conv_b2", "exit_gate/b")  # how the names of our vectors end
 
 
@@ -88,6 +81,8 @@ class Layout:
     attention, fast: names inside of a block of attention, and of fast weights, by our own names. Weights of
       one name lie in one tensor, queries, keys and values in this order.
     others: (pattern, replacement), in turn: what the same tensor is called in other files of the family.
+    split: (end of a name, ends of the pieces): a tensor that files may hold in pieces, one behind the other,
+      wherever they are cut.
     beside: tensors of the files that are no part of the model here. They are not read, and written back.
   """
 
@@ -95,12 +90,19 @@ class Layout:
   attention: Mapping[str, str] = dataclasses.field(default_factory=dict)
   fast: Mapping[str, str] = dataclasses.field(default_factory=dict)
   others: tuple[tuple[str, str], ...] = ()
+  split: tuple[str, tuple[str, ...]] | None = None
   beside: str = ""
 
   def names(self, name: str) -> list[str]:
     """A tensor's name and the others that it may have."""
     found = (re.sub(pattern, replacement, name) for pattern, replacement in self.others)
     return list(dict.fromkeys([name, *found]))
+
+  def pieces(self, name: str) -> list[str]:
+    """The names of the pieces that a tensor may be held in; empty if it is never cut."""
+    if self.split is None or not name.endswith(self.split[0]):
+      return []
+    return [name.removesuffix(self.split[0]) + end for end in self.split[1]]
 
 
 PLAIN = Layout()
@@ -118,7 +120,9 @@ LAYOUTS = {
       "mlp_post_norm": "post_feedforward_layernorm.weight",
     },
     fast=_DELTA_NET | {"norm": "attention_layer_norm.weight", "mlp_norm": "feedforward_layer_norm.weight"},
-    # transformers 5 renames the norms of all blocks alike when it writes a file.
+    # When transformers 5 writes a file, it renames the norms of all blocks alike, and cuts the taps of q, k
+    # and v in three equal pieces.
+    split=(".conv1d.weight", tuple(f".{x}_conv1d.weight" for x in "qkv")),
     others=((r"\.post_attention_layernorm\.", ".feedforward_layer_norm."),),
   ),
 }

@@ -229,6 +229,7 @@ class GenerationMemoryTest(parameterized.TestCase):
 
 
 class StallTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_a_row_for_each_spread(self):
     cfg = config.ModelConfig(vocab_size=7, embed_dim=8, blocks=("attn", "gdn"), window=6)
     cfg = config.replace(cfg, attention={"num_heads": 1}, fast={"num_heads": 1, "key_dim": 4, "value_dim": 4})

@@ -111,10 +111,11 @@ def test_what_is_not_supported_is_refused_by_name(name, written, message):
   assert "\n" not in str(caught.value)
 
 
-def rewritten(folder: pathlib.Path, rename, config_json, more=()) -> pathlib.Path:
+def rewritten(folder: pathlib.Path, rename, config_json, more=(), without=()) -> pathlib.Path:
   """A tiny checkpoint whose tensors have other names, beside others."""
   tensors = safetensors.numpy.load_file(folder / "model.safetensors")
   made = {rename(name): x for name, x in tensors.items()} | dict(more)
+  made = {name: x for name, x in made.items() if name not in without}
   safetensors.numpy.save_file(made, folder / "model.safetensors", {"format": "pt"})
   (folder / "config.json").write_text(json.dumps(config_json))
   return folder
@@ -181,20 +182,36 @@ def test_tensors_of_another_family_are_not_taken_for_something_beside(tmp_path):
 
 
 def test_the_norms_of_attention_may_be_named_as_all_others(tmp_path):
-  """transformers 5 writes OLMo-Hybrid so."""
+  """transformers 5 writes OLMo-Hybrid so, and cuts the taps of its convolutions in three equal pieces."""
   plain = tiny.checkpoint(tmp_path / "plain", "olmo_hybrid")
   _, weights, _ = pretrained.load(plain)
   values = json.loads((plain / "config.json").read_text())
-  name = "model.layers.1.post_attention_layernorm.weight"
-  assert name in safetensors.numpy.load_file(plain / "model.safetensors")
+  name, taps = "model.layers.1.post_attention_layernorm.weight", "model.layers.0.linear_attn.conv1d.weight"
+  tensors = safetensors.numpy.load_file(plain / "model.safetensors")
+  assert name in tensors and tensors[taps].shape == (20, 1, 3)
   other = name.replace("post_attention_layernorm", "feedforward_layer_norm")
-  folder = rewritten(
-    tiny.checkpoint(tmp_path / "in", "olmo_hybrid"), lambda n: other if n == name else n, values
-  )
-  cfg, again, source = pretrained.load(folder)
-  assert_same(again, weights)
-  pretrained.export(tmp_path / "out", cfg, again, source)
-  assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+  for edges in ((4, 8), (7, 14)):  # as published: queries, keys, values; and in equal pieces
+    pieces = dict(zip("qkv", np.split(tensors[taps], edges), strict=True))
+    folder = rewritten(
+      tiny.checkpoint(tmp_path / f"in{edges[0]}", "olmo_hybrid"),
+      lambda n: {name: other, taps: "x"}.get(n, n),
+      values,
+      {
+        taps.replace("conv1d", f"{x}_conv1d"): np.ascontiguousarray(piece) for x, piece in pieces.items()
+      }.items(),
+      without=("x",),
+    )
+    cfg, again, source = pretrained.load(folder)
+    assert_same(again, weights)
+    assert not pretrained.differing(source, weights)
+    out = tmp_path / f"out{edges[0]}"
+    pretrained.export(out, cfg, again, source)
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+  rewritten(folder, lambda n: n, values, without=(taps.replace("conv1d", "k_conv1d"),))
+  with pytest.raises(
+    pretrained.PretrainedError, match="missing: .*conv1d.weight; unexpected: .*q_conv1d.weight"
+  ):
+    pretrained.open_source(folder)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
