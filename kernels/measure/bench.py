@@ -129,8 +129,13 @@ def race(
   decay: float = 1.0,
   dtype: str = "float32",
   max_gb: float = 16.0,
+  tolerance: float | None = None,
 ) -> list[Row]:
-  """One section of the table. A contestant that has used up `seconds` takes no part in later rounds."""
+  """One section of the table. A contestant that has used up `seconds` takes no part in later rounds.
+
+  Raises:
+    RuntimeError: before anything is timed, if an error is above `tolerance`.
+  """
   named, cotangents = make_inputs(rule, SHAPES[shape], decay)
   named |= {name: named[name].astype(jnp.dtype(dtype)) for name in "qkv"}
   cotangents[0] = cotangents[0].astype(jnp.dtype(dtype))
@@ -142,6 +147,9 @@ def race(
   field += [Contestant(name, run) for name, run in runs.items()]
   want = exact(rule, mode, inputs, cotangents)
   errors = {c.name: distance(c.run(), want) for c in field}  # warms up as well
+  wrong = {name: x for name, x in errors.items() if tolerance is not None and not x <= tolerance}
+  if wrong:
+    raise RuntimeError(f"{rule}, {shape}, {mode}: not equal to float64: {wrong}, tolerated is {tolerance}")
   times: dict[str, list[tuple[float, float]]] = {c.name: [] for c in field}
   for _ in range(rounds):
     for c in field:
