@@ -1,4 +1,5 @@
-"""Parts of a long measurement, each a process in a time box of its own, its result written as soon as it ends.
+"""Parts of a long measurement, each a process in a time box of its own, its result written as soon as it
+ends.
 
 A second start skips the parts that are done and goes on with the others.
 """
@@ -65,9 +66,7 @@ class Ended:
     return STOPPED if self.late or self.code == cli.STOPPED else FAILED
 
 
-def run_child(
-  part: Part, log: pathlib.Path, *, box_s: float, grace_s: float, stop: threading.Event
-) -> Ended:
+def run_child(part: Part, log: pathlib.Path, *, box_s: float, grace_s: float, stop: threading.Event) -> Ended:
   """Runs a part's process for at most `box_s` seconds; then it is asked to end, and after `grace_s` it must.
 
   Args:
@@ -114,8 +113,8 @@ def run_all(
 ) -> None:
   """Runs the parts that are not done, one after the other, within `seconds` in all.
 
-  The time that is left is shared out among the parts that are left, by their weights: what one does not use goes
-  to those behind it.
+  The time that is left is shared out among the parts that are left, by their weights: what one does not use
+  goes to those behind it.
 
   Args:
     journal: of lines with `KEYS`; a line is added when a part ends.

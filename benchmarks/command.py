@@ -1,6 +1,8 @@
-"""What the commands that run whole series of measurements share: one-line errors, exit codes, results by line.
+"""What the commands that run whole series of measurements share: one-line errors, exit codes, results by
+line.
 
-Exit codes are those of the experiments: 0 done, 1 something failed, 2 the user's mistake, 3 stopped, start again.
+Exit codes are those of the experiments: 0 done, 1 something failed, 2 the user's mistake, 3 stopped, start
+again.
 """
 
 import argparse
@@ -121,7 +123,8 @@ def choices(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 class Journal:
-  """A file of JSON lines that a later start goes on with: each line is on the disk before the next one begins.
+  """A file of JSON lines that a later start goes on with: each line is on the disk before the next one
+  begins.
 
   A last line without its end, which a killed process leaves, is dropped.
 

@@ -10,10 +10,11 @@
     generate         tokens a second of generation
     figure_2b_n*     figure 2b, N = 1 to 4, as far as time goes
 
-Each part is a process in a time box of its own: asked to end when its time is up, and ended soon after. What it has
-measured is added to OUT/gpu_once.jsonl at once. A second start, with the same OUT, skips what is done and goes on with
-what is not, training from its newest checkpoint; a part that fails does not stop the next. At the end OUT/gpu_once.md
-is written from the JSON lines. It needs no network and no package that training does not need.
+Each part is a process in a time box of its own: asked to end when its time is up, and ended soon after. What
+it has measured is added to OUT/gpu_once.jsonl at once. A second start, with the same OUT, skips what is done
+and goes on with what is not, training from its newest checkpoint; a part that fails does not stop the next.
+At the end OUT/gpu_once.md is written from the JSON lines. It needs no network and no package that training
+does not need.
 
 Exit code: 0 all parts are done, 1 one failed, 2 a mistake or no GPU, 3 some are not done yet: start it again.
 """
@@ -166,9 +167,7 @@ def _main(argv: Sequence[str] | None) -> int:
       f"sees no GPU here but {facts['platform']}; --dry_run --size=tiny goes through every part on a CPU",
     )
     left = 60 * args.minutes - (time.monotonic() - begun)
-    boxes.run_all(
-      wanted, journal, out / "logs", seconds=left, grace_s=GRACE_S, asked=asked, stop=stop
-    )
+    boxes.run_all(wanted, journal, out / "logs", seconds=left, grace_s=GRACE_S, asked=asked, stop=stop)
   text = page(journal.rows, [part.name for part in wanted], facts, asked)
   files.write_file(out / f"{NAME}.md", text)
   print(text)

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_parts --part=kernel_errors --out=work/gpu/kernel_errors.jsonl
     python -m benchmarks.gpu_parts --part=generate --size=tiny --out=work/generate.jsonl
 
-Each row goes to OUT as a line of JSON as soon as it is known; rows of an earlier start are replaced. Exit code 1:
-something is wrong that was measured (an error above its tolerance, a number that is not finite).
+Each row goes to OUT as a line of JSON as soon as it is known; rows of an earlier start are replaced. Exit
+code 1: something is wrong that was measured (an error above its tolerance, a number that is not finite).
 """
 
 import dataclasses

@@ -4,10 +4,10 @@
     python -m benchmarks.report --size=tiny         # a minute; proves only that the parts fit
 
 Training steps against the same model in PyTorch, kernels against transformers' functions, decoding against
-transformers on SmolLM2-135M (`make smollm2`), and equal blocks under one loop against the same written out. A rival
-that is not installed is said to be absent. In each case the contenders are shown to compute the same before one of them
-is timed; a case where they do not is reported as failed, without a time, and the exit code is then 1. No time changes
-the exit code. Everything runs on the CPU, also where there is an accelerator.
+transformers on SmolLM2-135M (`make smollm2`), and equal blocks under one loop against the same written out.
+A rival that is not installed is said to be absent. In each case the contenders are shown to compute the same
+before one of them is timed; a case where they do not is reported as failed, without a time, and the exit
+code is then 1. No time changes the exit code. Everything runs on the CPU, also where there is an accelerator.
 """
 
 import argparse
@@ -179,7 +179,9 @@ def decoding_cases(given: Context) -> Cases:
 
 
 def depth_cases(given: Context) -> Cases:
-  """Equal blocks under one loop against the same model, each block written out: time to compile, and a step."""
+  """Equal blocks under one loop against the same model, each block written out: time to compile, and a
+  step.
+  """
 
   def one(case: str, blocks: int) -> list[dict[str, Any]]:
     cfg, task = depth.toy(blocks, given.size.depth_passes)

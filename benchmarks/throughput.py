@@ -3,13 +3,13 @@
     python -m benchmarks.throughput                  # Ouro 1.4B + memory, T = 12,000; needs an accelerator
     python -m benchmarks.throughput --size=tiny      # seconds on a CPU; proves only that the parts fit
 
-Weights and tokens are random, every position has a loss, and a step is the loss and its gradient: the optimizer's
-time depends neither on T nor on N. `windowed` goes through the windows one after the other, N passes each, and
-evicts all of a window (hard eviction). `sliding` does so with sliding eviction, N = 1. `parallel` computes the
-same as `sliding` in one pass over all T tokens at once.
+Weights and tokens are random, every position has a loss, and a step is the loss and its gradient: the
+optimizer's time depends neither on T nor on N. `windowed` goes through the windows one after the other, N
+passes each, and evicts all of a window (hard eviction). `sliding` does so with sliding eviction, N = 1.
+`parallel` computes the same as `sliding` in one pass over all T tokens at once.
 
-Each row is written to OUT/throughput.jsonl as soon as it is measured, and a second start measures only what is
-missing. A row that does not fit the device says so, and the others are measured all the same.
+Each row is written to OUT/throughput.jsonl as soon as it is measured, and a second start measures only what
+is missing. A row that does not fit the device says so, and the others are measured all the same.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import functools
 import gc
 import importlib.util
 import math
+import os
 import statistics
 import sys
 import time
@@ -248,6 +249,7 @@ def _main(argv: Sequence[str] | None) -> int:
   size = SIZES[args.size]
   wanted = cases(args.size, args.windows or size.windows, args.passes or size.passes, args.batch, args.remat)
   out = command.folder(args.out)
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU, which nobody else uses now
   device = jax.devices()[0]
   check(
     args.size == "tiny" or device.platform != "cpu",

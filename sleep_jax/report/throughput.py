@@ -1,4 +1,6 @@
-"""Figure of training throughput: tokens/s by window length and by N, beside the roofline and the paper's axes."""
+"""Figure of training throughput: tokens/s by window length and by N, beside the roofline and the paper's
+axes.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +16,7 @@ COLOURS = ("#0b4fa8", "#c4500c", "#00796b", "#7a5c00", "#a3316f")
 COLUMNS = ("form", "L", "N", "tokens/s", "roofline")
 
 
-def draw(
-  rows: Sequence[Mapping[str, Any]], title: str, paper: Mapping[int, tuple[float, float]]
-) -> Drawing:
+def draw(rows: Sequence[Mapping[str, Any]], title: str, paper: Mapping[int, tuple[float, float]]) -> Drawing:
   """Draws the rows of `benchmarks.throughput` that have a speed.
 
   Args:
@@ -34,10 +34,9 @@ def draw(
   _by_passes(by_passes, rows, lengths, paper)
   for axes in (by_length, by_passes):
     axes.set_ylabel("tokens/s", fontsize=drawing.SIZE)
-    axes.legend(fontsize=8, frameon=False)
-  said = "; ".join(
-    f"{row['form']}, L = {row['L']}, N = {row['N']}: {row['tokens/s']:,.0f}" for row in rows
-  )
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(fontsize=8, frameon=False)
+  said = "; ".join(f"{row['form']}, L = {row['L']}, N = {row['N']}: {row['tokens/s']:,.0f}" for row in rows)
   return Drawing("throughput_figure", figure, f"{title}, tokens/s. {said}.", rows)
 
 
@@ -48,7 +47,9 @@ def _by_length(
   axes.set_title("N = 1: one window after the other, or all at once", fontsize=drawing.SIZE)
   places = {length: i for i, length in enumerate(lengths)}
   if paper is not None:
-    axes.axhspan(*paper, color=drawing.QUIET, alpha=0.15, linewidth=0, label="axis of the paper's figure, H200")
+    axes.axhspan(
+      *paper, color=drawing.QUIET, alpha=0.15, linewidth=0, label="axis of the paper's figure, H200"
+    )
   for (form, marker), colour in zip(FORMS.items(), COLOURS, strict=False):
     at = sorted((places[row["L"]], row["tokens/s"]) for row in rows if (row["form"], row["N"]) == (form, 1))
     if at:
@@ -71,7 +72,9 @@ def _by_passes(
   named = False
   for n, (low, high) in paper.items():
     label = "_" if named else "axis of the paper's figure, H200"
-    axes.fill_between([n / 1.15, n * 1.15], low, high, color=drawing.QUIET, alpha=0.25, linewidth=0, label=label)
+    axes.fill_between(
+      [n / 1.15, n * 1.15], low, high, color=drawing.QUIET, alpha=0.25, linewidth=0, label=label
+    )
     named = True
   for length, colour in zip(lengths, COLOURS * len(lengths), strict=False):
     own = sorted(

@@ -96,7 +96,11 @@ def test_a_second_start_does_what_is_not_done(folder):
   run(folder, [a_part("once", program), a_part("bad", BAD)])
   rows = run(folder, [a_part("once", program), a_part("bad", QUICK)])
   assert came.read_text() == "x"
-  assert [(row["part"], row["state"]) for row in rows] == [("once", "done"), ("bad", "failed"), ("bad", "done")]
+  assert [(row["part"], row["state"]) for row in rows] == [
+    ("once", "done"),
+    ("bad", "failed"),
+    ("bad", "done"),
+  ]
   assert boxes.done(rows) == {"once", "bad"}
   assert boxes.latest(rows)["bad"]["state"] == "done"
 

@@ -1,4 +1,6 @@
-"""Training throughput: the forms compute what they say, rows survive what goes wrong, and nothing is measured twice."""
+"""Training throughput: the forms compute what they say, rows survive what goes wrong, and nothing is
+measured twice.
+"""
 
 import csv
 import json
@@ -94,7 +96,9 @@ def rows_of(folder):
 
 @pytest.fixture
 def refusing(monkeypatch):
-  """Steps that are not compiled: those that the test names are refused with a message, the others take no time."""
+  """Steps that are not compiled: those that the test names are refused with a message, the others take no
+  time.
+  """
   refused = {}
 
   def program(case):
@@ -110,7 +114,12 @@ def test_a_row_that_does_not_fit_ends_nothing(tmp_path, refusing):
   refusing[WINDOWED, 1] = "RESOURCE_EXHAUSTED: Out of memory"
   assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 0
   rows = rows_of(tmp_path)
-  assert [(row["form"], row["N"]) for row in rows] == [(WINDOWED, 1), (PARALLEL, 1), (WINDOWED, 2), (SLIDING, 1)]
+  assert [(row["form"], row["N"]) for row in rows] == [
+    (WINDOWED, 1),
+    (PARALLEL, 1),
+    (WINDOWED, 2),
+    (SLIDING, 1),
+  ]
   assert rows[0]["note"].startswith("out of memory") and rows[0]["tokens/s"] is None
   assert all(row["tokens/s"] > 0 and not row["note"] for row in rows[1:])
   assert "out of memory" in (tmp_path / "throughput.md").read_text()
@@ -127,7 +136,11 @@ def test_a_second_start_measures_what_is_missing_or_failed(tmp_path, refusing):
   refusing[PARALLEL, 1] = "must not be measured again"
   assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 0
   rows = rows_of(tmp_path)
-  first, second, third = [(WINDOWED, 2)], [(WINDOWED, 1), (PARALLEL, 1), (WINDOWED, 2), (SLIDING, 1)], [(WINDOWED, 2)]
+  first, second, third = (
+    [(WINDOWED, 2)],
+    [(WINDOWED, 1), (PARALLEL, 1), (WINDOWED, 2), (SLIDING, 1)],
+    [(WINDOWED, 2)],
+  )
   assert [(row["form"], row["N"]) for row in rows] == first + second + third
   before = len(rows)
   assert throughput.main(["--size=tiny", "--batch=2", "--passes=2", f"--out={tmp_path}"]) == 0
