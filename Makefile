@@ -12,7 +12,8 @@ ARGS ?=
 LOCK_FLAGS ?=
 
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Tests of one module share what it prepares once, and so run in one process.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 # Compiled programs are kept between runs: native code, so in a folder that only its owner can open.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
