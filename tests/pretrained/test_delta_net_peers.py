@@ -144,6 +144,8 @@ def test_without_a_field_with_null_and_at_its_default_both_compute_the_same(
   name, folder, values = checkpoint
   compared = set()
   for i, field in enumerate(values):
+    if field == "model_type":  # without it the peer draws the weights that are named otherwise in the file
+      continue
     changed = {n: x for n, x in values.items() if n != field}
     for j, variant in enumerate((changed, changed | {field: None})):
       made = with_config(folder, variant, tmp_path / f"{i}_{j}")
