@@ -178,10 +178,11 @@ def test_the_figure_marks_the_paper_s_axes_and_leaves_out_what_has_no_speed():
   ]
   drawing = figure.draw(rows, "Throughput", throughput.PAPER)
   assert [row["N"] for row in drawing.rows] == [1, 4]
-  labels = [text for axes in drawing.figure.axes for text in axes.get_legend_handles_labels()[1]]
-  assert labels.count("axis of the paper's figure, H200") == 2
+  assert legends(drawing).count(figure.PAPER) == 2 and figure.ROOFLINE in legends(drawing)
   assert "40,000" in drawing.alt
-  plain = figure.draw(rows, "Throughput", {})
-  assert not [
-    text for axes in plain.figure.axes for text in axes.get_legend_handles_labels()[1] if "paper" in text
-  ]
+  plain = legends(figure.draw([row | {"roofline": None} for row in rows], "Throughput", {}))
+  assert "L = 2,000" in plain and figure.PAPER not in plain and figure.ROOFLINE not in plain
+
+
+def legends(drawing):
+  return [text.get_text() for axes in drawing.figure.axes for text in axes.get_legend().get_texts()]
