@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sleep_jax import config, train
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.data import batching
 from sleep_jax.experiments import gsm_infinite
 from sleep_jax.experiments.configs import gsm_infinite as presets
@@ -103,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command.run(main, None))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from sleep_jax import blocks, config, train, windows
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import AttentionConfig, FastConfig, ModelConfig, OptimConfig, SleepConfig, TrainConfig
 
 FORMS = ("written out", "one loop")
@@ -157,4 +157,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command.run(main, None))

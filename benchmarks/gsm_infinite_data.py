@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.data import gsm_infinite
 from sleep_jax.data.gsm_infinite.study import statistics
 
@@ -58,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command.run(main, None))

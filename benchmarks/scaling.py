@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import attention, looped, model
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import ModelConfig, SleepConfig
 
 ANSWERS = 8  # tokens decoded in one timed call, one at a time
@@ -236,4 +236,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command.run(main, None))

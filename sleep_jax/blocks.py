@@ -1,9 +1,9 @@
 """One pass over the blocks: (h, state) -> (h, state).
 
 A block is a mixer and an MLP, each behind an RMSNorm and added to the residual stream; with sandwich norms
-through a second RMSNorm. The mixer is attention (`attn`; `swa` to the last few tokens only, `nope` without
-rotary angles) or a fast-weight layer, named by its rule. Blocks listed in `without_mlp` have a norm and a
-mixer but no MLP.
+through a second RMSNorm, and in attention blocks of some models through that one alone. The mixer is
+attention (`attn`; `swa` to the last few tokens only, `nope` without rotary angles) or a fast-weight layer,
+named by its rule. Blocks listed in `without_mlp` have a norm and a mixer but no MLP.
 
 Equal blocks can run under one `lax.scan` over their weights, stacked: see `arrange`.
 """
@@ -22,6 +22,9 @@ from sleep_jax.rules import RULES
 Weights = dict[str, Any]
 # Of the attention blocks of one pass awake, by number.
 Caches = dict[str, attention.KVCache]
+# Two equal stretches under a loop compile hardly sooner than written out, and the paper-size model of Rule
+# 110 then trains 1.2 to 1.4 times more slowly on a CPU (benchmarks/results/depth.md).
+LEAST = 3
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weights]:
@@ -33,23 +36,32 @@ def declare_block(cfg: ModelConfig, kind: str, mlp: bool) -> Weights:
   """The weights of one block, as a nested dict of `params.Weight`."""
   d, hidden = cfg.embed_dim, cfg.mlp_dim or 2 * cfg.embed_dim
   mixer = attention.declare(cfg) if kind in ATTENTION else fast_weights.declare(cfg, kind)
-  declared = {"norm": params.scale(d), "mixer": mixer}
+  norm = params.scale(d, zero=cfg.norm_zero_centered)
   if not mlp:
-    return declared
-  declared |= {
-    "mlp_norm": params.scale(d),
+    return {"norm": norm, "mixer": mixer}
+  declared: Weights = {
+    "mixer": mixer,
     "mlp": {
       "gate": params.matrix(d, hidden, axes=("w_embed", "mlp")),
       "up": params.matrix(d, hidden, axes=("w_embed", "mlp")),
       "down": params.matrix(hidden, d, axes=("mlp", "w_embed")),
     },
   }
+  in_front, behind = _norms(cfg, kind, mlp)
+  if in_front:
+    declared |= {"norm": norm, "mlp_norm": norm}
+  if behind:
+    declared |= {"post_norm": norm, "mlp_post_norm": norm}
   if cfg.mlp_bias:
     for name, width, axis in (("gate", hidden, "mlp"), ("up", hidden, "mlp"), ("down", d, None)):
       declared["mlp"][f"{name}_bias"] = params.bias(width, axes=(axis,))
-  if cfg.norm_placement == "sandwich":
-    declared |= {"post_norm": params.scale(d), "mlp_post_norm": params.scale(d)}
   return declared
+
+
+def _norms(cfg: ModelConfig, kind: str, mlp: bool) -> tuple[bool, bool]:
+  """Whether a block has norms on what its mixer and its MLP read, and on what they add."""
+  alone = cfg.norm_placement == "after_attention" and kind in ATTENTION
+  return not (mlp and alone), mlp and (alone or cfg.norm_placement == "sandwich")
 
 
 def _has_mlp(cfg: ModelConfig, index: int) -> bool:
@@ -82,16 +94,20 @@ def block(
   Returns:
     h and the memory behind the block.
   """
-  norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, cast=cfg.norm_cast)
-  sandwich = mlp and cfg.norm_placement == "sandwich"
+
+  in_front, behind = _norms(cfg, kind, mlp)
+
+  def normed(x: jax.Array, name: str, there: bool) -> jax.Array:
+    return layers.norm(x, weights[name], cfg) if there else x
+
   with jax.named_scope(kind):
-    x = norm(h, weights["norm"])
+    x = normed(h, "norm", in_front)
     mixed, memory = _mix(weights["mixer"], x, memory, kind=kind, cfg=cfg, valid=valid, decoding=decoding)
-    h = h + _scaled(norm(mixed, weights["post_norm"]) if sandwich else mixed, cfg)
+    h = h + _scaled(normed(mixed, "post_norm", behind), cfg)
   if mlp:
     with jax.named_scope("mlp"):
-      out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]), apart=decoding)
-      h = h + _scaled(norm(out, weights["mlp_post_norm"]) if sandwich else out, cfg)
+      out = layers.swiglu(weights["mlp"], normed(h, "mlp_norm", in_front), apart=decoding)
+      h = h + _scaled(normed(out, "mlp_post_norm", behind), cfg)
   return h, memory
 
 
@@ -156,9 +172,9 @@ def arrange(
 
   Args:
     weights: as declared.
-    scan: stack the weights of equal blocks and of repeating patterns, so that each pattern is compiled once.
-      The numbers are the same but for rounding. Stacking copies the weights: do it once a step, outside of
-      loops.
+    scan: stack the weights of equal blocks and of repeating patterns that come at least `LEAST` times, so
+      that each pattern is compiled once. The numbers are the same but for rounding. Stacking copies the
+      weights: do it once a step, outside of loops.
   """
   last = len(cfg.blocks) if last is None else last
   kinds = tuple((cfg.blocks[i], _has_mlp(cfg, i)) for i in range(first, last))
@@ -176,8 +192,10 @@ def arrange(
 def repeats(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
   """Cuts a sequence into repeated stretches so that as few entries as possible are written out.
 
-  >>> repeats(("a", "b", "a", "b", "a", "b", "c"))
-  ((0, 2, 3), (6, 1, 1))
+  What comes fewer than `LEAST` times is written out.
+
+  >>> repeats(("a", "b", "a", "b", "a", "b", "c", "c"))
+  ((0, 2, 3), (6, 1, 1), (7, 1, 1))
 
   Returns:
     (start, period, count) of each stretch; of equally short ways the one with the fewest stretches.
@@ -189,7 +207,7 @@ def repeats(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
     for period in range(1, size - start + 1):
       stretch, count = kinds[start : start + period], 1
       while True:
-        if period == 1 or count > 1:
+        if count >= LEAST or period == count == 1:
           written, stretches, rest = best[start + period * count]
           options.append((written + period, stretches + 1, ((start, period, count), *rest)))
         if kinds[start + count * period : start + (count + 1) * period] != stretch:
@@ -230,7 +248,8 @@ def run(
     bodies = []
     for place, kind in enumerate(kinds):
       mlp = _has_mlp(cfg, group.start + place)
-      body = functools.partial(block, kind=kind, mlp=mlp, cfg=cfg, valid=valid, decoding=decoding)
+      run_one = _traced_once if decoding else block
+      body = functools.partial(run_one, kind=kind, mlp=mlp, cfg=cfg, valid=valid, decoding=decoding)
       bodies.append(jax.checkpoint(body, prevent_cse=group.count == 1) if remat else body)
 
     if group.count == 1:
@@ -257,6 +276,11 @@ def run(
       if stacked is not None:
         memory |= {n: jax.tree.map(lambda x, r=r: x[r], stacked) for r, n in enumerate(ns)}
   return h, carry.State(fast, kept), caches
+
+
+# Of the many equal blocks of a large model that decodes, written out, one is traced and lowered for all; the
+# compiler puts it in their places. In training the way back would keep more than it needs.
+_traced_once = jax.jit(block, static_argnames=("kind", "mlp", "cfg", "decoding"))
 
 
 def _stacked(memories: list[Any]) -> Any:

@@ -19,6 +19,7 @@ MODULES = (
   "sleep_jax.data.memory.sequences",
   "sleep_jax.data.memory.story",
   "sleep_jax.data.memory.wording",
+  "sleep_jax.session",
   "sleep_jax.data.text.rows",
   "sleep_jax.scoring.by_context",
   "sleep_jax.scoring.intervals",

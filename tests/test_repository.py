@@ -27,6 +27,7 @@ PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 METHOD = (
   *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
   *("params", "sharding", "optim", "decoding", "generate", "sampling", "session_file", "flax_module"),
+  *("consolidation", "session", "spread"),
 )
 
 # What each layer and each room of sleep_jax may import of this repository, beside itself; a name stands for
@@ -43,7 +44,7 @@ ALLOWED = {
   "pretrained": ("config", "data", "runtime", *METHOD),
   "train": _LIBRARY,
   "experiments": (*_LIBRARY, "report", "train"),
-  "benchmarks": (*_LIBRARY, "experiments", "report", "train"),
+  "benchmarks": (*_LIBRARY, "experiments", "launch.hardware", "report", "train"),
   "launch": (*_LIBRARY, "experiments", "report", "train"),
   "": ("config", "kernels", *METHOD),  # a module of the method
   "names": ("config", "flax_module", "pretrained", "rules"),  # the __init__ of sleep_jax, on demand
