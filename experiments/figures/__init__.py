@@ -1,6 +1,7 @@
 """Figures of the experiments: which ones some runs allow, and those with the paper's numbers in them."""
 
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 from sleep_jax.experiments.figures import depo, gsm_infinite, memory, rule110
@@ -14,6 +15,13 @@ EXPERIMENTS = (rule110.EXPERIMENT, depo.EXPERIMENT, gsm_infinite.EXPERIMENT, mem
 def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Run]:
   """`report.load.load_runs` that knows the experiments' names and letters."""
   return load.load_runs(paths, EXPERIMENTS)
+
+
+def archive_finished(runs: Sequence[Run], folder: pathlib.Path) -> None:
+  """Keeps each finished run as one file, NAME.jsonl, and says so."""
+  for run in runs:
+    if run.rows.get("done"):
+      print(f"wrote {load.archive(run, folder)}")
 
 
 def drawings(runs: Sequence[Run]) -> list[Drawing]:

@@ -3,7 +3,8 @@
     python -m experiments.figures --runs='work/fig2b/*' --out=figures
 
 Every figure is written as PNG, SVG and the CSV of what it draws; `all` adds report.html, one page that needs
-nothing else. A few seconds; no accelerator is touched.
+nothing else. With --archive each finished run is also kept as one file, NAME.jsonl, from which all of it can
+be drawn again. A few seconds; no accelerator is touched.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ DRAW = {
 }
 RUNS = flags.DEFINE_list("runs", None, "workdirs, archived runs or globs of them, separated by commas")
 OUT = flags.DEFINE_string("out", "figures", "folder that the files are written to")
+ARCHIVE = flags.DEFINE_string("archive", None, "folder for finished runs, each as one file NAME.jsonl")
 FIGURE = flags.DEFINE_enum("figure", "all", ["all", *DRAW], "what to draw")
 
 
@@ -51,6 +53,7 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
 
 def main() -> int:
   out = cli.folder_to_write("out", OUT.value)
+  archive = None if ARCHIVE.value is None else cli.folder_to_write("archive", ARCHIVE.value)
   try:
     runs = figures.load_runs(cli.required("runs", RUNS.value))
     print(to_markdown(summary_table(runs)))
@@ -59,6 +62,8 @@ def main() -> int:
       print(f"At equal CPU seconds:\n\n{to_markdown(equal)}")
     for path in draw(runs, out, FIGURE.value):
       print(path)
+    if archive is not None:
+      figures.archive_finished(runs, archive)
   except RunError as error:
     raise ConfigError(str(error)) from error
   return cli.DONE
