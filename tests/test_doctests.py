@@ -14,6 +14,8 @@ MODULES = (
   "sleep_jax.windows",
   "sleep_jax.looped",
   "sleep_jax.blocks",
+  "sleep_jax.attention.blocked",
+  "sleep_jax.attention.forms",
   "sleep_jax.data.text.rows",
   "sleep_jax.scoring.by_context",
   "sleep_jax.scoring.intervals",
