@@ -31,7 +31,7 @@ FORMS = {
   "gpu": ("dense", "blocked", "cudnn"),
   "tpu": ("dense", "blocked", "splash"),
 }
-FUSED = ("cudnn", "splash")  # kernels of others; they take a whole window only
+KERNELS = ("cudnn", "splash")  # kernels of others; they take a whole window only
 # What is tried, in turn, for a long window: the platform's fused form, or ours where that one cannot run.
 LONG = {"cpu": ("blocked",), "gpu": ("cudnn", "blocked"), "tpu": ("splash", "blocked")}
 # A window is short up to so many scores a head. Not measured: `benchmarks/attention.py` is to say where
@@ -111,7 +111,7 @@ def _candidates(T: int, S: int, named: str | None, platform: str, *, whole: bool
   wanted = short or LONG.get(platform, LONG["cpu"]) if named is None else (named,)
   if whole:
     return wanted
-  return tuple(name for name in wanted if name not in FUSED) or short or ("blocked",)
+  return tuple(name for name in wanted if name not in KERNELS) or short or ("blocked",)
 
 
 def _check_known(name: str, platform: str) -> None:

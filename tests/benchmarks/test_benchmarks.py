@@ -197,6 +197,7 @@ class MemoryTest(parameterized.TestCase):
 
 
 class AttentionTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_each_form_has_a_row_for_each_length_and_mode(self):
     out = self.enterContext(tempfile.TemporaryDirectory())
     sizes = ["--lengths=8,16", "--heads=2", "--kv_heads=1", "--width=8", "--rounds=1", "--turn=0"]
@@ -213,7 +214,7 @@ class AttentionTest(parameterized.TestCase):
   def test_contenders_compute_the_same(self):
     args = attention._arguments(["--heads=2", "--kv_heads=1", "--width=8", "--reach=4"])
     inputs = attention.operands(13, args)
-    outputs = [form(*inputs) for form in attention.contenders(args).values()]
+    outputs = [measure.quick(form)(*inputs) for form in attention.contenders(args).values()]
     for out in outputs[1:]:
       np.testing.assert_allclose(out, outputs[0], atol=1e-5)
 
