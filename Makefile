@@ -12,7 +12,8 @@ ARGS ?=
 LOCK_FLAGS ?=
 
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# Tests of one module share what it prepares once, and so run in one process.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 # Compiled programs are kept between runs: native code, so in a folder that only its owner can open.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -24,10 +25,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo smollm2 test test-slow test-long test-aot torture lint types format lock peers bench clean
+.PHONY: help setup demo smollm2 test test-slow test-long test-aot torture lint types format lock peers bench bench-report clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  KILLS=200  ARGS="-k name"'
 
 setup: $(VENV)/lock.txt cache ## make the virtual environment
@@ -78,6 +79,9 @@ types: $(VENV)/types.txt ## check the types of sleep_jax and kernels
 
 bench: setup ## time the kernels on this machine
 	$(BIN)/python -m kernels.bench $(ARGS)
+
+bench-report: setup ## measure every ratio that the README speaks of, into work/report (SIZE=tiny: only that it runs)
+	$(BIN)/python -m benchmarks.report --size=$(if $(filter tiny,$(SIZE)),tiny,full) $(ARGS)
 
 peers: $(VENV)/peers.txt ## add torch and transformers, the oracles of some tests and rivals in benchmarks
 

@@ -8,7 +8,6 @@ makes the batches of every preset without training.
 
 import argparse
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -103,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

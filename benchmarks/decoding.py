@@ -182,4 +182,4 @@ def _one_token(checkpoint: pathlib.Path, cache: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

@@ -143,4 +143,4 @@ def peak(checkpoint: pathlib.Path, prompt: pathlib.Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

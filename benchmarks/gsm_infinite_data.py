@@ -8,7 +8,6 @@ row, `sleep_jax/data/gsm_infinite/study/reference.json`), and its time is not kn
 
 import argparse
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 
@@ -58,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

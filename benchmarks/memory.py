@@ -142,4 +142,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

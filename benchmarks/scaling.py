@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import itertools
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -236,4 +235,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  measure.run(main)

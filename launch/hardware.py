@@ -259,3 +259,23 @@ def _nearest_topology(topology: str, known: tuple[str, ...]) -> str:
   if all(part.isdecimal() and 0 < int(part) < 10**6 for part in parts):
     return min(known, key=lambda other: abs(math.log(_size(other) / _size(topology))))
   return difflib.get_close_matches(topology, known, 1, 0.0)[0]
+
+
+_KINDS = {  # `jax.Device.device_kind` -> the chip, of whose JAX devices it is one
+  "TPU v5 lite": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "NVIDIA H100 80GB HBM3": "h100",
+  "NVIDIA H200": "h200",
+  "NVIDIA B200": "b200",
+}
+
+
+def of_device(kind: str) -> Chip | None:
+  """The chip that a device of JAX is; None if no row of the table is exactly that one.
+
+  Args:
+    kind: its `device_kind`. Other models of a chip (a PCIe card, a slice of one) have other figures.
+  """
+  return CHIPS.get(_KINDS.get(kind, ""))

@@ -22,6 +22,9 @@ from sleep_jax.rules import RULES
 Weights = dict[str, Any]
 # Of the attention blocks of one pass awake, by number.
 Caches = dict[str, attention.KVCache]
+# Two equal stretches under a loop compile hardly sooner than written out, and the paper-size model of Rule
+# 110 then trains 1.2 to 1.4 times more slowly on a CPU (benchmarks/results/depth.md).
+LEAST = 3
 
 
 def declare(cfg: ModelConfig) -> dict[str, Weights]:
@@ -156,9 +159,9 @@ def arrange(
 
   Args:
     weights: as declared.
-    scan: stack the weights of equal blocks and of repeating patterns, so that each pattern is compiled once.
-      The numbers are the same but for rounding. Stacking copies the weights: do it once a step, outside of
-      loops.
+    scan: stack the weights of equal blocks and of repeating patterns that come at least `LEAST` times, so
+      that each pattern is compiled once. The numbers are the same but for rounding. Stacking copies the
+      weights: do it once a step, outside of loops.
   """
   last = len(cfg.blocks) if last is None else last
   kinds = tuple((cfg.blocks[i], _has_mlp(cfg, i)) for i in range(first, last))
@@ -176,8 +179,10 @@ def arrange(
 def repeats(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
   """Cuts a sequence into repeated stretches so that as few entries as possible are written out.
 
-  >>> repeats(("a", "b", "a", "b", "a", "b", "c"))
-  ((0, 2, 3), (6, 1, 1))
+  What comes fewer than `LEAST` times is written out.
+
+  >>> repeats(("a", "b", "a", "b", "a", "b", "c", "c"))
+  ((0, 2, 3), (6, 1, 1), (7, 1, 1))
 
   Returns:
     (start, period, count) of each stretch; of equally short ways the one with the fewest stretches.
@@ -189,7 +194,7 @@ def repeats(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
     for period in range(1, size - start + 1):
       stretch, count = kinds[start : start + period], 1
       while True:
-        if period == 1 or count > 1:
+        if count >= LEAST or period == count == 1:
           written, stretches, rest = best[start + period * count]
           options.append((written + period, stretches + 1, ((start, period, count), *rest)))
         if kinds[start + count * period : start + (count + 1) * period] != stretch:
@@ -230,7 +235,8 @@ def run(
     bodies = []
     for place, kind in enumerate(kinds):
       mlp = _has_mlp(cfg, group.start + place)
-      body = functools.partial(block, kind=kind, mlp=mlp, cfg=cfg, valid=valid, decoding=decoding)
+      run_one = _traced_once if decoding else block
+      body = functools.partial(run_one, kind=kind, mlp=mlp, cfg=cfg, valid=valid, decoding=decoding)
       bodies.append(jax.checkpoint(body, prevent_cse=group.count == 1) if remat else body)
 
     if group.count == 1:
@@ -257,6 +263,11 @@ def run(
       if stacked is not None:
         memory |= {n: jax.tree.map(lambda x, r=r: x[r], stacked) for r, n in enumerate(ns)}
   return h, carry.State(fast, kept), caches
+
+
+# Of the many equal blocks of a large model that decodes, written out, one is traced and lowered for all; the
+# compiler puts it in their places. In training the way back would keep more than it needs.
+_traced_once = jax.jit(block, static_argnames=("kind", "mlp", "cfg", "decoding"))
 
 
 def _stacked(memories: list[Any]) -> Any:

@@ -1,16 +1,21 @@
 """Eight simulated CPU devices for every test, set before anything touches a backend."""
 
 import gc
+import os
 import pathlib
 
 import hypothesis
 import jax
 import pytest
 
+from tests import compiling
+
 # Time is never asserted: on a busy machine an example that took milliseconds before takes a second.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
+os.environ.update(compiling.environment())  # children that tests start inherit it
+jax.config.update("jax_disable_most_optimizations", compiling.QUICKLY)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

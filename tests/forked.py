@@ -8,13 +8,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from tests import compiling
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Reads {"argv", "cwd", "out"} a line; answers with the child's number, then its exit code. It imports but
-# never starts a backend, so that a fork of it is as good as a new process.
+# never starts a backend, so that a fork of it is as good as a new process. Modes of files bind it, also as
+# root.
 _SERVER = """
 import importlib, json, os, sys, traceback
 from sleep_jax.experiments import cli
+from tests import unprivileged
 module = importlib.import_module(sys.argv[1])
 print(flush=True)
 for line in sys.stdin:
@@ -23,6 +27,7 @@ for line in sys.stdin:
   if pid == 0:
     code = 1
     try:
+      unprivileged.drop(forever=True)
       os.chdir(asked["cwd"])
       for number, name in enumerate(("in", "out", "err")):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -101,5 +106,7 @@ def environment(**changes: str) -> dict[str, str]:
   """Of a child that finds this repository and has one CPU device, not the eight of the tests."""
   paths: Sequence[str] = [str(ROOT), *filter(None, sys.path)]
   return (
-    os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | changes
+    os.environ
+    | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.flags()}
+    | changes
   )

@@ -23,7 +23,7 @@ DEEP = ("jet", "gdn", "attn", "gdn", "attn", "gdn", "attn", "hebbian", "hebbian"
 def test_repeats_cover_the_sequence_and_write_out_as_little_as_any_cut(kinds):
   stretches, at, written = blocks.repeats(kinds), 0, 0
   for start, period, count in stretches:
-    assert start == at and (period == 1 or count > 1)
+    assert start == at and (count >= blocks.LEAST or period == count == 1)
     assert kinds[start : start + period * count] == kinds[start : start + period] * count
     at, written = start + period * count, written + period
   assert at == len(kinds)
@@ -38,6 +38,8 @@ def fewest(kinds):
   options = []
   for period in range(1, len(kinds) + 1):
     for count in range(1, len(kinds) // period + 1):
+      if period * count > 1 and count < blocks.LEAST:
+        continue
       if kinds[: period * count] == kinds[:period] * count:
         options.append(period + fewest(kinds[period * count :]))
   return min(options)
@@ -66,33 +68,26 @@ class ScanTest(parameterized.TestCase):
   )
   @pytest.mark.slow
   def test_equals_written_out(self, changes, how):
-    self.check(DEEP, changes, how)
+    batch, layout = hybrids.random_batch(14, (6, 7, 13), pads=(0, 5))
+    found = self.check(DEEP, changes, SleepConfig(num_passes=3, **how), batch, layout)
+    cfg, weights, segments, both = found
+    states = [hybrids.reader(segments, cfg, how)(weights, batch)[1] for how in both]
+    hybrids.assert_near(*states, NEAR)
 
   def test_equals_written_out_quickly(self):
-    self.check(("gdn", "attn", "gdn", "attn"), {}, {"remat": "pass"}, num_passes=2)
+    how = SleepConfig(num_passes=2, remat="pass")
+    self.check(("hebbian",) * blocks.LEAST, {}, how, *hybrids.random_batch(8, (6, 7), pads=(0, 5)))
 
-  def check(self, pattern, changes, how, num_passes=3):
+  def check(self, pattern, changes, sleep_cfg, batch, layout):
     cfg = hybrids.model_config(pattern, **changes)
-    weights, (batch, layout) = (
-      model.init(cfg, jax.random.key(0)),
-      hybrids.random_batch(14, (6, 7, 13), pads=(0, 5)),
-    )
-    segments = windows.plan(layout, cfg.window)
-    scan = SleepConfig(num_passes=num_passes, loops="scan", **how)
-    got, want = (
-      hybrids.program(segments, cfg, dataclasses.replace(scan, loops=loops))(weights, batch)
-      for loops in ("scan", "unroll")
-    )
-    hybrids.assert_near(got, want, NEAR)
-    states = [
-      hybrids.reader(segments, cfg, dataclasses.replace(scan, loops=loops))(weights, batch)[1]
-      for loops in ("scan", "unroll")
-    ]
-    hybrids.assert_near(*states, NEAR)
+    weights, segments = model.init(cfg, jax.random.key(0)), windows.plan(layout, cfg.window)
+    both = [dataclasses.replace(sleep_cfg, loops=loops) for loops in ("scan", "unroll")]
+    hybrids.assert_near(*(hybrids.program(segments, cfg, how)(weights, batch) for how in both), NEAR)
+    return cfg, weights, segments, both
 
   @pytest.mark.slow
   def test_eight_devices_equal_one(self):
-    cfg = hybrids.model_config(("attn", "gdn", "attn", "gdn"), vocab_size=12, embed_dim=16)
+    cfg = hybrids.model_config(("attn", "gdn") * blocks.LEAST, vocab_size=12, embed_dim=16)
     sleep_cfg = SleepConfig(num_passes=2, remat="window")
     batch, layout = hybrids.random_batch(8, (6, 7), pads=(0,) * 8)
     segments, weights = windows.plan(layout, cfg.window), model.init(cfg, jax.random.key(0))
@@ -118,8 +113,14 @@ class ScanTest(parameterized.TestCase):
       step = jax.jit(lambda w, b: jax.grad(model.loss, has_aux=True)(w, b, segments, cfg, sleep_cfg)[0])
       return len(step.lower(weights, batch).as_text().splitlines())
 
-    self.assertLess(lines(4, "scan") / lines(2, "scan"), 1.25)
-    self.assertGreater(lines(4, "unroll") / lines(2, "unroll"), 1.7)
+    self.assertLess(lines(6, "scan") / lines(3, "scan"), 1.25)
+    self.assertGreater(lines(6, "unroll") / lines(3, "unroll"), 1.7)
+
+  def test_two_of_a_kind_are_written_out(self):
+    cfg = hybrids.model_config(("gdn", "attn") * 2)
+    weights = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))["blocks"]
+    groups = jax.eval_shape(lambda w: blocks.arrange(w, cfg, scan=True), weights)
+    self.assertEqual([(g.start, g.count) for g in groups], [(0, 1), (1, 1), (2, 1), (3, 1)])
 
 
 class RefusalTest(parameterized.TestCase):

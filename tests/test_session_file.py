@@ -19,7 +19,7 @@ from absl.testing import parameterized
 from sleep_jax import config, generate, session_file
 from sleep_jax.config import ConfigError, SleepConfig
 from sleep_jax.session_file import SessionError
-from tests import hybrids
+from tests import hybrids, unprivileged
 
 TWO = SleepConfig(num_passes=2)
 KEY = jax.random.key(5)
@@ -326,7 +326,7 @@ class SessionFileTest(parameterized.TestCase):
       self.assertNotIn("\n", str(caught.exception))
     self.assertEqual({p.name for p in self.dir.iterdir()}, {"file", "pipe"})
 
-  @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+  @unprivileged.user()
   def test_no_permission(self):
     self.save()
     self.path.chmod(stat.S_IRUSR)

@@ -168,7 +168,7 @@ def public_env(run: Run) -> dict[str, Any]:
 
 
 def command_line(run: Run) -> str:
-  """What the run recorded of its command, as one would type it; "" if it did not."""
+  """What the run recorded of its command, as one would type it in a clone; "" if it did not."""
   words = run.env.get("command")
   if isinstance(words, str):
     return words
@@ -177,7 +177,9 @@ def command_line(run: Run) -> str:
   words = [str(word) for word in words]
   script = Path(words[0])
   if script.suffix == ".py" and script.parent.name == "experiments":  # started with -m, which Python replaces
-    words[:1] = ["python", "-m", f"experiments.{script.stem}"]
+    words = ["python", "-m", f"experiments.{script.stem}"] + [
+      word.replace(f"{script.parent.parent}/", "", 1) for word in words[1:]
+    ]
   return shlex.join(words)
 
 

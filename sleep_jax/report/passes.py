@@ -64,7 +64,8 @@ def over_test_passes(rows: Sequence[dict[str, Any]], name: str = "test_passes") 
   for level in sorted(constants):
     drawing.draw_level(axes, level, "constant")
     note += f"; broken line: best constant answer, {level:.1f} %"
-  figure.text(0.012, 0.0, f"{note}; {' or '.join(map(str, sorted(counts)))} seed(s)", fontsize=8, va="bottom")
+  note += f"; {' or '.join(map(str, sorted(counts)))} seed(s)"
+  figure.supxlabel(note, fontsize=8, x=0.012, ha="left")  # a text of the figure would lie on the axes' label
   labels.label_ends(axes, ends)
   alt = "; ".join(f"{label}: {y:.1f} % with N = {x}" for x, y, label, _ in ends)
   return Drawing(name, figure, f"Exact accuracy over passes at test time. {alt}.", out)

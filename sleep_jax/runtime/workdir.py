@@ -315,6 +315,9 @@ def git_state() -> dict[str, Any] | None:
     return done.stdout.strip()
 
   try:
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    return {
+      "commit": git("rev-parse", "HEAD"),
+      "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
   except (OSError, subprocess.SubprocessError):
     return None

@@ -17,6 +17,9 @@ PLACES = {
   "a link to nothing": lambda p: p.symlink_to("nowhere"),
   "a link to itself": lambda p: p.symlink_to(p.name),
   "bytes": lambda p: p.write_bytes(b"\xff\xfe\0"),
+  "a locked file": lambda p: (p.write_text("text"), p.chmod(0)),
+  "a locked folder": lambda p: p.mkdir(0),
+  "a folder that others write": lambda p: p.mkdir(0o555),
 }
 NAMES = {
   "long": "x" * 300,
@@ -24,6 +27,8 @@ NAMES = {
   "below a file": "a file/x",
   "below a pipe": "a pipe/x",
   "below a device": "/dev/null/x",
+  "below a locked folder": "a locked folder/x",
+  "new where others write": "a folder that others write/x",
   "below what is not": "no/such/folder/x",
   "empty": "",
   "no text": "\udcff",
@@ -81,6 +86,11 @@ FLAGS = {
   ],
   "stability": [((TINY, "--passes=1", "--out={bad}"), ELSEWHERE)],
   "takeoff": [
+    (("--runs={bad}",), ()),
+    (("--runs={run}", "--out={bad}"), ELSEWHERE),
+    (("--runs={run}", "--archive={bad}"), ELSEWHERE),
+  ],
+  "depth": [
     (("--runs={bad}",), ()),
     (("--runs={run}", "--out={bad}"), ELSEWHERE),
     (("--runs={run}", "--archive={bad}"), ELSEWHERE),

@@ -16,6 +16,7 @@ from absl.testing import parameterized
 
 from sleep_jax.config import ConfigError
 from sleep_jax.experiments import rule110, runner
+from sleep_jax.experiments.configs import depth as depths
 from sleep_jax.experiments.configs import rule110 as presets
 from sleep_jax.experiments.configs import takeoff as takeoffs
 from tests.forked import ROOT, Experiment
@@ -104,9 +105,23 @@ class SweepTest(parameterized.TestCase):
     todo = takeoffs.sweep("demo", seeds=2)
     self.assertLen(todo, 2 * (3 * len(takeoffs.SETTINGS) - 1))
     self.assertEqual({name.rsplit("_", 2)[0] for name in todo}, set(takeoffs.SETTINGS))
+    self.check_study(takeoffs.get_config("demo"), todo)
+
+  def test_the_study_of_depth_differs_from_the_demo_in_depth_alone(self):
+    todo = depths.sweep("demo", seeds=2)
+    self.assertLen(todo, 2 * 3 * len(depths.DEPTHS))
+    self.assertNotIn(presets.get_config("demo").data.rollout_steps, depths.DEPTHS)
+    self.check_study(depths.get_config("demo"), todo)
+    demo = presets.sweep("demo", seeds=2)
+    for name, changes in todo.items():
+      (same,) = [run for run in demo.values() if run.items() <= changes.items()]
+      self.assertEqual(set(changes) - set(same), {"data.rollout_steps"}, name)
+
+  def check_study(self, base, todo):
+    """Every run builds, no two are the same, and every N makes as many passes."""
     built = set()
     for changes in todo.values():
-      values = takeoffs.get_config("demo")
+      values = base.copy_and_resolve_references()
       values.update_from_flattened_dict(changes)
       cfg, task = rule110.build(values.to_dict())
       task.check(cfg)

@@ -106,3 +106,13 @@ def test_the_compiler_knows_every_slice(name):
   devices = aot.devices(row)
   assert len(devices) == row.devices
   assert devices[0].device_kind == DEVICE_KINDS.get(row.chip.name, "TPU7x")
+
+
+@pytest.mark.parametrize(("chip", "kind"), DEVICE_KINDS.items())
+def test_a_device_is_found_by_its_kind(chip, kind):
+  assert hardware.of_device(kind) is hardware.CHIPS[chip]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "", "NVIDIA H100 PCIe", "NVIDIA H200 MIG 1g.18gb", "TPU v4", "h200"])
+def test_figures_of_another_device_are_absent(kind):
+  assert hardware.of_device(kind) is None

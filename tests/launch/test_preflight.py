@@ -14,6 +14,7 @@ import pytest
 from sleep_jax.launch import checks
 from sleep_jax.launch.hardware import find
 from sleep_jax.runtime import joining
+from tests import compiling
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "--config=experiments/configs/rule110.py:tiny"
@@ -118,7 +119,7 @@ def launch(folder, *arguments, own=((), ()), environment=({}, {})):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
-  base = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
+  base = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": compiling.flags()}
   path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
   children = []
   for i in range(2):

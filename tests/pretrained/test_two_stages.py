@@ -19,8 +19,6 @@ from tests.pretrained import tiny
 
 RUN = f"--config={forked.ROOT}/experiments/configs/gsm_infinite.py"
 CONVERT = f"--config={forked.ROOT}/experiments/configs/convert.py"
-# Nothing in these runs lasts: XLA need not optimise them.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 WINDOW = 128
 SHORT = [
   f"--config.{name}"
@@ -46,8 +44,8 @@ def commands(tmp_path_factory):
   """The two programs: (name, *flags) -> what the command printed; it must end well."""
   scratch = {name: tmp_path_factory.mktemp(name) for name in ("gsm_infinite", "convert")}
   with (
-    forked.Experiment("experiments.gsm_infinite", scratch["gsm_infinite"], **QUICK) as run,
-    forked.Experiment("experiments.convert", scratch["convert"], **QUICK) as convert,
+    forked.Experiment("experiments.gsm_infinite", scratch["gsm_infinite"]) as run,
+    forked.Experiment("experiments.convert", scratch["convert"]) as convert,
   ):
 
     def command(name, *flags):

@@ -63,7 +63,9 @@ def test_a_depth_is_a_field_of_the_experiment_that_the_run_is_of(tmp_path):
 
 
 def test_an_archived_run_is_the_run(tmp_path):
-  env = {"host": "secret-host", "command": ["/home/someone/experiments/rule110.py", "--workdir=a b"]}
+  root = "/home/someone"
+  words = [f"{root}/experiments/rule110.py", f"--config={root}/experiments/configs/a.py:b", "--workdir=a b"]
+  env = {"host": "secret-host", "command": words}
   extra = [fake_runs.sleep_row(200, 2, 4), {"kind": "train", "step": 150, "loss": 0.5}]
   fake_runs.write(tmp_path / "n4", 4, ONE, extra=extra, env=env)
   (run,) = fake_runs.read(tmp_path / "n4")
@@ -73,7 +75,8 @@ def test_an_archived_run_is_the_run(tmp_path):
   assert (again.name, again.config, again.experiment) == ("n4", run.config, run.experiment)
   assert again.rows == {kind: rows for kind, rows in run.rows.items() if kind != "train"}
   assert "secret" not in path.read_text() and "someone" not in path.read_text()
-  assert again.env == {"command": "python -m experiments.rule110 '--workdir=a b'"}
+  typed = "python -m experiments.rule110 --config=experiments/configs/a.py:b '--workdir=a b'"
+  assert again.env == {"command": typed}
   assert load.archive(again, tmp_path / "twice").read_text() == path.read_text()
 
 

@@ -18,6 +18,7 @@ import pytest
 from absl.testing import parameterized
 
 from sleep_jax.runtime.checkpoint import Checkpoints
+from tests import compiling
 
 CHILD = pathlib.Path(__file__).with_name("checkpoint_child.py")
 
@@ -38,7 +39,7 @@ def run_child(*args, **kw):
 
 def child_env(**kw):
   path = os.pathsep.join([str(CHILD.parent.parent), *filter(None, sys.path)])
-  return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": ""} | kw
+  return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": compiling.flags()} | kw
 
 
 class ProcessTest(parameterized.TestCase):
@@ -115,7 +116,7 @@ class ProcessTest(parameterized.TestCase):
     command = [sys.executable, CHILD, "pair", str(self.dir), str(port)]
     pair = [
       subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                       env=child_env(XLA_FLAGS="--xla_force_host_platform_device_count=2"))
+                       env=child_env(XLA_FLAGS=compiling.flags("--xla_force_host_platform_device_count=2")))
       for i in range(2)
     ]  # fmt: skip
     try:

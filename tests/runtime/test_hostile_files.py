@@ -351,8 +351,12 @@ def test_the_users_git_is_not_locked(tmp_path, monkeypatch):
   before = index.read_bytes()
   assert workdir.git_state() == {"commit": commit, "dirty": False}
   assert index.read_bytes() == before
+  (tmp_path / "result.csv").write_text("1")  # what git does not know is not the code
+  assert workdir.git_state() == {"commit": commit, "dirty": False}
   (tmp_path / ".git" / "index.lock").touch()  # the user is at it
   assert workdir.git_state() == {"commit": commit, "dirty": False}
   (tmp_path / ".git" / "index.lock").unlink()
   git("status")
   assert index.read_bytes() != before  # or this test would see nothing
+  (tmp_path / "code.py").write_text("2")
+  assert workdir.git_state() == {"commit": commit, "dirty": True}

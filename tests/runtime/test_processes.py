@@ -16,6 +16,7 @@ import pytest
 from absl.testing import parameterized
 
 from sleep_jax.runtime import metrics, processes
+from tests import compiling
 
 ROOT = pathlib.Path(__file__).parents[2]
 RULE110 = ("-m", "experiments.rule110", "--config=experiments/configs/rule110.py:tiny")
@@ -39,7 +40,7 @@ GSM = (
 
 def environment(devices):
   path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-  flags = f"--xla_force_host_platform_device_count={devices}"
+  flags = compiling.flags(f"--xla_force_host_platform_device_count={devices}")
   return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
 
 

@@ -27,7 +27,7 @@ from sleep_jax import config, sharding, train, windows
 from sleep_jax.experiments import rule110
 from sleep_jax.experiments.configs import rule110 as presets
 from sleep_jax.runtime import checkpoint, metrics
-from tests import forked
+from tests import compiling, forked
 
 STEPS = 200
 SETTINGS = {
@@ -315,7 +315,7 @@ def test_killed_at_any_moment_it_ends_the_same(runs, whole, seed):
 def test_eight_devices_train_as_one(runs, whole):
   folder = runs.folder / "eight"
   flags = ["--config.train.steps=20", "--config.mesh.data=4", "--config.mesh.model=2"]
-  ended = runs.run(folder, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+  ended = runs.run(folder, *flags, XLA_FLAGS=compiling.flags("--xla_force_host_platform_device_count=8"))
   assert ended.code == 0, ended.err
   want = [row for row in rows(whole, "train") if row["step"] <= 20]
   for got, row in zip(rows(folder, "train"), want, strict=True):
@@ -352,15 +352,13 @@ class SameNumbersTest(parameterized.TestCase):
 
 
 def losses(**changes):
-  """Losses of the first five steps with N = 2; compiled quickly, to run once."""
+  """Losses of the first five steps with N = 2."""
   cfg, task = settings(**{"sleep__num_passes": 2, "data__num_strings": 2} | changes)
   _, tx, one_step = train.optimization(cfg)
   segments = windows.plan(task.layout, cfg.model.window)
-  quick = {"xla_backend_optimization_level": 0}
   with jax.set_mesh(sharding.make_mesh(cfg.mesh) if cfg.mesh.data > 1 else None):
-    start = jax.jit(functools.partial(train.init_state, cfg, tx)).lower().compile(compiler_options=quick)
-    state = start()
-    dispatch = train.make_dispatch(cfg, task, one_step, segments).lower(state).compile(compiler_options=quick)
+    state = jax.jit(functools.partial(train.init_state, cfg, tx))()
+    dispatch = train.make_dispatch(cfg, task, one_step, segments)
     found = []
     while len(found) < 5:
       state, measured = dispatch(state)

@@ -1,0 +1,42 @@
+"""Does the gain from sleep grow with the depth of reasoning? The demo of Rule 110 at other depths.
+
+    python -m experiments.sweep --config=experiments/configs/depth.py:demo --workdir=work/depth --seeds=5
+    python -m experiments.depth --runs='work/depth/*' --out=work/depth_figures
+
+    demo  t = 1, 2, 3, 4, 5, 8 with N = 4, 2 and 1: 90 runs of 2 to 5 CPU minutes. t = 6 is `make demo`
+
+The strings, the model and the learning rate are the same at every depth, and so is what has to be remembered;
+N = 1 takes 3,200 steps, N = 2 half and N = 4 a quarter of them, so that all make as many passes. One seed
+after the other, so that a sweep that is stopped compares equal seeds.
+"""
+
+from ml_collections import config_dict
+
+from sleep_jax.experiments.configs import rule110
+
+EXPERIMENT = rule110.EXPERIMENT
+PRESETS = ("demo",)
+DEPTHS = (1, 2, 4, 8, 3, 5)  # in the order of what one wants to know first
+
+
+def get_config(preset: str = "demo") -> config_dict.ConfigDict:
+  """The demo's config."""
+  if preset not in PRESETS:
+    raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+  return rule110.get_config(preset)
+
+
+def sweep(preset: str, seeds: int = 5) -> dict[str, dict[str, object]]:
+  """The runs: name -> what it changes, by dotted key."""
+  del preset
+  return {
+    f"t{t}_n{n}_s{seed}": {
+      "data.rollout_steps": t,
+      "sleep.num_passes": n,
+      "train.steps": rule110.DEMO_STEPS // n,
+      "seed": seed,
+    }
+    for seed in range(seeds)
+    for t in DEPTHS
+    for n in (4, 2, 1)
+  }

@@ -1,0 +1,205 @@
+"""Accuracy over the depth of reasoning, one curve for each N: does the gain from sleep grow with depth?
+
+Runs of one depth are compared twice: after the same tokens, which is as far as the runs of every N came, and
+after the same passes asleep (steps times N), which stand for compute. CPU seconds stand beside them.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sleep_jax.report import drawing, intervals, labels, load, tables
+from sleep_jax.report.curves import NEUTRAL
+from sleep_jax.report.drawing import Drawing
+from sleep_jax.report.load import Run, RunError
+
+BUDGETS = {"tokens": "after the same tokens", "passes": "after the same passes asleep"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """The runs of one depth and one N at one budget.
+
+  Attributes:
+    depth: of the task.
+    num_passes: N.
+    by: key of `BUDGETS`.
+    budget: tokens, or steps times N.
+    seeds: of the runs, ascending.
+    exact: per cent, one a seed: at the last evaluation within the budget.
+    constant: per cent that the best constant answer gets; None if it was not measured.
+    cpu_s: CPU seconds until then, the mean over seeds; None if it was not measured.
+  """
+
+  depth: float
+  num_passes: int
+  by: str
+  budget: float
+  seeds: tuple[int, ...]
+  exact: tuple[float, ...]
+  constant: float | None
+  cpu_s: float | None
+
+  @property
+  def mean(self) -> float:
+    """Over the seeds."""
+    return statistics.fmean(self.exact)
+
+  @property
+  def interval(self) -> tuple[float, float] | None:
+    """The mean's 95 % interval over the seeds; None for one seed."""
+    return intervals.of_mean(self.exact, 0.0, 100.0) if len(self.exact) > 1 else None
+
+
+def points(runs: Sequence[Run]) -> list[Point]:
+  """Every depth, N and budget that finished runs allow, ordered.
+
+  Raises:
+    RunError: two runs share depth, N and seed, or runs of one depth differ in more than N, steps and seed.
+  """
+  members: dict[float, list[Run]] = {}
+  for run in runs:
+    if run.evals and run.rows.get("done") and run.num_passes and run.depth is not None:
+      members.setdefault(run.depth, []).append(run)
+  found = []
+  for depth, same in sorted(members.items()):
+    _check(depth, same)
+    for by, spent in (("tokens", _tokens), ("passes", _passes)):
+      budget = _budget(same, spent)
+      for n in sorted({r.num_passes for r in same if r.num_passes}):
+        mine = sorted((r for r in same if r.num_passes == n), key=lambda r: r.seed or 0)
+        rows = [max((e for e in r.evals if spent(r, e) <= budget), key=lambda e: e["step"]) for r in mine]
+        found.append(
+          Point(
+            depth, n, by, budget,
+            seeds=tuple(r.seed or 0 for r in mine),
+            exact=tuple(100 * row["exact"] for row in rows),
+            constant=_mean(100 * row["const_exact"] for row in rows if "const_exact" in row),
+            cpu_s=_mean(row["cpu_s"] for row in rows if "cpu_s" in row),
+          )
+        )  # fmt: skip
+  return found
+
+
+def table(found: Sequence[Point], letter: str) -> str:
+  """Markdown: for each budget a row a depth, with the mean, its interval and each seed for every N."""
+  parts = []
+  for by, title in BUDGETS.items():
+    here = [p for p in found if p.by == by]
+    shown = sorted({p.num_passes for p in here})
+    lines = []
+    for depth in sorted({p.depth for p in here}):
+      of = {p.num_passes: p for p in here if p.depth == depth}
+      constant = _mean(p.constant for p in of.values() if p.constant is not None)
+      cells = [_cell(of[n]) if n in of else "not run" for n in shown]
+      lines.append([f"{depth:g}", "-" if constant is None else f"{constant:.1f}", *cells])
+    headers = [letter, "best constant", *(f"N = {n}" for n in shown)]
+    parts.append(f"Exact answers in per cent, {title}.\n\n{tables.markdown(headers, lines)}")
+  seeds = sorted({len(p.seeds) for p in found})
+  note = (
+    f"{' or '.join(map(str, seeds))} seed(s). A cell: the mean, in brackets its 95 % interval over seeds,"
+    " then each seed, then CPU seconds on average."
+  )
+  return "\n".join([*parts, note, ""])
+
+
+def figure(found: Sequence[Point], letter: str, name: str = "depth") -> Drawing:
+  """A panel a budget: mean over seeds, each seed, 95 % interval, best constant answer; x is the depth."""
+  drawn, panels = drawing.frame("Exact answers by depth of reasoning", 10.4, 4.3, len(BUDGETS), sharey=True)
+  rows, says = [], []
+  for axes, (by, title) in zip(panels, BUDGETS.items(), strict=True):
+    here = [p for p in found if p.by == by]
+    ends = []
+    for n in sorted({p.num_passes for p in here}):
+      curve = [p for p in here if p.num_passes == n]
+      look, x = drawing.style(n), [p.depth for p in curve]
+      bands = [p.interval for p in curve]
+      known = [(at, *band) for at, band in zip(x, bands, strict=True) if band is not None]
+      if len(known) == len(curve):
+        axes.fill_between(*zip(*known, strict=True), color=look["color"], alpha=0.1, linewidth=0)
+      for p in curve:
+        axes.scatter([p.depth] * len(p.exact), p.exact, s=9, alpha=0.55, color=look["color"], linewidth=0)
+      axes.plot(x, [p.mean for p in curve], linewidth=2.0, markersize=5, label=f"N = {n}", **look)
+      ends.append((x[-1], curve[-1].mean, f"N = {n}", look["color"]))
+      rows += [_row(p) for p in curve]
+      says.append(
+        f"N = {n} {title}: " + ", ".join(f"{p.mean:.0f} % at {letter} = {p.depth:g}" for p in curve)
+      )
+    levels = {p.depth: p.constant for p in here if p.constant is not None}
+    if levels:
+      axes.plot(
+        *zip(*sorted(levels.items()), strict=True),
+        color=drawing.QUIET, linewidth=1.1, linestyle=drawing.BROKEN, label="_constant",
+      )  # fmt: skip
+    depths = sorted({p.depth for p in here})
+    axes.set_xticks(depths, [f"{d:g}" for d in depths])
+    axes.set_xlim(depths[0] - 0.2, depths[-1] + 0.12 * (depths[-1] - depths[0] + 1))
+    axes.set_ylim(0, 101.5)
+    axes.set_title(title, fontsize=drawing.SIZE)
+    axes.set_xlabel(f"depth {letter}", fontsize=drawing.SIZE)
+    labels.label_ends(axes, ends)
+  panels[0].set_ylabel("exact answers (%)", fontsize=drawing.SIZE)
+  seeds = " or ".join(map(str, sorted({len(p.seeds) for p in found})))
+  note = (
+    f"lines: mean over {seeds} seed(s); dots: each seed; bands: 95 % interval; broken: best constant answer"
+  )
+  drawn.supxlabel(note, fontsize=8, x=0.012, ha="left")
+  return Drawing(name, drawn, f"Exact answers over depth. {'; '.join(says)}.", rows)
+
+
+def _check(depth: float, runs: Sequence[Run]) -> None:
+  seen: dict[tuple[int | None, int | None], str] = {}
+  for run in runs:
+    other = seen.setdefault((run.num_passes, run.seed), run.name)
+    if other != run.name:
+      raise RunError(f"depth {depth:g}: {other} and {run.name} have the same N and seed; name one of them")
+  settings = [
+    {k: v for k, v in load.flatten(run.config).items() if k not in NEUTRAL | {"train.steps"}} for run in runs
+  ]
+  fields = sorted({k for s in settings for k, v in s.items() if any(other.get(k) != v for other in settings)})
+  if fields:
+    raise RunError(f"depth {depth:g}: the runs differ in {', '.join(fields)}; name those of one setting")
+
+
+def _tokens(run: Run, row: dict[str, Any]) -> float:
+  del run
+  return row["tokens"]
+
+
+def _passes(run: Run, row: dict[str, Any]) -> float:
+  return row["step"] * (run.num_passes or 0)
+
+
+def _budget(runs: Sequence[Run], spent: Callable[[Run, dict[str, Any]], float]) -> float:
+  """The most that a run of every N, and every run of that N, came to."""
+  return min(spent(run, run.evals[-1]) for run in runs)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+  known = list(values)
+  return statistics.fmean(known) if known else None
+
+
+def _cell(point: Point) -> str:
+  interval = point.interval
+  around = "" if interval is None else f" ({interval[0]:.0f} - {interval[1]:.0f})"
+  cost = "" if point.cpu_s is None else f"; {tables.seconds(point.cpu_s)} s"
+  return f"**{point.mean:.1f}**{around}: {', '.join(f'{x:.1f}' for x in point.exact)}{cost}"
+
+
+def _row(point: Point) -> dict[str, Any]:
+  low, high = point.interval or (None, None)
+  return {
+    "by": point.by,
+    "budget": point.budget,
+    "depth": point.depth,
+    "num_passes": point.num_passes,
+    "exact_percent": point.mean,
+    "low": low,
+    "high": high,
+    "constant_percent": point.constant,
+    "cpu_s": point.cpu_s,
+    "seeds": " ".join(map(str, point.seeds)),
+    "each": " ".join(f"{x:.2f}" for x in point.exact),
+  }

@@ -1,0 +1,28 @@
+"""How tests compile: quickly, or as users do.
+
+Four fifths of the suite's time would go into compiling programs that run once. Optimized less, they compute
+the same to the tolerances of the tests and are ready two to four times sooner. `COMPILE_AS_USERS=1` leaves
+XLA's options as they are for a user; `.ci/run` sets it on one of the Pythons.
+"""
+
+import os
+
+import jaxlib
+
+QUICKLY = os.environ.get("COMPILE_AS_USERS", "0") != "1"
+
+
+def flags(*more: str) -> str:
+  """XLA_FLAGS for a child: `more`, and the options of XLA that no variable of JAX sets.
+
+  An option that a version of XLA does not know ends the process: this one went after jaxlib 0.10.
+  """
+  old = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11)
+  quickly = ("--xla_cpu_use_fusion_emitters=false",) if QUICKLY and old else ()
+  return " ".join((*more, *quickly))
+
+
+def environment() -> dict[str, str]:
+  """Variables for this process, before its first computation, and for its children."""
+  quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if QUICKLY else {}
+  return quickly | {"XLA_FLAGS": flags(*os.environ.get("XLA_FLAGS", "").split())}

@@ -1,0 +1,84 @@
+"""Accuracy over depth: of made-up runs whose answer is known by hand."""
+
+import csv
+import json
+
+import pytest
+
+from sleep_jax.report import depth
+from sleep_jax.report.load import RunError
+from tests.report import fake_runs
+
+DONE = ({"kind": "done", "step": 0},)
+
+
+def write(folder, t, n, seed, points, **settings):
+  name = f"t{t}_n{n}_s{seed}"
+  steps = points[-1][0]
+  return fake_runs.write(folder / name, n, points, t=t, seed=seed, steps=steps, extra=DONE, **settings)
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """N = 4 ends at step 100, N = 1 at step 400, at depths 1 and 8; two seeds each."""
+  for t, four, one in ((1, (0.9, 1.0), (0.7, 0.9)), (8, (0.4, 0.6), (0.2, 0.3))):
+    for seed in (0, 1):
+      write(tmp_path, t, 4, seed, [(50, 0.1), (100, four[seed])])
+      write(tmp_path, t, 1, seed, [(50, 0.05), (100, one[seed] / 2), (400, one[seed])])
+  fake_runs.write(tmp_path / "t3_n1_s0", 1, [(100, 0.5)], t=3)  # goes on
+  return fake_runs.read(str(tmp_path / "*"))
+
+
+def test_by_hand(runs):
+  found = {(p.depth, p.num_passes, p.by): p for p in depth.points(runs)}
+  assert len(found) == 2 * 2 * 2
+  one = found[1, 1, "tokens"]  # N = 4 came to 100 steps
+  assert (one.budget, one.seeds, one.exact) == (100 * fake_runs.TOKENS_PER_STEP, (0, 1), (35.0, 45.0))
+  assert one.cpu_s == pytest.approx(100 * fake_runs.CPU_S_PER_STEP[1])
+  assert one.constant == pytest.approx(27.8)
+  one = found[1, 1, "passes"]
+  assert (one.budget, one.exact, one.mean) == (400, (70.0, 90.0), 80.0)
+  # Student's t for two values: mean +- 12.706 * 20 / 2 / sqrt(2) * sqrt(2), cut at 0 and 100
+  assert one.interval == (0.0, 100.0)
+  assert found[8, 4, "passes"].exact == found[8, 4, "tokens"].exact == pytest.approx((40.0, 60.0))
+
+
+def test_table_and_figure_say_the_same(runs, tmp_path):
+  found = depth.points(runs)
+  lines = depth.table(found, "t").splitlines()
+  rows = [line for line in lines if line.startswith(("| 1 ", "| 8 "))]
+  assert len(rows) == 4 and "**40.0** (0 - 100): 35.0, 45.0; 7.5 s" in rows[0] and "**50.0**" in rows[1]
+  assert "not run" not in depth.table(found, "t")
+  drawing = depth.figure(found, "t")
+  drawing.save(tmp_path / "out")
+  with open(tmp_path / "out" / "depth.csv", newline="") as file:
+    drawn = {(r["by"], r["depth"], r["num_passes"]): r for r in csv.DictReader(file)}
+  assert len(drawn) == 8
+  assert float(drawn["passes", "8", "1"]["exact_percent"]) == 25
+  assert drawn["passes", "8", "1"]["each"] == "20.00 30.00"
+  assert "N = 4 after the same tokens: 95 % at t = 1, 50 % at t = 8" in drawing.alt
+
+
+def test_a_depth_that_one_n_was_not_run_at_is_shown_so(tmp_path):
+  write(tmp_path, 2, 4, 0, [(100, 0.5)])
+  write(tmp_path, 3, 1, 0, [(100, 0.5)])
+  found = depth.points(fake_runs.read(str(tmp_path / "*")))
+  assert depth.table(found, "t").count("not run") == 4
+  assert depth.figure(found, "t").rows[0]["low"] is None
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+  write(tmp_path / "a", 2, 4, 0, [(100, 0.5)])
+  write(tmp_path / "b", 2, 4, 0, [(100, 0.5)])
+  fake_runs.write(tmp_path / "b" / "other", 4, [(100, 0.5)], t=2, extra=DONE, steps=100)
+  with pytest.raises(RunError, match="depth 2: other and t2_n4_s0 have the same N and seed"):
+    depth.points(fake_runs.read(str(tmp_path / "b" / "*")))
+  write(tmp_path / "c", 2, 1, 0, [(100, 0.5)], lr=1e-2)
+  with pytest.raises(RunError, match=r"depth 2: the runs differ in optim\.muon_lr"):
+    depth.points(fake_runs.read(str(tmp_path / "a" / "*"), str(tmp_path / "c" / "*")))
+
+
+def test_points_are_json(runs):
+  import dataclasses
+
+  assert json.loads(json.dumps(dataclasses.asdict(depth.points(runs)[0])))["num_passes"] == 1
