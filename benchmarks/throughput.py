@@ -267,8 +267,7 @@ def _main(argv: Sequence[str] | None) -> int:
     row = measured(case, draw, args.rounds or size.rounds)
     journal.add(row)
     rows[key] = journal.rows[-1]
-    jax.clear_caches()
-    gc.collect()
+    gc.collect()  # the arrays of a step that failed
   shown = [rows[_key(case.key(device.device_kind))] for case in wanted]
   _save(out, args, shown, facts)
   return int(any(row["note"].startswith("failed") for row in shown))

@@ -114,7 +114,7 @@ def run(
     _store(session_path, made, writer, weights, checkpoint.model, cfg.sleep)
     if made.why not in ("", LENGTH):
       report.note(f"ended at {made.why}")
-    report.note(f"{report.line(made.session)}, compilation included")
+    report.note(f"{report.line(made.session)}{report.stall()}, compilation included")
   if isinstance(text_out, io.StringIO) and as_json:
     writer.output = Output(out)
     row = {"text": text_out.getvalue(), "tokens": made.count, "ended": made.why or "stopped"}

@@ -83,12 +83,18 @@ class Reporter:
   def __init__(self, passes: int, out: TextIO | None):
     self._passes, self._out = passes, out
     self._seconds = {"awake": 0.0, "asleep": 0.0}
+    self._night = 0.0  # seconds of the sleep that is under way
     self._waits = array.array("d")
 
   def __call__(self, what: str, session: generate.Session, seconds: float) -> None:
-    self._seconds[what] += seconds
-    if what == "asleep":
-      self.say(f"\n[slept {1e3 * seconds:.1f} ms | {self.line(session)}]")
+    if what == "awake":
+      self._seconds["awake"] += seconds
+      return
+    self._seconds["asleep"] += seconds
+    self._night += seconds
+    if what == "asleep":  # and no `pass` of a sleep that goes on
+      self.say(f"\n[slept {1e3 * self._night:.1f} ms | {self.line(session)}]")
+      self._night = 0.0
 
   def say(self, line: str) -> None:
     if self._out is not None:
@@ -111,10 +117,20 @@ class Reporter:
       f"{generate.state_bytes(session)} bytes of state, {awake:.1f} ms awake, {asleep:.1f} ms asleep"
     )
 
+  def stall(self) -> str:
+    """A clause that says how long tokens took, the sleep at a window's end included; empty without tokens."""
+    if not self._waits:
+      return ""
+    half, most, longest = self._percentiles()
+    return f", a token took {half:.1f} ms (p50), {most:.1f} ms (p99), {longest:.1f} ms (most)"
+
+  def _percentiles(self) -> list[float]:
+    """Milliseconds that half of the tokens, 99 of 100 and all of them took at most."""
+    return [float(ms) for ms in 1e3 * np.percentile(np.asarray(self._waits), (50, 99, 100))]
+
   def statistics(self, session: generate.Session) -> dict[str, Any]:
-    """The same for a program, and the milliseconds that half, and 99 of 100, of the tokens took at most."""
-    waits = np.asarray(self._waits)
-    half, most = np.percentile(waits, (50, 99)) if waits.size else (None, None)
+    """The same for a program, and the milliseconds that half, 99 of 100 and all of the tokens took."""
+    half, most, longest = self._percentiles() if self._waits else (None, None, None)
     return {
       "tokens_read": session.tokens_read,
       "windows": session.windows,
@@ -122,8 +138,9 @@ class Reporter:
       "state_bytes": generate.state_bytes(session),
       "awake_ms": 1e3 * self._seconds["awake"],
       "asleep_ms": 1e3 * self._seconds["asleep"],
-      "token_ms_p50": None if half is None else 1e3 * half,
-      "token_ms_p99": None if most is None else 1e3 * most,
+      "token_ms_p50": half,
+      "token_ms_p99": most,
+      "token_ms_most": longest,
     }
 
 

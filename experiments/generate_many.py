@@ -42,7 +42,7 @@ def run(cfg: GenerateConfig, file: str, out: TextIO | None, told: TextIO | None,
   for at in range(0, len(prompts), cfg.rows):
     report, part = Reporter(cfg.sleep.num_passes, told), slice(at, at + cfg.rows)
     rows, session = _generate(cfg, checkpoint, weights, prompts[part], tokens[part], report)
-    report.note(f"{len(rows)} prompts: {report.line(session)}, compilation included")
+    report.note(f"{len(rows)} prompts: {report.line(session)}{report.stall()}, compilation included")
     took = {"statistics": report.statistics(session)} if statistics else {}
     for number, row in enumerate(rows, at):
       output.write(json.dumps({"prompt": number, **row, **took}, ensure_ascii=False) + "\n")

@@ -1,9 +1,9 @@
 """One pass over the blocks: (h, state) -> (h, state).
 
 A block is a mixer and an MLP, each behind an RMSNorm and added to the residual stream; with sandwich norms
-through a second RMSNorm. The mixer is attention (`attn`; `swa` to the last few tokens only, `nope` without
-rotary angles) or a fast-weight layer, named by its rule. Blocks listed in `without_mlp` have a norm and a
-mixer but no MLP.
+through a second RMSNorm, and in attention blocks of some models through that one alone. The mixer is
+attention (`attn`; `swa` to the last few tokens only, `nope` without rotary angles) or a fast-weight layer,
+named by its rule. Blocks listed in `without_mlp` have a norm and a mixer but no MLP.
 
 Equal blocks can run under one `lax.scan` over their weights, stacked: see `arrange`.
 """
@@ -36,23 +36,32 @@ def declare_block(cfg: ModelConfig, kind: str, mlp: bool) -> Weights:
   """The weights of one block, as a nested dict of `params.Weight`."""
   d, hidden = cfg.embed_dim, cfg.mlp_dim or 2 * cfg.embed_dim
   mixer = attention.declare(cfg) if kind in ATTENTION else fast_weights.declare(cfg, kind)
-  declared = {"norm": params.scale(d), "mixer": mixer}
+  norm = params.scale(d, zero=cfg.norm_zero_centered)
   if not mlp:
-    return declared
-  declared |= {
-    "mlp_norm": params.scale(d),
+    return {"norm": norm, "mixer": mixer}
+  declared: Weights = {
+    "mixer": mixer,
     "mlp": {
       "gate": params.matrix(d, hidden, axes=("w_embed", "mlp")),
       "up": params.matrix(d, hidden, axes=("w_embed", "mlp")),
       "down": params.matrix(hidden, d, axes=("mlp", "w_embed")),
     },
   }
+  in_front, behind = _norms(cfg, kind, mlp)
+  if in_front:
+    declared |= {"norm": norm, "mlp_norm": norm}
+  if behind:
+    declared |= {"post_norm": norm, "mlp_post_norm": norm}
   if cfg.mlp_bias:
     for name, width, axis in (("gate", hidden, "mlp"), ("up", hidden, "mlp"), ("down", d, None)):
       declared["mlp"][f"{name}_bias"] = params.bias(width, axes=(axis,))
-  if cfg.norm_placement == "sandwich":
-    declared |= {"post_norm": params.scale(d), "mlp_post_norm": params.scale(d)}
   return declared
+
+
+def _norms(cfg: ModelConfig, kind: str, mlp: bool) -> tuple[bool, bool]:
+  """Whether a block has norms on what its mixer and its MLP read, and on what they add."""
+  alone = cfg.norm_placement == "after_attention" and kind in ATTENTION
+  return not (mlp and alone), mlp and (alone or cfg.norm_placement == "sandwich")
 
 
 def _has_mlp(cfg: ModelConfig, index: int) -> bool:
@@ -85,16 +94,20 @@ def block(
   Returns:
     h and the memory behind the block.
   """
-  norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, cast=cfg.norm_cast)
-  sandwich = mlp and cfg.norm_placement == "sandwich"
+
+  in_front, behind = _norms(cfg, kind, mlp)
+
+  def normed(x: jax.Array, name: str, there: bool) -> jax.Array:
+    return layers.norm(x, weights[name], cfg) if there else x
+
   with jax.named_scope(kind):
-    x = norm(h, weights["norm"])
+    x = normed(h, "norm", in_front)
     mixed, memory = _mix(weights["mixer"], x, memory, kind=kind, cfg=cfg, valid=valid, decoding=decoding)
-    h = h + _scaled(norm(mixed, weights["post_norm"]) if sandwich else mixed, cfg)
+    h = h + _scaled(normed(mixed, "post_norm", behind), cfg)
   if mlp:
     with jax.named_scope("mlp"):
-      out = layers.swiglu(weights["mlp"], norm(h, weights["mlp_norm"]), apart=decoding)
-      h = h + _scaled(norm(out, weights["mlp_post_norm"]) if sandwich else out, cfg)
+      out = layers.swiglu(weights["mlp"], normed(h, "mlp_norm", in_front), apart=decoding)
+      h = h + _scaled(normed(out, "mlp_post_norm", behind), cfg)
   return h, memory
 
 

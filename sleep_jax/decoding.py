@@ -1,4 +1,5 @@
-"""The compiled steps of a session that reads: a token, a piece of a window, a whole window, a sleep.
+"""The compiled steps of a session that reads: a token, a piece of a window, a whole one, a sleep or its
+parts.
 
 A token's step reads every weight and the cache once and writes neither. The rows that it adds to the cache
 are put there by another step, in place if the caller says so.
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import looped, model, sharding
+from sleep_jax import consolidation, looped, model, sharding
 from sleep_jax.attention import KVCache
 from sleep_jax.config import ModelConfig
 
@@ -84,6 +85,41 @@ def asleep(weights, tokens, valid, state, cfg, sleep_cfg):
   tokens, valid = _placed(tokens, valid)
   state = model.consolidate(weights, tokens, state, cfg, sleep_cfg, valid=valid)
   return state, *model.open_window(state, cfg, tokens.shape[0])
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
+def falling_asleep(weights, tokens, valid, state, cfg, sleep_cfg):
+  """The sleep on a full window, before its first pass."""
+  tokens, valid = _placed(tokens, valid)
+  with jax.named_scope("asleep"):
+    return _parts(weights, valid, state, cfg, sleep_cfg).fall(model.embed(weights, tokens, cfg, valid))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
+def one_pass(weights, valid, state, asleep, number, cfg, sleep_cfg):
+  """The sleep behind pass `number`, an int32 scalar from 0; it is the same program for all of them."""
+  (valid,) = _placed(valid)
+  with jax.named_scope("asleep"):
+    return _parts(weights, valid, state, cfg, sleep_cfg).one_pass(asleep, number)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sleep_cfg"))
+def waking(weights, valid, state, asleep, cfg, sleep_cfg):
+  """The state behind the last pass."""
+  (valid,) = _placed(valid)
+  with jax.named_scope("asleep"):
+    return _parts(weights, valid, state, cfg, sleep_cfg).wake(asleep)
+
+
+def _parts(weights, valid, state, cfg, sleep_cfg) -> consolidation.Parts:
+  arranged = consolidation.arrange(weights, cfg, sleep_cfg)
+  return consolidation.parts(weights, arranged, state, cfg, sleep_cfg, valid)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "batch", "room"))
+def opened(state, cfg, batch, room):
+  """The fast weights and empty caches of a window; `room` as for `attention.init_cache`."""
+  return model.open_window(state, cfg, batch, room=room)
 
 
 @jax.jit

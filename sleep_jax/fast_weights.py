@@ -45,10 +45,11 @@ def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
   """
   d, fast, rule = cfg.embed_dim, cfg.fast, RULES[kind]
   heads, key, value, taps = fast.num_heads, fast.key_dim, fast.value_dim, fast.conv_size
+  few = fast.num_key_heads or heads
   into = ("w_embed", "heads", "head_dim")
   weights = {
-    "q": params.matrix(d, heads, key, axes=into),
-    "k": params.matrix(d, heads, key, axes=into),
+    "q": params.matrix(d, few, key, axes=into),
+    "k": params.matrix(d, few, key, axes=into),
     "v": params.matrix(d, heads, value, axes=into),
     "o": params.matrix(heads, value, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
     "out_norm": params.scale(value),
@@ -63,8 +64,8 @@ def declare(cfg: ModelConfig, kind: str = "gdn") -> dict[str, params.Weight]:
     }
   elif taps:
     conv = (None, "heads", "head_dim")
-    for name, width in (("q", key), ("k", key), ("v", value)):
-      weights[f"{name}_conv"] = params.Weight((taps, heads, width), conv, params.normal(taps**-0.5))
+    for name, count, width in (("q", few, key), ("k", few, key), ("v", heads, value)):
+      weights[f"{name}_conv"] = params.Weight((taps, count, width), conv, params.normal(taps**-0.5))
   return weights
 
 
@@ -167,26 +168,22 @@ def fast_weights(
     [B, T, D] in x's dtype, and the state after the last token.
   """
   x = layers.without_pads(x, valid)
-  fast, heads = cfg.fast, ("batch", "seq", "heads", "head_dim")
+  fast = cfg.fast
   others = {} if rule.narrow_gate else {"gate": fast.value_dim}
   if rule.write == "channel":
     others |= {"e": fast.key_dim, "w": fast.value_dim}
-  names = ("q", "k", "v", *others)
-  if apart:
-    joined = jnp.concatenate([layers.dense(x, weights[name], heads) for name in names], axis=-1)
-  else:
-    joined = layers.dense(x, _joined(weights, *names), heads)  # one large product, not many
+  joined = _projected(weights, x, ("q", "k", "v", *others), fast, apart)
   ends = [*itertools.accumulate((2 * fast.key_dim + fast.value_dim, *others.values()))]
   qkv, *parts = jnp.split(joined, ends[:-1], axis=-1)
   projected = dict(zip(others, parts, strict=True))
   fused = rule.fused.get(fast.kernel) if fast.kernel and fast.conv_size > 1 else None
   if fused is not None:
-    taps, steps = _joined(weights, "q_conv", "k_conv", "v_conv"), _scalars(weights, x, rule)
+    taps, steps = _taps(weights, fast), _scalars(weights, x, rule)
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
     o, S, context = fused(qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel)
   else:
     q, k, v, context = _convolved(weights, x, qkv, state, cfg, rule)
-    gates = _gates(weights, x, projected, rule)
+    gates = _gates(weights, x, projected, fast, rule)
     o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
   gate = _through(weights, "gate", x) if rule.narrow_gate else projected["gate"]
@@ -194,6 +191,39 @@ def fast_weights(
     gate = gate + weights["gate_bias"].astype(x.dtype)
   o = (o * rule.read_gate(gate.astype(jnp.float32))).astype(x.dtype)
   return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+
+
+def _projected(
+  weights: dict[str, jax.Array], x: jax.Array, names: tuple[str, ...], fast: FastConfig, apart: bool
+) -> jax.Array:
+  """q, k, v and the others of `names` side by side, [B, T, H, K + K + V + ...].
+
+  With fewer heads of queries and keys each of them is there several times, for the heads that it serves.
+  """
+  heads, groups = ("batch", "seq", "heads", "head_dim"), _groups(fast)
+  if apart:
+    few, rest = ([layers.dense(x, weights[name], heads) for name in some] for some in (names[:2], names[2:]))
+  elif groups == 1:
+    return layers.dense(x, _joined(weights, *names), heads)  # one large product, not many
+  else:
+    few, rest = ([layers.dense(x, _joined(weights, *some), heads)] for some in (names[:2], names[2:]))
+  if groups > 1:
+    few = [layers.repeated(part, groups) for part in few]
+  return jnp.concatenate([*few, *rest], axis=-1)
+
+
+def _taps(weights: dict[str, jax.Array], fast: FastConfig) -> jax.Array:
+  """The taps of the short convolutions on q, k and v side by side: [c, H, K + K + V]."""
+  groups, axes = _groups(fast), (None, "heads", "head_dim")
+  if groups == 1:
+    return _joined(weights, "q_conv", "k_conv", "v_conv")
+  qk = layers.repeated(_joined(weights, "q_conv", "k_conv"), groups, axes)
+  return jnp.concatenate([qk, weights["v_conv"]], axis=-1)
+
+
+def _groups(fast: FastConfig) -> int:
+  """Heads of values that a head of queries and keys serves."""
+  return fast.num_heads // (fast.num_key_heads or fast.num_heads)
 
 
 def _convolved(
@@ -214,13 +244,17 @@ def _convolved(
     v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
     qkv = jnp.concatenate([qk, v], axis=-1)
   else:
-    qkv, context = layers.short_conv(qkv, _joined(weights, "q_conv", "k_conv", "v_conv"), state.context)
+    qkv, context = layers.short_conv(qkv, _taps(weights, fast), state.context)
   q, k, v = jnp.split(jax.nn.silu(qkv), [key, both], axis=-1)
   return layers.l2_normalize(q) * key**-0.5, layers.l2_normalize(k), v, context
 
 
 def _gates(
-  weights: dict[str, jax.Array], x: jax.Array, projected: dict[str, jax.Array], rule: Rule
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  projected: dict[str, jax.Array],
+  fast: FastConfig,
+  rule: Rule,
 ) -> tuple[jax.Array, ...]:
   """The rule's gates, in its order, float32: the log decay g, if it decays; then b, or e and w.
 
@@ -231,7 +265,8 @@ def _gates(
   if rule.write == "channel":
     writes = tuple(jax.nn.sigmoid(projected[name].astype(jnp.float32)) for name in ("e", "w"))
   else:
-    writes = (jax.nn.sigmoid(steps["b"]),)
+    b = jax.nn.sigmoid(steps["b"])
+    writes = (b if fast.write_most == 1 else fast.write_most * b,)
   if rule.decay == "none":
     return writes
   A = jnp.exp(weights["A_log"])

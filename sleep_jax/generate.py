@@ -6,6 +6,9 @@ and the logits of its last token are given, the model sleeps on it: N passes, fr
 window *began*, as in training. What was read awake is dropped. So nothing that outlives a window depends, to
 the bit, on whether the tokens came one by one or all at once, and awake rounding never adds up.
 
+With `sleep.spread` the passes are made while the next tokens are read, so that no token waits for all of
+them: `spread.py` says what is then answered, and from what.
+
     session = start(cfg, sleep_cfg, batch=1)
     session = read(weights, prompt, session, cfg, sleep_cfg)
     for token, session in generate(weights, session, cfg, sleep_cfg, count=100, key=jax.random.key(0)):
@@ -17,16 +20,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import decoding, looped, model
+from sleep_jax import decoding, model, spread
 from sleep_jax import sampling as ways
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
-from sleep_jax.fast_weights import FastWeights
 from sleep_jax.sampling import SamplingConfig, sample
+from sleep_jax.session import Session, due, start, state_bytes
 
 __all__ = [
   "ENDED", "NotFiniteError", "SamplingConfig", "Session", "draw", "generate", "read", "read_parts", "sample",
@@ -40,56 +41,11 @@ class NotFiniteError(RuntimeError):
   """Logits or fast weights are NaN or infinite: one line that says from which token on."""
 
 
-@flax.struct.dataclass
-class Session:
-  """B sequences that are being read. It is a value: reading makes a new one.
-
-  Attributes:
-    start: the state with which the open window began; sleep starts from it.
-    fast: fast weights after the window's tokens so far, awake.
-    cache: attention's, of the window's tokens so far; under sliding eviction behind what was kept.
-    logits: [B, vocab] float32, of the token after the last one read; zero before the first.
-    tokens: [B, L] int32, the open window; from `filled` on not set yet. On the host.
-    valid: [B, L] bool, False for pads and what is not set. On the host.
-    filled: tokens in the open window, 0..L - 1.
-    windows: windows slept on.
-  """
-
-  start: model.State
-  fast: dict[str, FastWeights]
-  cache: looped.Cache
-  logits: jax.Array
-  tokens: np.ndarray
-  valid: np.ndarray
-  filled: int = flax.struct.field(pytree_node=False)
-  windows: int = flax.struct.field(pytree_node=False)
-
-  @property
-  def tokens_read(self) -> int:
-    """Tokens read in all, pads included."""
-    return self.windows * self.tokens.shape[1] + self.filled
-
-
-# Called with what was done (`awake` or `asleep`), the session after it, and the seconds that it took.
+# Called with what was done, the session after it, and the seconds that it took: `awake`, `asleep` or, of a
+# sleep that is spread, `pass` for each pass (or several at once) but the last.
 Watch = Callable[[str, Session, float], None]
 # Token ids of B sequences: [B, T], or a list of B lists, which may differ in length.
 Tokens = np.ndarray | Sequence[Sequence[int]]
-
-
-def start(cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int = 1) -> Session:
-  """Makes the session of B sequences of which nothing is read yet."""
-  state = model.init_state(cfg, batch, sleep_cfg)
-  fast, cache = model.open_window(state, cfg, batch)
-  return Session(
-    start=state,
-    fast=fast,
-    cache=cache,
-    logits=jnp.zeros((batch, cfg.vocab_size), jnp.float32),
-    tokens=np.zeros((batch, cfg.window), np.int32),
-    valid=np.zeros((batch, cfg.window), bool),
-    filled=0,
-    windows=0,
-  )
 
 
 def read(
@@ -231,11 +187,6 @@ def draw(
   return ways.draw(session.logits, session.tokens_read, key, sampling)
 
 
-def state_bytes(session: Session) -> int:
-  """Counts the bytes that outlive a window: fast weights, convolution inputs, what sliding eviction keeps."""
-  return sum(x.nbytes for x in jax.tree.leaves(session.start))
-
-
 def _checked(
   tokens: Tokens, valid: np.ndarray | None, session: Session, cfg: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -289,23 +240,86 @@ def _read(
   )
   for part, real in parts:
     tokens, valid = np.concatenate([tokens, part], axis=1), np.concatenate([valid, real], axis=1)
-    while tokens.shape[1] > (room := cfg.window - session.filled):
-      session = _noted(session, tokens[:, :room], valid[:, :room])
-      session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
-      tokens, valid = tokens[:, room:], valid[:, room:]
+    session, tokens, valid = _slept_through(weights, tokens, valid, session, cfg, sleep_cfg, watch)
   if tokens.shape[1] == 0:
     raise ConfigError("prompt: has no tokens")
   begun = time.perf_counter()
+  if 0 < (rest := cfg.window - session.filled) < tokens.shape[1]:  # spread: the window stays readable
+    session = _read_awake(weights, tokens[:, :rest], valid[:, :rest], session, cfg, sleep_cfg, False)
+    session = spread.fallen_asleep(_noted(session, tokens[:, :rest], valid[:, :rest]))
+    tokens, valid = tokens[:, rest:], valid[:, rest:]
+  filled = session.filled + tokens.shape[1]
+  sleeps = filled == cfg.window or (
+    session.night is not None and due(filled, sleep_cfg) > session.night.passes
+  )
   # If the sleep that follows fails, the session before must be as it was; an empty cache is one array twice.
-  reuse = reuse and 0 < session.filled < cfg.window - 1
+  reuse = reuse and session.filled > 0 and not sleeps
   session = _noted(_read_awake(weights, tokens, valid, session, cfg, sleep_cfg, reuse), tokens, valid)
   if not np.all(decoding.finite(session.logits)):
     raise NotFiniteError(_where_not_finite(weights, session, cfg))
   if watch is not None:
     watch("awake", session, time.perf_counter() - begun)
   if session.filled == cfg.window:
-    session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
-  return session
+    if sleep_cfg.spread:
+      return spread.fallen_asleep(session)
+    return _fall_asleep(weights, session, cfg, sleep_cfg, watch)
+  return _pass_by_pass(weights, due(filled, sleep_cfg), session, cfg, sleep_cfg, watch) if sleeps else session
+
+
+def _slept_through(
+  weights: model.Params,
+  tokens: np.ndarray,
+  valid: np.ndarray,
+  session: Session,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  watch: Watch | None,
+) -> tuple[Session, np.ndarray, np.ndarray]:
+  """Makes all sleeps that are over before the last of the tokens is read: the session, and the tokens left.
+
+  They fit the open window or, where a sleep is spread, reach up to K tokens behind it.
+  """
+  room = sleep_cfg.spread or 0
+  while True:
+    ahead = session.filled + tokens.shape[1]
+    if session.behind and ahead > room:
+      if session.night is not None:
+        session = _pass_by_pass(weights, sleep_cfg.num_passes, session, cfg, sleep_cfg, watch)
+      tokens, valid = (
+        np.concatenate([noted[:, : session.filled], new], axis=1)
+        for noted, new in ((session.tokens, tokens), (session.valid, valid))
+      )
+      session = spread.awake_again(session, cfg, sleep_cfg)
+    elif ahead > cfg.window + room:
+      rest = cfg.window - session.filled
+      session = _noted(session, tokens[:, :rest], valid[:, :rest])
+      tokens, valid = tokens[:, rest:], valid[:, rest:]
+      if room:
+        session = spread.fallen_asleep(session)
+      else:
+        session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
+    else:
+      return session, tokens, valid
+
+
+def _pass_by_pass(
+  weights: model.Params,
+  passes: int,
+  session: Session,
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+  watch: Watch | None,
+) -> Session:
+  """Goes on with a spread sleep, up to so many passes in all."""
+  begun = time.perf_counter()
+  after = spread.advanced(weights, session, passes, cfg, sleep_cfg)
+  if after.night is None and not decoding.finite(after.start):
+    whole = spread.joined(session)
+    raise NotFiniteError(_where_not_finite(weights, dataclasses.replace(whole, filled=cfg.window), cfg))
+  if watch is not None:
+    jax.block_until_ready(after)
+    watch("pass" if after.night is not None else "asleep", after, time.perf_counter() - begun)
+  return after
 
 
 def _pieces(length: int) -> list[int]:
@@ -323,7 +337,7 @@ def _read_awake(
   reuse: bool,
 ) -> Session:
   """Reads tokens for which the open window has room; they are not noted yet."""
-  if tokens.shape[1] == cfg.window:  # a cache would be filled to be dropped
+  if tokens.shape[1] == cfg.window and not sleep_cfg.spread:  # a cache would be filled to be dropped
     logits = decoding.whole_window(weights, tokens, valid, session.start, cfg)
     return dataclasses.replace(session, logits=logits)
   fast, cache, logits, at = session.fast, session.cache, session.logits, 0
@@ -374,8 +388,10 @@ def _fall_asleep(
 
 def _where_not_finite(weights: model.Params, session: Session, cfg: ModelConfig) -> str:
   """Says which token of the open window is the first whose logits are not finite; reads them one by one."""
-  fast, cache = model.open_window(session.start, cfg, session.tokens.shape[0])
-  before = session.windows * cfg.window
+  if session.night is not None:
+    session = spread.joined(session)
+  rows, before = session.tokens.shape[0], session.windows * cfg.window
+  fast, cache = model.open_window(session.start, cfg, rows, room=max(0, session.filled - cfg.window))
   for t in range(session.filled):
     at = np.s_[:, t : t + 1]
     logits, fast, cache = decoding.piece(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax import sharding
-from sleep_jax.config import RopeScaling
+from sleep_jax.config import ModelConfig, RopeScaling
 
 
 def dense(
@@ -41,18 +41,34 @@ def without_pads(x: jax.Array, valid: jax.Array | None) -> jax.Array:
   return x if valid is None else jnp.where(jnp.expand_dims(valid, tuple(range(2, x.ndim))), x, 0)
 
 
+def norm(x: jax.Array, w: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """The RMSNorm of a model, on the residual stream and on queries and keys; see `rms_norm`."""
+  w = 1 + w.astype(jnp.float32) if cfg.norm_zero_centered else w
+  return rms_norm(x, w, cfg.norm_eps, cfg.norm_cast)
+
+
 def rms_norm(x: jax.Array, w: jax.Array, eps: float, cast: str = "last") -> jax.Array:
-  """w * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype.
+  """w * x / sqrt(mean(x^2) + eps) over the axes of w, the last ones of x, in x's dtype.
 
   Computed in float32 and rounded once, the product with w included; or with cast = "first" rounded before
   that product and again after it. In bfloat16 the two differ in the last bit, and published models in which
   they use.
   """
   x32 = x.astype(jnp.float32)
-  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  axes = tuple(range(-max(jnp.ndim(w), 1), 0))
+  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
   if cast == "first":
     return w.astype(x.dtype) * (x32 * scale).astype(x.dtype)
   return (w * x32 * scale).astype(x.dtype)
+
+
+def repeated(
+  x: jax.Array, groups: int, axes: tuple[str | None, ...] = ("batch", "seq", "heads", "head_dim")
+) -> jax.Array:
+  """x with each head `groups` times, one behind the other, split over the mesh as `axes` says."""
+  at = axes.index("heads")
+  shape = tuple(n * groups if i == at else n for i, n in enumerate(x.shape))
+  return jnp.repeat(x, groups, axis=at, out_sharding=sharding.spec(axes, shape))
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -17,24 +17,28 @@ from sleep_jax.config import ATTENTION, ModelConfig
 Cache = tuple[blocks.Caches, ...]
 
 
-def init_cache(cfg: ModelConfig, batch: int, state: carry.State | None = None) -> Cache:
+def init_cache(cfg: ModelConfig, batch: int, state: carry.State | None = None, *, room: int = 0) -> Cache:
   """A window of which nothing is read yet.
 
   Args:
     state: inside a pass; the cache begins with what it kept. None: nothing was kept.
+    room: as for `attention.init_cache`.
   """
   passes = cfg.predict_passes if cfg.pass_cache == "own" else 1
   kept = {} if state is None else state.kept
   kinds = {str(i): kind for i, kind in enumerate(cfg.blocks) if kind in ATTENTION}
   return tuple(
-    {i: attention.init_cache(cfg, batch, kept.get(i), rotated=kind != "nope") for i, kind in kinds.items()}
+    {
+      i: attention.init_cache(cfg, batch, kept.get(i), rotated=kind != "nope", room=room)
+      for i, kind in kinds.items()
+    }
     for _ in range(passes)
   )
 
 
 def final_norm(weights: dict[str, Any], h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """The final norm of h, which the head and the exit gate read and, with `loop_norm`, the next pass."""
-  return layers.rms_norm(h, weights["final_norm"], cfg.norm_eps, cfg.norm_cast)
+  return layers.norm(h, weights["final_norm"], cfg)
 
 
 def read(

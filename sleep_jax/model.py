@@ -6,23 +6,23 @@ it left lies in the fast weights. A window with a loss is read awake, in one pas
 which is planned from the static layout of the loss before anything is traced.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, carry, fast_weights, layers, looped, params, sharding
+from sleep_jax import blocks, carry, consolidation, fast_weights, layers, looped, params, sharding
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.sleep import loop, read_and_sleep, sleep
 from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan
 
 Params = dict[str, Any]
 State = carry.State
+Arranged = consolidation.Arranged
+arrange = consolidation.arrange
 
 
 def declare(cfg: ModelConfig) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def declare(cfg: ModelConfig) -> dict[str, Any]:
   declared = {
     "embed": params.Weight((vocab, d), ("vocab", None), params.normal(cfg.embed_std)),
     "blocks": blocks.declare(cfg),
-    "final_norm": params.scale(d),
+    "final_norm": params.scale(d, zero=cfg.norm_zero_centered),
   }
   if cfg.embed_norm:
-    declared["embed_norm"] = params.scale(d)
+    declared["embed_norm"] = params.scale(d, zero=cfg.norm_zero_centered)
   if not cfg.tied_embeddings:
     declared["head"] = params.Weight((d, vocab), ("w_embed", "vocab"), params.normal(d**-0.5))
   if cfg.exit_gate:
@@ -63,7 +63,7 @@ def embed(weights: Params, tokens: jax.Array, cfg: ModelConfig, valid: jax.Array
   layout = sharding.spec(("batch", "seq", "embed"), (*tokens.shape, cfg.embed_dim))
   h = weights["embed"].at[tokens].get(out_sharding=layout).astype(cfg.dtype)
   if cfg.embed_norm:
-    h = layers.rms_norm(h, weights["embed_norm"], cfg.norm_eps, cfg.norm_cast)
+    h = layers.norm(h, weights["embed_norm"], cfg)
   return layers.without_pads(h, valid)
 
 
@@ -72,28 +72,6 @@ def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   head = weights["embed"] if cfg.tied_embeddings else weights["head"]
   h = looped.final_norm(weights, h, cfg)
   return layers.dense(h, head, ("batch", "seq", "vocab"), turned=cfg.tied_embeddings).astype(jnp.float32)
-
-
-@flax.struct.dataclass
-class Arranged:
-  """All blocks as `blocks.run` takes them: those that run once before the loop, the repeated ones, those
-  after.
-  """
-
-  prelude: tuple[blocks.Group, ...]
-  repeated: tuple[blocks.Group, ...]
-  coda: tuple[blocks.Group, ...]
-
-  @property
-  def all(self) -> tuple[blocks.Group, ...]:
-    return self.prelude + self.repeated + self.coda
-
-
-def arrange(weights: Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Arranged:
-  """Stacks the weights of equal blocks, as `sleep_cfg.loops` says."""
-  first, last = sleep_cfg.looped(len(cfg.blocks))
-  part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops == "scan")
-  return Arranged(part(0, first), part(first, last), part(last))
 
 
 def consolidate(
@@ -141,38 +119,19 @@ def _consolidate(
   The blocks behind the repeated ones (coda) run twice where something is read: after the first pass for the
   logits, and what they write then is dropped; after the last pass for the memory.
   """
-  first, last = sleep_cfg.looped(len(cfg.blocks))
-  start = carry.open_window(carry.first_pass(state), cfg)
-  remat = sleep_cfg.remat != "none"
-  run = functools.partial(blocks.run, cfg=cfg, valid=valid, remat=remat)
-
-  def run_repeated(h, repeated, kept):
-    """`repeated`: the state of the repeated blocks; `kept`: the caches that this pass has to itself."""
-    before = start
-    if sleep_cfg.state == "carry":
-      before = before | carry.rewind(repeated, start)
-    before = before | carry.State({}, kept)
-    h, after, _ = run(arranged.repeated, h, before)
-    shared = after.within(first, last)
-    return h, State(shared.fast, _without(shared.kept, kept)), {i: after.kept[i] for i in kept}
-
-  def between(h):
-    """h as the next pass reads it; a single pass is the plain hybrid."""
-    return looped.final_norm(weights, h, cfg) if cfg.loop_norm and sleep_cfg.num_passes > 1 else h
+  parts = consolidation.parts(weights, arranged, state, cfg, sleep_cfg, valid)
 
   def one_pass(*before):
-    h, repeated, kept = run_repeated(*before)
-    return between(h), repeated, kept
+    h, repeated, kept = parts.repeat(*before)
+    return parts.between(h), repeated, kept
 
   def awake(*before):
-    h, repeated, kept = run_repeated(*before)
-    return (between(h), repeated, kept), (h, repeated)
+    h, repeated, kept = parts.repeat(*before)
+    return (parts.between(h), repeated, kept), (h, repeated)
 
   with jax.named_scope("asleep"):
-    h, before, _ = run(arranged.prelude, embed(weights, tokens, cfg, valid), start)
-    kept = carry.per_pass(state, sleep_cfg.num_passes)
-    repeated = before.within(first, last)
-    given = h, State(repeated.fast, _without(repeated.kept, kept)), kept
+    begun = parts.fall(embed(weights, tokens, cfg, valid))
+    given = begun.h, begun.repeated, begun.kept
     how: Any = {
       "num_passes": sleep_cfg.num_passes,
       "backprop_passes": sleep_cfg.backprop_passes,
@@ -183,18 +142,13 @@ def _consolidate(
     if reads:
       (h, repeated), *asleep = read_and_sleep(awake, one_pass, *given, **how)
       with jax.named_scope("awake"):
-        h, _, _ = run(arranged.coda, h, before | repeated)
+        h, _ = parts.coda(h, begun.prelude, repeated)
         (h,) = _at([h], reads)
         logits = logits_of(weights, h, cfg)
     else:
       asleep = sleep(one_pass, *given, **how)
     h, repeated, kept = asleep
-    _, after, _ = run(arranged.coda, h, before | repeated)
-  return logits, carry.after_window(state, after, kept)
-
-
-def _without(these: dict[str, Any], those: dict[str, Any]) -> dict[str, Any]:
-  return {i: x for i, x in these.items() if i not in those}
+    return logits, parts.wake(consolidation.Asleep(h, begun.prelude, repeated, kept))
 
 
 def predict(
@@ -263,11 +217,15 @@ def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
 
 
 def open_window(
-  state: State, cfg: ModelConfig, batch: int
+  state: State, cfg: ModelConfig, batch: int, *, room: int = 0
 ) -> tuple[dict[str, fast_weights.FastWeights], looped.Cache]:
-  """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept."""
+  """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept.
+
+  Args:
+    room: as for `attention.init_cache`.
+  """
   start = carry.open_window(carry.first_pass(state), cfg)
-  return start.fast, looped.init_cache(cfg, batch, start)
+  return start.fast, looped.init_cache(cfg, batch, start, room=room)
 
 
 def decode(
@@ -284,7 +242,7 @@ def decode(
   """Reads the next tokens of a window that is already open, awake: one at a time equals all at once.
 
   Args:
-    tokens: [B, T] int32, T >= 1; together with the cache at most L.
+    tokens: [B, T] int32, 1 <= T <= L; the cache must have room for them.
     fast, cache: as the tokens before left them; from `open_window` at first.
     reads: positions among the T whose logits are wanted. None: all.
     valid: [B, T] bool, False for pads. None: all valid.

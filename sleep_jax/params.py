@@ -60,9 +60,10 @@ def matrix(*shape: int, axes: tuple[str | None, ...], num_in: int = 1) -> Weight
   return Weight(shape, axes, normal(fan_in**-0.5), group="muon", num_in=num_in)
 
 
-def scale(size: int, axis: str | None = None) -> Weight:
-  """The weight of a norm: ones, no decay."""
-  return Weight((size,), (axis,), jax.nn.initializers.ones, decay=False)
+def scale(*shape: int, axes: tuple[str | None, ...] = (None,), zero: bool = False) -> Weight:
+  """The weight of a norm: ones (zeros, if the norm adds 1 to it), no decay."""
+  draw = jax.nn.initializers.zeros if zero else jax.nn.initializers.ones
+  return Weight(shape, axes, draw, decay=False)
 
 
 def bias(*shape: int, axes: tuple[str | None, ...]) -> Weight:

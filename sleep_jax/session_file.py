@@ -24,6 +24,7 @@ import numpy as np
 
 from sleep_jax import config, generate, model, params
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax.session import like
 
 FORMAT = 2  # before, the position was outside the checksum
 HEADER, CHECKSUM = "sleep_jax_session", "sha256"
@@ -59,7 +60,8 @@ def check_path(path: str | os.PathLike, cfg: ModelConfig, sleep_cfg: SleepConfig
   """
   path = _resolved(path)
   _check_target(path)
-  wanted = jax.eval_shape(lambda: generate.start(cfg, sleep_cfg, batch))
+  filled = max(0, (sleep_cfg.spread or 0) - 1)  # a session in the middle of a sleep is the largest
+  wanted = jax.eval_shape(lambda: like(cfg, sleep_cfg, batch, filled, 1))
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(wanted))
   with _writing(path) as (out, made):
     try:
@@ -193,8 +195,8 @@ def _load(
     "session",
     f"{path} is damaged: {batch} rows, {filled} tokens, {windows} windows",
   )
-  wanted = jax.eval_shape(lambda: generate.start(cfg, sleep_cfg, batch))
-  leaves, treedef = jax.tree.flatten(wanted.replace(filled=filled, windows=windows))
+  wanted = jax.eval_shape(lambda: like(cfg, sleep_cfg, batch, filled, windows))
+  leaves, treedef = jax.tree.flatten(wanted)
   expected = dict(zip(_arrays(wanted), leaves, strict=True))
   wrong = sorted(expected.keys() ^ entries.keys()) or [
     name
@@ -206,12 +208,16 @@ def _load(
   )
   arrays = [_array(file, len(head), entries[name], expected[name]) for name in expected]
   session = jax.tree.unflatten(treedef, arrays)
-  low, high = int(session.tokens.min()), int(session.tokens.max())
+  read = [session.tokens, *([] if session.night is None else [session.night.tokens])]
+  low, high = int(np.min(read)), int(np.max(read))
   config.check(
     0 <= low and high < cfg.vocab_size, "session", f"{path} is damaged: it has tokens in {low}..{high}"
   )
-  on_device = jax.device_put(session.replace(tokens=None, valid=None))
-  return on_device.replace(tokens=session.tokens, valid=session.valid), told.get("text")
+  on_host = {"tokens": session.tokens, "valid": session.valid, "night": session.night}
+  if session.night is not None:
+    on_host["night"] = session.night.replace(asleep=jax.device_put(session.night.asleep))
+  on_device = jax.device_put(session.replace(**dict.fromkeys(on_host)))
+  return on_device.replace(**on_host), told.get("text")
 
 
 def _head(file: BinaryIO, size: int) -> bytes:

@@ -48,8 +48,8 @@ def test_a_weight_that_is_copied_is_counted():
 
 
 def large(eviction: str, tied: bool) -> ModelConfig:
-  """Large enough for its weights to outweigh everything else."""
-  return ModelConfig(
+  """Large enough for its weights to outweigh everything else; untied with all that published hybrids have."""
+  cfg = ModelConfig(
     vocab_size=2048,
     embed_dim=128,
     mlp_dim=384,
@@ -60,6 +60,11 @@ def large(eviction: str, tied: bool) -> ModelConfig:
     attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=32, swa_window=16),
     fast=FastConfig(num_heads=2, key_dim=16, value_dim=32),
   )
+  if tied:
+    return cfg
+  attends = {"gate": True, "rotary_dim": 16, "qk_norm_over": "all"}
+  fast = {"num_key_heads": 1, "write_most": 2.0}
+  return config.replace(cfg, attention=attends, fast=fast, norm_zero_centered=True)
 
 
 @pytest.mark.parametrize(("eviction", "tied"), [("hard", True), ("sliding", False)])

@@ -20,7 +20,7 @@ from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax import config, sharding
+from sleep_jax import config, layers
 from sleep_jax.attention.blocked import MASKED, blocked
 from sleep_jax.config import AttentionConfig
 from sleep_jax.kernels.common import target
@@ -182,7 +182,7 @@ def _on_mesh(
   axes = heads if isinstance(heads, tuple) else filter(None, [heads])
   ways = math.prod(mesh.shape[axis] for axis in axes)
   if (times := ways // math.gcd(k.shape[2], ways)) > 1:
-    k, v = (_repeated(x, times) for x in (k, v))
+    k, v = (layers.repeated(x, times) for x in (k, v))
   wide = P(rows, None, heads, None)
   places = {"valid": P(rows, None), "offset": P()}
   names = tuple(optional)
@@ -231,14 +231,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Arra
   """
   groups = q.shape[2] // k.shape[2]
   if groups > 1:
-    k, v = (_repeated(x, groups) for x in (k, v))
+    k, v = (layers.repeated(x, groups) for x in (k, v))
   scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
   shares = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(q.dtype)
   return jnp.einsum("bhts,bshd->bthd", shares, v)
-
-
-def _repeated(x: jax.Array, groups: int) -> jax.Array:
-  """[B, T, num_kv_heads, head_dim] with each head `groups` times, split over the mesh as queries are."""
-  batch, length, heads, width = x.shape
-  layout = sharding.spec(("batch", "seq", "heads", "head_dim"), (batch, length, heads * groups, width))
-  return jnp.repeat(x, groups, axis=2, out_sharding=layout)

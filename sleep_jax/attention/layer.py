@@ -19,9 +19,9 @@ class KVCache:
   Under sliding eviction the rows before the window's own are the tokens that were kept, oldest first.
 
   Attributes:
-    k, v: [B, L, num_kv_heads, head_dim], under sliding eviction [B, 2 L - 1, ...]; keys after RoPE; rows from
-      `length` on are not set yet.
-    valid: [B, L] (or 2 L - 1) bool, False for pads and for rows that are not set yet.
+    k, v: [B, L, num_kv_heads, head_dim], under sliding eviction [B, 2 L - 1, ...], or with more rows where
+      there is room behind the window; keys after RoPE; rows from `length` on are not set yet.
+    valid: [B, L] (or as many as there are rows) bool, False for pads and for rows that are not set yet.
     length: int32 scalar, tokens in the cache.
   """
 
@@ -50,32 +50,37 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
   """The weights of one attention mixer."""
   d, hd, heads, kv_heads = cfg.embed_dim, cfg.head_dim, cfg.attention.num_heads, cfg.num_kv_heads
   into = ("w_embed", "heads", "head_dim")
+  queries = hd * (2 if cfg.attention.gate else 1)  # each head's gate behind its query
   weights = {
-    "q": params.matrix(d, heads, hd, axes=into),
+    "q": params.matrix(d, heads, queries, axes=into),
     "k": params.matrix(d, kv_heads, hd, axes=into),
     "v": params.matrix(d, kv_heads, hd, axes=into),
     "o": params.matrix(heads, hd, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
   }
   if cfg.attention.qk_norm:
-    weights |= {"q_norm": params.scale(hd), "k_norm": params.scale(hd)}
+    for name, count in (("q", heads), ("k", kv_heads)):
+      zero, axes = cfg.norm_zero_centered, ("heads", "head_dim")
+      every = params.scale(count, hd, axes=axes, zero=zero)
+      weights[f"{name}_norm"] = every if cfg.attention.qk_norm_over == "all" else params.scale(hd, zero=zero)
   if cfg.attention.bias:
-    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-      weights[f"{name}_bias"] = params.bias(count, hd, axes=("heads", "head_dim"))
+    for name, count, width in (("q", heads, queries), ("k", kv_heads, hd), ("v", kv_heads, hd)):
+      weights[f"{name}_bias"] = params.bias(count, width, axes=("heads", "head_dim"))
   if cfg.attention.out_bias:
     weights["o_bias"] = params.bias(d, axes=(None,))
   return weights
 
 
-def init_cache(cfg: ModelConfig, batch: int, kept: Kept | None = None, *, rotated: bool = True) -> KVCache:
+def init_cache(
+  cfg: ModelConfig, batch: int, kept: Kept | None = None, *, rotated: bool = True, room: int = 0
+) -> KVCache:
   """The cache of a window of which nothing is read yet; behind what was kept, under sliding eviction.
 
   Args:
     rotated: as for `read_window`.
+    room: rows for tokens behind the window, which are read while it is slept on (`sleep.spread`).
   """
-  rows, before = cfg.window, 0
-  if cfg.eviction == "sliding":
-    rows, before = 2 * cfg.window - 1, cfg.window - 1
-  k, valid = _zeros(cfg, batch, rows)
+  before = cfg.window - 1 if cfg.eviction == "sliding" else 0
+  k, valid = _zeros(cfg, batch, before + cfg.window + room)
   cache = KVCache(k=k, v=k, valid=valid, length=jnp.asarray(before, jnp.int32))
   if kept is None:
     return cache
@@ -120,12 +125,12 @@ def read_window(
   Returns:
     [B, T, D] in x's dtype.
   """
-  q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
+  q, k, v, gate = _project(weights, layers.without_pads(x, valid), cfg)
   at = jnp.arange(x.shape[1])
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
   out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
-  return _out(weights, out, cfg)
+  return _out(weights, out, gate, cfg)
 
 
 def read_behind(
@@ -149,7 +154,7 @@ def read_behind(
     [B, T, D] in x's dtype, and what is kept after the window.
   """
   batch, length, _ = x.shape
-  q, k, v = _project(weights, layers.without_pads(x, valid), cfg)
+  q, k, v, gate = _project(weights, layers.without_pads(x, valid), cfg)
   if valid is None:
     valid = sharding.constrain(jnp.ones((batch, length), bool), ("batch", "seq"))
   k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
@@ -159,7 +164,7 @@ def read_behind(
     q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
   reach = min(reach or cfg.window, cfg.window)
   out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
-  return _out(weights, out, cfg), kept
+  return _out(weights, out, gate, cfg), kept
 
 
 def decode(
@@ -182,7 +187,7 @@ def decode(
     [B, T, D] in x's dtype, and the cache with the T tokens appended.
   """
   batch, length, _ = x.shape
-  q, k, v = _project(weights, layers.without_pads(x, valid), cfg, apart=True)
+  q, k, v, gate = _project(weights, layers.without_pads(x, valid), cfg, apart=True)
   at = cache.length + jnp.arange(length)
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
@@ -204,7 +209,7 @@ def decode(
       valid=cache.valid,
       implementation=cfg.attention.implementation,
     )
-  return _out(weights, out, cfg), cache
+  return _out(weights, out, gate, cfg), cache
 
 
 def attend_one(
@@ -245,8 +250,9 @@ def attend_one(
 
 def _project(
   weights: dict[str, jax.Array], x: jax.Array, cfg: ModelConfig, *, apart: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Queries [B, T, num_heads, head_dim], keys and values [B, T, num_kv_heads, head_dim], before RoPE.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+  """Queries [B, T, num_heads, head_dim], keys and values [B, T, num_kv_heads, head_dim], before RoPE; and the
+  gate on what the heads give, like queries, before its sigmoid.
 
   Args:
     apart: as for `layers.swiglu`.
@@ -260,18 +266,26 @@ def _project(
     k, v = jnp.split(kv, 2, axis=-1)
   if cfg.attention.bias:
     q, k, v = (y + weights[f"{name}_bias"].astype(y.dtype) for name, y in (("q", q), ("k", k), ("v", v)))
+  gate = None
+  if cfg.attention.gate:
+    q, gate = jnp.split(q, 2, axis=-1)
   if cfg.attention.qk_norm:
-    q = layers.rms_norm(q, weights["q_norm"], cfg.norm_eps, cfg.norm_cast)
-    k = layers.rms_norm(k, weights["k_norm"], cfg.norm_eps, cfg.norm_cast)
-  return q, k, v
+    q, k = layers.norm(q, weights["q_norm"], cfg), layers.norm(k, weights["k_norm"], cfg)
+  return q, k, v, gate
 
 
 def _rotate(x: jax.Array, at: jax.Array, cfg: ModelConfig) -> jax.Array:
-  return layers.rope(x, at, cfg.attention.rope_theta, cfg.attention.rope_scaling)
+  width = cfg.attention.rotary_dim
+  turned = layers.rope(x[..., :width], at, cfg.attention.rope_theta, cfg.attention.rope_scaling)
+  return turned if width is None else jnp.concatenate([turned, x[..., width:]], axis=-1)
 
 
-def _out(weights: dict[str, jax.Array], out: jax.Array, cfg: ModelConfig) -> jax.Array:
+def _out(
+  weights: dict[str, jax.Array], out: jax.Array, gate: jax.Array | None, cfg: ModelConfig
+) -> jax.Array:
   """The output projection: [B, T, num_heads, head_dim] -> [B, T, D]."""
+  if gate is not None:
+    out = out * jax.nn.sigmoid(gate)
   out = layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2)
   return out + weights["o_bias"].astype(out.dtype) if cfg.attention.out_bias else out
 

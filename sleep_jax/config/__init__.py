@@ -30,7 +30,15 @@ from sleep_jax.config.model import (
   block_names,
   register_block,
 )
-from sleep_jax.config.run import Config, MeshConfig, OptimConfig, SleepConfig, TrainConfig, check_sleep
+from sleep_jax.config.run import (
+  Config,
+  MeshConfig,
+  OptimConfig,
+  SleepConfig,
+  TrainConfig,
+  check_sleep,
+  check_spread,
+)
 from sleep_jax.config.schema import defaults_of, from_dict, replace, to_dict
 
 __all__ = [
@@ -38,6 +46,6 @@ __all__ = [
   "FastConfig", "FreeText",
   "MeshConfig", "ModelConfig", "Natural", "NotNegative", "OptimConfig", "Positive", "RopeScaling", "Seed",
   "SleepConfig", "TrainConfig", "above", "annotations", "at_least", "block_names", "check",
-  "check_fields", "check_seed", "check_sleep", "defaults_of", "documentation", "from_dict", "nearest",
-  "one_of", "register_block", "replace", "shown", "to_dict"
+  "check_fields", "check_seed", "check_sleep", "check_spread", "defaults_of", "documentation", "from_dict",
+  "nearest", "one_of", "register_block", "replace", "shown", "to_dict"
 ]  # fmt: skip

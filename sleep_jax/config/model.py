@@ -67,7 +67,11 @@ class AttentionConfig:
     head_dim: width of a head. None: `embed_dim / num_heads`, which must divide.
     rope_theta: base of the rotary angles.
     rope_scaling: how the rotary angles are stretched.
-    qk_norm: RMSNorm on queries and keys, per head.
+    rotary_dim: channels of a head that rotary angles turn, from the first on. None: all.
+    qk_norm: RMSNorm on queries and keys.
+    qk_norm_over: what this norm takes the mean of: the channels of each `head` alone, or of `all` heads.
+    gate: each channel that a head gives is multiplied by the sigmoid of a gate, which the projection of
+      queries makes beside them.
     bias: added to queries, keys and values.
     out_bias: added to what the output projection gives.
     swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
@@ -83,7 +87,10 @@ class AttentionConfig:
   head_dim: Annotated[int, Bounds(least=2)] | None = None
   rope_theta: Positive = 10_000.0
   rope_scaling: RopeScaling = RopeScaling()
+  rotary_dim: Annotated[int, Bounds(least=2)] | None = None
   qk_norm: bool = True
+  qk_norm_over: Literal["head", "all"] = "head"
+  gate: bool = False
   bias: bool = False
   out_bias: bool = False
   swa_window: Count | None = None
@@ -100,6 +107,8 @@ class AttentionConfig:
       f"must divide num_heads = {self.num_heads}, got {kv_heads}",
     )
     check(width is None or width % 2 == 0, f"{self.PATH}.head_dim", f"must be even for RoPE, got {width}")
+    turned = self.rotary_dim
+    check(turned is None or turned % 2 == 0, f"{self.PATH}.rotary_dim", f"must be even, got {turned}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,7 @@ class FastConfig:
 
   Attributes:
     num_heads: H.
+    num_key_heads: heads of queries and keys; neighbouring heads of values share one. None: H.
     key_dim: K, width of a key and query of one head.
     value_dim: V, width of a value of one head.
     conv_size: taps of the short causal convolution on q, k and v; 0 for none. In a `jet` block, taps of the
@@ -120,6 +130,8 @@ class FastConfig:
     decay_init: range (low, high) from which exp(A_log) is drawn evenly; the decay of a token is
       exp(-exp(A_log) * softplus(.)). The usual (1, 16) forgets a window of a few dozen tokens
       within N passes; (1/16, 1) keeps it.
+    write_most: what b, the strength of a write, may be at most: b = write_most * sigmoid(.). With 2, a token
+      can turn over what S holds under its key (negative eigenvalues, arXiv 2411.12537).
     out_norm_eps: epsilon of the RMSNorm on what is read from the fast weights.
     kernel: backend of `kernels`, by name. None: the fastest measured one for the platform. With
       `pallas_tpu_fused` the short convolution, SiLU, norms and gates of a `gdn` block run inside the kernel.
@@ -136,11 +148,24 @@ class FastConfig:
   decay_init: tuple[float, float] = (1.0, 16.0)
   out_norm_eps: Positive = 1e-5
   kernel: str | None = None
+  num_key_heads: Count | None = None
+  write_most: Positive = 1.0
 
   def __post_init__(self):
     check_fields(self)
     low, high = self.decay_init
     check(0 < low <= high, f"{self.PATH}.decay_init", f"needs 0 < low <= high, got ({low}, {high})")
+    few = self.num_key_heads
+    check(
+      few is None or self.num_heads % few == 0,
+      f"{self.PATH}.num_key_heads",
+      f"must divide num_heads = {self.num_heads}, got {few}",
+    )
+    check(
+      self.write_most == 1 or self.kernel != "pallas_tpu_fused",
+      f"{self.PATH}.write_most",
+      f"must be 1 with kernel = pallas_tpu_fused, got {self.write_most}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +190,11 @@ class ModelConfig:
     embed_norm: an RMSNorm on the embedding, in front of the first block.
     residual_scale: factor of all that mixers and MLPs add to the residual stream.
     norm_eps: epsilon of the RMSNorms on the residual stream.
-    norm_placement: `pre`: a norm on what a mixer or MLP reads; `sandwich`: also one on what it adds.
+    norm_placement: `pre`: a norm on what a mixer or MLP reads; `sandwich`: also one on what it adds;
+      `after_attention`: in attention blocks one on what they add alone, other blocks as with `pre`.
     norm_cast: when an RMSNorm rounds to the activation dtype: `last`, after the product with its weight, or
       `first`, before it.
+    norm_zero_centered: a norm multiplies by 1 + its weight.
     loop_norm: the final norm after every pass; the next pass reads what it gives.
     tied_embeddings: the head is the embedding, transposed.
     predict_passes: passes over the blocks when awake; 1 unless the model was trained as a looped one.
@@ -195,8 +222,9 @@ class ModelConfig:
   embed_norm: bool = False
   residual_scale: Positive = 1.0
   norm_eps: Positive = 1e-6
-  norm_placement: Literal["pre", "sandwich"] = "pre"
+  norm_placement: Literal["pre", "sandwich", "after_attention"] = "pre"
   norm_cast: Literal["last", "first"] = "last"
+  norm_zero_centered: bool = False
   loop_norm: bool = False
   tied_embeddings: bool = False
   predict_passes: Annotated[int, Bounds(least=1), Bounds(most=MOST_PASSES_AWAKE)] = 1
@@ -211,7 +239,7 @@ class ModelConfig:
     check_fields(self)
     self._check_blocks()
     self._check_passes()
-    if set(self.blocks) & set(ATTENTION) and self.attention.head_dim is None:
+    if set(self.blocks) & set(ATTENTION):
       self._check_heads()
 
   def _check_blocks(self) -> None:
@@ -244,14 +272,20 @@ class ModelConfig:
       )
 
   def _check_heads(self) -> None:
-    width, heads = self.embed_dim, self.attention.num_heads
+    width, heads, turned = self.embed_dim, self.attention.num_heads, self.attention.rotary_dim
+    if self.attention.head_dim is None:
+      check(
+        width % heads == 0,
+        "model.embed_dim",
+        f"must be a multiple of model.attention.num_heads = {heads} (or set head_dim), got {width}",
+      )
+      check(
+        width // heads % 2 == 0, "model.attention.head_dim", f"must be even for RoPE, got {width} / {heads}"
+      )
     check(
-      width % heads == 0,
-      "model.embed_dim",
-      f"must be a multiple of model.attention.num_heads = {heads} (or set head_dim), got {width}",
-    )
-    check(
-      width // heads % 2 == 0, "model.attention.head_dim", f"must be even for RoPE, got {width} / {heads}"
+      turned is None or turned <= self.head_dim,
+      "model.attention.rotary_dim",
+      f"must be at most {self.head_dim} (head_dim), got {turned}",
     )
 
   def _check_passes(self) -> None:

@@ -28,6 +28,10 @@ class SleepConfig:
       window began with, so that only the last pass's write survives (LT2, arXiv 2605.20670).
     kept: whose keys and values stay under sliding eviction: those of the `last` pass, which all passes
       over the next window see, or of `each`, where pass n sees those of pass n (N caches a looped block).
+    spread: K, in generation: the passes of a sleep are made while the next K tokens are read, pass n with
+      token ceil(n K / N), so that no token waits for more than one; until then they read the window as if it
+      had not ended (`sleep_jax/spread.py`). N <= K < L. None or 0: all passes before the next token.
+      Training, where no token waits, does not look at it.
     remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`
       (keep the input of each block), `pass` (and of each pass), `window` (and S at each window).
     loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
@@ -43,6 +47,7 @@ class SleepConfig:
   last_block: int | None = None
   state: Literal["carry", "reset"] = "carry"
   kept: Literal["last", "each"] = "last"
+  spread: Natural | None = None
   remat: Literal["none", "block", "pass", "window"] = "none"
   loops: Literal["scan", "unroll"] = "scan"
 
@@ -56,6 +61,13 @@ class SleepConfig:
     )
     if self.last_block is not None:
       above(self.last_block, self.first_block, "sleep.last_block")
+    if self.spread == 0:
+      object.__setattr__(self, "spread", None)
+    check(
+      self.spread is None or self.spread >= n,
+      "sleep.spread",
+      f"must be at least sleep.num_passes = {n}, for one pass a token, or 0, got {self.spread}",
+    )
     check(
       self.loops == "scan" or n <= MOST_PASSES_UNROLLED,
       "sleep.num_passes",
@@ -228,4 +240,15 @@ def check_sleep(sleep: SleepConfig, model: ModelConfig) -> None:
     "sleep.when",
     f"must be `unread` where model.predict_passes is above 1 (the first pass of a sleep is to be the reading"
     f" awake), got {sleep.when!r} and {model.predict_passes}",
+  )
+  check_spread(sleep, model)
+
+
+def check_spread(sleep: SleepConfig, model: ModelConfig) -> None:
+  """Raises `ConfigError` where a sleep that is spread would not end before the next window is full."""
+  check(
+    sleep.spread is None or sleep.spread < model.window,
+    "sleep.spread",
+    f"must be below model.window = {model.window}, or a sleep would not end before the next one begins, got"
+    f" {sleep.spread}",
   )

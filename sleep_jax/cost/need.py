@@ -88,7 +88,8 @@ def weights(cfg: ModelConfig) -> int:
 
 def session(cfg: ModelConfig, sleep_cfg: SleepConfig, rows: int = 1) -> int:
   """Bytes of a session of `generate` at least: S, the open window's cache, and what sliding eviction kept."""
-  cache = _keys(cfg) * cfg.window * sum(kind in ATTENTION for kind in cfg.blocks)
+  held = cfg.window + (sleep_cfg.spread or 0)
+  cache = _keys(cfg) * held * sum(kind in ATTENTION for kind in cfg.blocks)
   tokens = cfg.window * 5  # an int32 and a bool
   return rows * (_state(cfg) + cache + tokens + _kept(cfg, sleep_cfg) + cfg.vocab_size * FLOAT32)
 

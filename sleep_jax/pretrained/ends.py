@@ -18,7 +18,10 @@ def end_tokens(folder: str | os.PathLike) -> tuple[int, ...]:
   found: list[int] = []
   for name in ("generation_config.json", "config.json"):
     path = pathlib.Path(folder) / name
-    value = read_json(path).get(FIELD) if path.exists() else None
+    values = read_json(path) if path.exists() else {}
+    inner = values.get("text_config")  # of a model that reads images too
+    value = values.get(FIELD)
+    value = inner.get(FIELD) if value is None and isinstance(inner, dict) else value
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int for token in tokens):
       raise PretrainedError(f"{name}: {FIELD} must be a token or a list of tokens, got {value!r:.60}")

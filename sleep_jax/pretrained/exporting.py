@@ -19,7 +19,7 @@ from sleep_jax import config, model, params
 from sleep_jax.config import ModelConfig
 from sleep_jax.pretrained import files, own_format, safetensors_io, weight_map
 from sleep_jax.pretrained.fields import PretrainedError, listing
-from sleep_jax.pretrained.loading import CONFIG, EMBED, MEMORY_CONFIG, MEMORY_TENSORS, Source
+from sleep_jax.pretrained.loading import CONFIG, MEMORY_CONFIG, MEMORY_TENSORS, Source
 
 # What a folder holds beside config and weights, and what a program needs to open it: tokenizers, chat
 # templates, settings of generation, licences and notices, the model card, and the Python files that
@@ -109,24 +109,39 @@ def write_like(
     return
   tensors, buffers = source.tensors, set(source.buffers)
   kinds = {n: kind if n in buffers or dtype == "published" else "F32" for n, kind in tensors.dtypes.items()}
-  entries = {source.stored_name(e.name): e for e in source.entries(cfg)}
-  wanted = {name: e.shape for name, e in entries.items() if not e.memory}
-  there = {n: shape for n, shape in tensors.shapes.items() if n not in buffers and n != source.repeated}
+  entries: dict[str, list[weight_map.Entry]] = {}
+  for e in source.entries(cfg):
+    entries.setdefault(source.stored_name(e.name), []).append(e)
+  wanted = {name: some[0].shape for name, some in entries.items() if not some[0].memory}
+  shapes = source.whole_shapes(wanted)
+  there = {n: shape for n, shape in shapes.items() if n not in buffers and n != source.repeated}
   if wanted != there:
     raise PretrainedError(f"the weights are not those of a model like {source.folder}")
   flat = _flat(weights)
+  cut: dict[str, tuple[str, int]] = {}  # a piece of a tensor -> that, and the piece's first row
+  for name in wanted:
+    first = 0
+    for piece in (pieces := source.stored(name)):
+      if len(pieces) > 1:
+        cut[piece] = name, first
+        first += tensors.shapes[piece][0]
 
   def get(name: str) -> np.ndarray:
     if name in buffers:
       return tensors.read(name)
-    return _array(flat, entries[EMBED if name == source.repeated else name])
+    if name in cut:
+      whole, first = cut[name]
+      return get(whole)[first : first + tensors.shapes[name][0]]
+    some = entries[source.stored_name(source.embed) if name == source.repeated else name]
+    parts = [_array(flat, e) for e in some]
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
   for file, metadata in tensors.metadata.items():
     inside = {n: (kinds[n], tensors.shapes[n]) for n, f in tensors.files.items() if f == file}
     if kinds != tensors.dtypes:
       inside = safetensors_io.in_order(inside)
     safetensors_io.write(made / file, inside, get, metadata)
-  if memory := {n: ("F32", e.shape) for n, e in entries.items() if e.memory}:
+  if memory := {n: ("F32", some[0].shape) for n, some in entries.items() if some[0].memory}:
     safetensors_io.write(made / MEMORY_TENSORS, safetensors_io.in_order(memory), get, {"format": "pt"})
     _write_json(made / MEMORY_CONFIG, _memory_json(cfg))
   for name in (CONFIG, *([] if tensors.index is None else [safetensors_io.INDEX])):
@@ -196,8 +211,13 @@ def _array(flat: dict[str, jax.Array], entry: weight_map.Entry) -> np.ndarray:
 
 def _say_float32(made: pathlib.Path, source: Source, kinds: dict[str, str]) -> None:
   """Corrects what the copied files say about dtypes and sizes."""
-  named = {name: "float32" for name in ("torch_dtype", "dtype") if source.config.get(name) is not None}
-  _write_json(made / CONFIG, source.config | named)
+
+  def said(values: dict[str, Any]) -> dict[str, Any]:
+    named = {name: "float32" for name in ("torch_dtype", "dtype") if values.get(name) is not None}
+    inner = {name: said(values[name]) for name in ("text_config",) if isinstance(values.get(name), dict)}
+    return values | named | inner
+
+  _write_json(made / CONFIG, said(source.config))
   tensors = source.tensors
   if tensors.index is not None:
     sizes = (math.prod(s) * safetensors_io.DTYPES[kinds[n]].itemsize for n, s in tensors.shapes.items())

@@ -102,16 +102,31 @@ class Fields:
     """Whether the field is there and not null."""
     return self.values.get(name) is not None
 
-  def group(self, name: str, defaults: Mapping[str, Any] | None = None) -> "Fields":
-    """A field that is itself an object."""
+  def group(self, name: str, defaults: Mapping[str, Any] | None = None, *, config: bool = False) -> "Fields":
+    """A field that is itself an object.
+
+    Args:
+      config: that is a whole config, with all that any of them may have.
+    """
     self._read.add(name)
-    return Fields(
+    inner = Fields(
       self.values.get(name),
       self.where,
       defaults=defaults,
       prefix=f"{self.prefix}{name}.",
       ignore=self._ignore,
     )
+    if config:
+      inner.skip(*published.FREE)
+    return inner
+
+  def settle(self, reads: Iterable[str] = ()) -> None:
+    """Refuses values of `published.SETTLED` that would change something; the caller reads the fields
+    `reads`.
+    """
+    for name, (allowed, why) in published.SETTLED.items():
+      if name not in reads:
+        self.only(name, allowed, why)
 
   def names(
     self, name: str, length: int, known: Iterable[str], default: str | None = None
@@ -181,10 +196,13 @@ _UNUSED["default"] = (
 )
 
 
-def rope(fields: Fields) -> tuple[float, RopeScaling]:
+def rope(fields: Fields, reads: tuple[str, ...] = ()) -> tuple[float, RopeScaling]:
   """Base and scaling of rotary angles.
 
   Older files have `rope_theta` and `rope_scaling`, newer ones have both in `rope_parameters`.
+
+  Args:
+    reads: fields of these two that the caller reads, or that change nothing.
   """
   names = ("rope_parameters", "rope_scaling")
   groups = [fields.group(name) for name in names if fields.values.get(name)]
@@ -194,27 +212,33 @@ def rope(fields: Fields) -> tuple[float, RopeScaling]:
   bases = [(g.prefix, g.positive("rope_theta")) for g in (*groups, fields) if g.given("rope_theta")]
   for prefix, base in bases:
     if base != bases[0][1]:
-      raise fields.error(f"{prefix}rope_theta", f"is {base}, {bases[0][0]}rope_theta is {bases[0][1]}")
+      raise PretrainedError(
+        f"{fields.where}: {prefix}rope_theta is {base}, {bases[0][0]}rope_theta is {bases[0][1]}"
+      )
   theta = bases[0][1] if bases else fields.positive("rope_theta")
   fields.skip("rope_theta")
-  scalings = [_scaling(group, fields.values.get("max_position_embeddings")) for group in groups]
+  for group in groups:
+    group.skip(*reads)
+  scalings = [_scaling(group, fields.values.get("max_position_embeddings"), reads) for group in groups]
   if scalings and scalings[0] != scalings[-1]:
     raise fields.error("rope_scaling", "says otherwise than rope_parameters")
   return theta, scalings[0] if scalings else RopeScaling()
 
 
-def _scaling(group: Fields, longest: Any) -> RopeScaling:
+def _scaling(group: Fields, longest: Any, reads: tuple[str, ...]) -> RopeScaling:
   """What one of these objects says; `type` is what the oldest files call `rope_type`.
 
   Args:
     group: the object.
     longest: `max_position_embeddings`, from which a llama3 scaling starts unless it says otherwise.
+    reads: fields that are read elsewhere.
   """
   name = "type" if not group.given("rope_type") and group.given("type") else "rope_type"
   kind = group.get(name, str, "default")
   group.only("type", (kind,), "rope_type says otherwise")
   group.skip("rope_theta", *_UNUSED.get(kind, ()))
-  group.only("partial_rotary_factor", (1, 1.0), "rotary angles turn the whole head")
+  if "partial_rotary_factor" not in reads:
+    group.only("partial_rotary_factor", (1, 1.0), "rotary angles turn the whole head")
   if kind == "default":
     scaling = RopeScaling()
   elif kind == "linear":

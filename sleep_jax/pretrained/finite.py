@@ -10,9 +10,9 @@ from sleep_jax.pretrained.loading import Source
 def first_not_finite(source: Source, weights: model.Params) -> str | None:
   """The name in `source` of the first tensor that holds NaN or infinity; None if none does."""
   flat = {params.name_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
-  names = {entry.name: flat[entry.path] for entry in source.entries()}
-  good = jax.device_get({name: _finite(x) for name, x in names.items()})
-  return next((name for name in names if not good[name]), None)
+  entries = source.entries()
+  good = jax.device_get([_finite(flat[entry.path]) for entry in entries])
+  return next((entry.name for entry, fine in zip(entries, good, strict=True) if not fine), None)
 
 
 @jax.jit

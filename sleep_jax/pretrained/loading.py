@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from sleep_jax import config, layers, model, params, rules, sharding
 from sleep_jax.config import ConfigError, ModelConfig
 from sleep_jax.pretrained import (
+  delta_nets,
   dense,
   files,
   jet_nemotron,
@@ -33,11 +35,14 @@ ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
   published.QWEN3: functools.partial(dense.read_config, mlp_bias=False, qk_norm=True),
   published.LLAMA: dense.read_config,
   published.SMOLLM3: functools.partial(dense.read_config, kinds=dense.with_nope),
+  published.QWEN3_5: delta_nets.read_qwen3_5,
+  published.QWEN3_5_WITH_IMAGES: delta_nets.read_qwen3_5_with_images,
+  published.OLMO_HYBRID: delta_nets.read_olmo_hybrid,
 }
 CONFIG = "config.json"
 # What is added to a model lies beside it, so that the rest stays what was published.
 MEMORY_CONFIG, MEMORY_TENSORS = "memory.json", "memory.safetensors"
-HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +70,59 @@ class Source:
     """Whether the checkpoint is in our own format, not in a published one."""
     return own_format.is_own(self.config)
 
+  @property
+  def layout(self) -> weight_map.Layout:
+    """How the family names its tensors."""
+    return weight_map.PLAIN if self.own else weight_map.layout_of(_architecture(self.config))
+
   def entries(self, cfg: ModelConfig | None = None) -> list[weight_map.Entry]:
     """The weights of a model (by default this one) with their names in files like these."""
     cfg = self.model if cfg is None else cfg
-    return weight_map.plain_entries(cfg) if self.own else weight_map.entries(cfg)
+    return weight_map.plain_entries(cfg) if self.own else weight_map.entries(cfg, self.layout)
+
+  @property
+  def embed(self) -> str:
+    """The published name of the embedding."""
+    return f"{self.layout.root}embed_tokens.weight"
 
   def stored_name(self, name: str) -> str:
     """The tensor that holds a weight. A tied model may have its embedding under the head's name alone."""
+    found = next((n for n in self.layout.names(name) if n in self.tensors.files), None)
     tied = self.model.tied_embeddings and not self.own
-    return HEAD if tied and name == EMBED and EMBED not in self.tensors.files else name
+    return found or (HEAD if tied and name == self.embed else name)
+
+  def stored(self, name: str) -> list[str]:
+    """The tensors that hold what one of this name does: one, or pieces of it, one behind the other."""
+    one, pieces = self.stored_name(name), self.layout.pieces(name)
+    there = self.tensors.files
+    return pieces if pieces and one not in there and all(piece in there for piece in pieces) else [one]
+
+  def whole_shapes(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, in which the pieces of one of `names` count as that."""
+    shapes = dict(self.tensors.shapes)
+    for name in names:
+      pieces = self.stored(name)
+      if len(pieces) > 1 and len({shapes[p][1:] for p in pieces}) == 1 and shapes[pieces[0]]:
+        shapes[name] = (sum(shapes[p][0] for p in pieces), *shapes[pieces[0]][1:])
+        for piece in pieces:
+          del shapes[piece]
+    return shapes
 
   @property
   def repeated(self) -> str | None:
     """The head's name, if the model is tied and holds the embedding under that name as well."""
-    both = HEAD in self.tensors.files and EMBED in self.tensors.files
-    return HEAD if both and self.model.tied_embeddings and not self.own else None
+    if self.own or not self.model.tied_embeddings or HEAD not in self.tensors.files:
+      return None
+    return None if self.stored_name(self.embed) == HEAD else HEAD
 
   @property
   def buffers(self) -> list[str]:
-    """Tensors that are no parameters."""
-    return [] if self.own else [n for n, s in self.tensors.shapes.items() if published.is_buffer(n, s)]
+    """Tensors that are no parameters of the model."""
+    return [] if self.own else [n for n, s in self.tensors.shapes.items() if self.is_buffer(n, s)]
+
+  def is_buffer(self, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is not read, but written back."""
+    return published.is_buffer(name, shape) or bool(re.fullmatch(self.layout.beside, name))
 
 
 def open_source(folder: str | os.PathLike, *, ignore: Collection[str] = (), **changes: Any) -> Source:
@@ -149,7 +187,7 @@ def load(
   declared = model.declare(source.model)
   places = {**source.tensors.files, **({} if source.memory is None else source.memory.files)}
   placed = {}
-  for entry in sorted(source.entries(), key=lambda e: (e.memory, places[source.stored_name(e.name)])):
+  for entry in sorted(source.entries(), key=lambda e: (e.memory, places[source.stored(e.name)[0]])):
     dtype = jnp.dtype(param_dtype if entry.weight.decay else "float32")
     placed[entry.path] = _place(entry.to_ours(read(source, entry)), entry.weight, dtype)
   _check_repeated(source)
@@ -160,7 +198,8 @@ def load(
 def read(source: Source, entry: weight_map.Entry) -> np.ndarray:
   """The tensor of a weight, as it is stored."""
   tensors = source.memory if entry.memory and source.memory is not None else source.tensors
-  return tensors.read(source.stored_name(entry.name))
+  parts = [tensors.read(name) for name in source.stored(entry.name)]
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def differing(source: Source, weights: model.Params) -> list[str]:
@@ -169,10 +208,11 @@ def differing(source: Source, weights: model.Params) -> list[str]:
   names = []
   for entry in source.entries():
     stored = read(source, entry)
+    stored = entry.part(stored)
     wanted = entry.to_published(np.asarray(jax.device_get(flat[entry.path]), np.float32))
     if not np.array_equal(np.float32(stored).view(np.uint32), np.ascontiguousarray(wanted).view(np.uint32)):
       names.append(entry.name)
-  return names
+  return list(dict.fromkeys(names))
 
 
 def _architecture(values: Mapping[str, Any]) -> str:
@@ -194,8 +234,7 @@ def _fields(values: dict[str, Any], ignore: Collection[str]) -> Fields:
   """The fields of a published `config.json`, of which those are checked that all architectures share."""
   family = published.FAMILIES[_architecture(values)]
   fields = Fields(values, CONFIG, defaults=family.defaults, ignore=ignore)
-  for name, (allowed, why) in published.SETTLED.items():
-    fields.only(name, allowed, why)
+  fields.settle(family.reads)
   return fields
 
 
@@ -232,7 +271,7 @@ def _place(x: np.ndarray, weight: params.Weight, dtype: jnp.dtype) -> jax.Array:
 def _check_repeated(source: Source) -> None:
   """Refuses a tied model whose file holds a head that is not the embedding."""
   if source.repeated is not None:
-    same = np.array_equal(source.tensors.read(HEAD), source.tensors.read(EMBED))
+    same = np.array_equal(source.tensors.read(HEAD), source.tensors.read(source.stored_name(source.embed)))
     config.check(same, HEAD, "differs from the embedding, to which config.json ties it")
 
 
@@ -245,9 +284,9 @@ def _check_tensors(source: Source, assumed: dict[str, Any]) -> None:
     wanted = {source.stored_name(e.name): e.shape for e in source.entries() if e.memory == memory}
     if not memory:
       if source.repeated is not None:
-        wanted[HEAD] = wanted[EMBED]
+        wanted[HEAD] = wanted[source.stored_name(source.embed)]
       wanted |= {name: tensors.shapes[name] for name in source.buffers}
-    there = tensors.shapes
+    there = tensors.shapes if memory else source.whole_shapes(wanted)
     missing, unexpected = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
     misshapen = [
       f"{n} {list(there[n])} instead of {list(wanted[n])}"
@@ -265,8 +304,8 @@ def _check_tensors(source: Source, assumed: dict[str, Any]) -> None:
 
 def _check_absent(source: Source) -> None:
   """Refuses an index that names tensors which no shard holds, unless nobody needs them."""
-  needless = {HEAD, EMBED} if source.model.tied_embeddings else set()
-  lacking = [n for n in source.tensors.absent if n not in needless and not published.is_buffer(n, ())]
+  needless = {HEAD, *source.layout.names(source.embed)} if source.model.tied_embeddings else set()
+  lacking = [n for n in source.tensors.absent if n not in needless and not source.is_buffer(n, ())]
   if lacking:
     raise PretrainedError(
       f"{safetensors_io.INDEX}: weight_map and the shards disagree about {listing(lacking)}"
@@ -279,12 +318,14 @@ def _check_buffers(source: Source) -> None:
   Older programs read them, so that a model can depend on them. They may be rounded to the dtype of the file,
   and scaled already or not.
   """
-  attention, half = source.model.attention, source.model.head_dim // 2
+  attention = source.model.attention
+  half = (attention.rotary_dim or source.model.head_dim) // 2
   for name in source.buffers:
     if not name.endswith("inv_freq"):
       continue
     if source.tensors.shapes[name] != (half,):
-      raise PretrainedError(f"{name}: must have shape [{half}], half of head_dim")
+      turned = "head_dim" if attention.rotary_dim is None else "what is turned of a head"
+      raise PretrainedError(f"{name}: must have shape [{half}], half of {turned}")
     stored = np.asarray(source.tensors.read(name), np.float64)
     plain = attention.rope_theta ** (-np.arange(half) / half)
     scaled = layers.scaled(jnp.asarray(plain, jnp.float32), attention.rope_scaling)

@@ -13,6 +13,8 @@ from typing import Any
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 LLAMA, SMOLLM3 = "LlamaForCausalLM", "SmolLM3ForCausalLM"
 JET_NEMOTRON, OURO = "JetNemotronForCausalLM", "OuroForCausalLM"
+QWEN3_5, QWEN3_5_WITH_IMAGES = "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"
+OLMO_HYBRID = "OlmoHybridForCausalLM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Family:
     model_type: the name of the family in the field `model_type`.
     source: the class, and where it is published.
     defaults: field -> value. None: derived from other fields.
+    reads: fields of `SETTLED` that this family reads itself.
   """
 
   model_type: str
   source: str
   defaults: Mapping[str, Any]
+  reads: frozenset[str] = frozenset()
 
 
 # What the classes have in common. `rope_theta` and `rope_scaling` stand in `rope_parameters` in newer files.
@@ -97,6 +101,55 @@ FAMILIES: dict[str, Family] = {
       "attention_bias": False,
       "mlp_bias": False,
       "tie_word_embeddings": True,
+    },
+  ),
+  QWEN3_5: Family(
+    "qwen3_5_text",
+    "transformers 5.24.0, models/qwen3_5/configuration_qwen3_5.py, class Qwen3_5TextConfig",
+    _COMMON
+    | {
+      "vocab_size": 248320,
+      "intermediate_size": 12288,
+      "num_attention_heads": 16,
+      "num_key_value_heads": 4,
+      "head_dim": 256,
+      "max_position_embeddings": 32768,
+      "partial_rotary_factor": 0.25,
+      "attention_bias": False,
+      "linear_conv_kernel_dim": 4,
+      "linear_key_head_dim": 128,
+      "linear_value_head_dim": 128,
+      "linear_num_key_heads": 16,
+      "linear_num_value_heads": 32,
+      "layer_types": None,  # attention in each `full_attention_interval`-th layer
+      "full_attention_interval": 4,
+    },
+    frozenset({"partial_rotary_factor"}),
+  ),
+  QWEN3_5_WITH_IMAGES: Family(
+    "qwen3_5",
+    "transformers 5.24.0, models/qwen3_5/configuration_qwen3_5.py, class Qwen3_5Config",
+    {},
+  ),
+  OLMO_HYBRID: Family(
+    "olmo_hybrid",
+    "transformers 5.24.0, models/olmo_hybrid/configuration_olmo_hybrid.py, class OlmoHybridConfig",
+    _COMMON
+    | {
+      "vocab_size": 100352,
+      "hidden_size": 3840,
+      "intermediate_size": 11008,
+      "num_attention_heads": 30,
+      "num_key_value_heads": None,  # num_attention_heads
+      "max_position_embeddings": 65536,
+      "attention_bias": False,
+      "layer_types": None,  # attention in every fourth layer, or in the last one alone
+      "linear_num_key_heads": None,  # num_attention_heads
+      "linear_num_value_heads": None,  # num_attention_heads
+      "linear_key_head_dim": None,  # three quarters of hidden_size / linear_num_key_heads
+      "linear_value_head_dim": None,  # 2 linear_key_head_dim
+      "linear_conv_kernel_dim": 4,
+      "linear_allow_neg_eigval": True,
     },
   ),
   JET_NEMOTRON: Family(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from sleep_jax.report import drawing
 from sleep_jax.report.drawing import Drawing
@@ -13,6 +15,7 @@ from sleep_jax.report.drawing import Drawing
 FORMS = {"windowed": "o", "sliding": "s", "parallel": "D"}
 # Of the window lengths, in order; N is an axis here, so its colours are free.
 COLOURS = ("#0b4fa8", "#c4500c", "#00796b", "#7a5c00", "#a3316f")
+PAPER, ROOFLINE = "axis of the paper's figure, H200", "roofline of the chip"
 COLUMNS = ("form", "L", "N", "tokens/s", "roofline")
 
 
@@ -34,8 +37,6 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, paper: Mapping[int, tupl
   _by_passes(by_passes, rows, lengths, paper)
   for axes in (by_length, by_passes):
     axes.set_ylabel("tokens/s", fontsize=drawing.SIZE)
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(fontsize=8, frameon=False)
   said = "; ".join(f"{row['form']}, L = {row['L']}, N = {row['N']}: {row['tokens/s']:,.0f}" for row in rows)
   return Drawing("throughput_figure", figure, f"{title}, tokens/s. {said}.", rows)
 
@@ -47,15 +48,15 @@ def _by_length(
   axes.set_title("N = 1: one window after the other, or all at once", fontsize=drawing.SIZE)
   places = {length: i for i, length in enumerate(lengths)}
   if paper is not None:
-    axes.axhspan(
-      *paper, color=drawing.QUIET, alpha=0.15, linewidth=0, label="axis of the paper's figure, H200"
-    )
+    axes.axhspan(*paper, color=drawing.QUIET, alpha=0.15, linewidth=0, label=PAPER)
   for (form, marker), colour in zip(FORMS.items(), COLOURS, strict=False):
     at = sorted((places[row["L"]], row["tokens/s"]) for row in rows if (row["form"], row["N"]) == (form, 1))
     if at:
       axes.plot(*zip(*at, strict=True), marker=marker, color=colour, linewidth=1.6, label=form)
   axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
   axes.set_xlabel("L, tokens", fontsize=drawing.SIZE)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(fontsize=8, frameon=False)
   axes.set_ylim(bottom=0)
 
 
@@ -69,13 +70,9 @@ def _by_passes(
   axes.set_title("one window after the other, N passes each", fontsize=drawing.SIZE)
   axes.set_xscale("log", base=2)
   axes.set_yscale("log")
-  named = False
   for n, (low, high) in paper.items():
-    label = "_" if named else "axis of the paper's figure, H200"
-    axes.fill_between(
-      [n / 1.15, n * 1.15], low, high, color=drawing.QUIET, alpha=0.25, linewidth=0, label=label
-    )
-    named = True
+    axes.fill_between([n / 1.15, n * 1.15], low, high, color=drawing.QUIET, alpha=0.25, linewidth=0)
+  entries: list[Any] = [Patch(color=drawing.QUIET, alpha=0.25, linewidth=0, label=PAPER)] if paper else []
   for length, colour in zip(lengths, COLOURS * len(lengths), strict=False):
     own = sorted(
       (row for row in rows if (row["form"], row["L"]) == ("windowed", length)), key=lambda row: row["N"]
@@ -84,15 +81,17 @@ def _by_passes(
       continue
     passes = [row["N"] for row in own]
     speeds = [row["tokens/s"] for row in own]
-    axes.plot(passes, speeds, marker="o", color=colour, linewidth=1.6, label=f"L = {length:,}")
+    look = {"marker": "o", "color": colour, "linewidth": 1.6}
+    entries += axes.plot(passes, speeds, label=f"L = {length:,}", **look)
     most = [(row["N"], row["roofline"]) for row in own if row["roofline"] is not None]
     if most:
-      axes.plot(
-        *zip(*most, strict=True), color=colour, linewidth=1.0, linestyle=drawing.BROKEN,
-        label=f"_roofline, L = {length:,}",
-      )  # fmt: skip
-      axes.annotate("roofline", most[-1], color=colour, fontsize=7, va="bottom", ha="right")
+      axes.plot(*zip(*most, strict=True), color=colour, linewidth=1.0, linestyle=drawing.BROKEN)
   ticks = sorted({row["N"] for row in rows if row["form"] == "windowed"})
   axes.set_xticks(ticks, [str(n) for n in ticks])
   axes.minorticks_off()
   axes.set_xlabel("N, passes", fontsize=drawing.SIZE)
+  if any(row["roofline"] is not None for row in rows):
+    entries.append(
+      Line2D([], [], color=drawing.QUIET, linewidth=1.0, linestyle=drawing.BROKEN, label=ROOFLINE)
+    )
+  axes.legend(handles=entries, fontsize=8, frameon=False, loc="upper right")

@@ -16,7 +16,16 @@ import pytest
 from absl.testing import parameterized
 
 from sleep_jax import config, model, pretrained, windows
-from sleep_jax.benchmarks import attention, generation_memory, measure, memory, scaling, tables, training
+from sleep_jax.benchmarks import (
+  attention,
+  generation_memory,
+  measure,
+  memory,
+  scaling,
+  stall,
+  tables,
+  training,
+)
 from sleep_jax.cost import flops
 from sleep_jax.data import rule110
 from sleep_jax.pretrained.tokenizer import Tokenizer
@@ -249,3 +258,33 @@ class GenerationMemoryTest(parameterized.TestCase):
     first, second = generation_memory.measured((1, 2))
     self.assertEqual((first["prompt, MB"], first["tokens"], first["more, %"]), (1, 10_000, 0))
     self.assertLess(second["more, %"], 100 * generation_memory.WITHIN)
+
+
+class StallTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_a_row_for_each_spread(self):
+    cfg = config.ModelConfig(vocab_size=7, embed_dim=8, blocks=("attn", "gdn"), window=6)
+    cfg = config.replace(cfg, attention={"num_heads": 1}, fast={"num_heads": 1, "key_dim": 4, "value_dim": 4})
+    sleeps = [config.SleepConfig(num_passes=2, spread=late) for late in (0, 3)]
+    weights = model.init(cfg, jax.random.key(0))
+    rows = stall.measured(weights, cfg, sleeps, windows=1, rounds=1)
+    assert [(row["spread"], row["tokens"]) for row in rows] == [(0, 12), (3, 12)]
+    for row in rows:
+      assert 0 < row["p50 ms"] <= row["p99 ms"] <= row["most ms"] and row["tokens/s"] > 0
+    tokens = np.random.default_rng(0).integers(0, 7, 15, dtype=np.int32)
+    plain, late = stall.predicted(weights, cfg, sleeps, tokens)
+    assert (plain["tokens"], plain["behind a window"]) == (late["tokens"], late["behind a window"]) == (14, 5)
+    # What differs lies behind a window, and all of it.
+    gap = 5 * (plain["nats behind a window"] - late["nats behind a window"])
+    assert abs(gap) > 1e-4
+    self.assertAlmostEqual(14 * (plain["nats a token"] - late["nats a token"]), gap, places=4)
+
+  @parameterized.parameters(
+    (["--spread=2"], "sleep.spread: must be at least sleep.num_passes = 4"),
+    (["--window=8", "--spread=0,8"], "sleep.spread: must be below model.window = 8"),
+    (["--checkpoint=/nowhere"], "/nowhere: there is no such folder"),
+    (["--text=x"], "--text: needs --checkpoint"),
+  )
+  def test_a_mistake_is_one_line(self, flags, message):
+    with self.assertRaisesRegex(config.ConfigError, message):
+      stall.main(flags)

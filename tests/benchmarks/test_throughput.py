@@ -4,13 +4,15 @@ measured twice.
 
 import csv
 import json
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleep_jax import model
-from sleep_jax.benchmarks import throughput
+from sleep_jax import model, windows
+from sleep_jax.benchmarks import measure, throughput
 from sleep_jax.benchmarks.throughput import PARALLEL, SLIDING, WINDOWED, Case
 from sleep_jax.config import ConfigError
 from sleep_jax.launch import hardware
@@ -26,10 +28,11 @@ def tiny(form, passes=1):
 
 
 def losses(*cases):
-  weights = model.init(cases[0].model, jax.random.key(0))
+  weights = measure.quick(lambda: model.init(cases[0].model, jax.random.key(0)))()
   batch = throughput.batch_of(cases[0])
   return [
-    float(jax.jit(lambda w, c=c: model.loss(w, batch, c.plan, c.model, c.sleep)[0])(weights)) for c in cases
+    float(measure.quick(lambda w, c=c: model.loss(w, batch, c.plan, c.model, c.sleep)[0])(weights))
+    for c in cases
   ]
 
 
@@ -106,7 +109,10 @@ def refusing(monkeypatch):
       raise jax.errors.JaxRuntimeError(message)
     return lambda weights, batch: (batch.loss_mask.mean(), weights)
 
+  token = windows.Batch(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)))
   monkeypatch.setattr(throughput, "program", program)
+  monkeypatch.setattr(throughput, "batch_of", lambda case: token)
+  monkeypatch.setattr(throughput.model, "init", lambda cfg, key: {})
   return refused
 
 
@@ -128,13 +134,16 @@ def test_a_row_that_does_not_fit_ends_nothing(tmp_path, refusing):
   assert (tmp_path / "throughput_figure.png").exists()
 
 
-def test_a_second_start_measures_what_is_missing_or_failed(tmp_path, refusing):
+def test_a_second_start_measures_what_is_missing_or_failed(tmp_path, refusing, monkeypatch):
+  absent = types.SimpleNamespace(find_spec=lambda name: None)
+  monkeypatch.setattr(throughput, "importlib", types.SimpleNamespace(util=absent))
   refusing[WINDOWED, 2] = "INTERNAL: broken"
   assert throughput.main(["--size=tiny", "--passes=2", f"--out={tmp_path}"]) == 1
   assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 1
   refusing.clear()
   refusing[PARALLEL, 1] = "must not be measured again"
   assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 0
+  assert "No figure: matplotlib is not installed" in (tmp_path / "throughput.md").read_text()
   rows = rows_of(tmp_path)
   first, second, third = (
     [(WINDOWED, 2)],
@@ -152,6 +161,7 @@ def test_full_needs_an_accelerator(tmp_path, capsys):
   assert "--size: full needs an accelerator" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tiny_step_is_measured(tmp_path):
   flags = ["--size=tiny", "--passes=2", "--remat=none", "--rounds=1"]
   assert throughput.main([*flags, f"--out={tmp_path}"]) == 0
@@ -168,10 +178,11 @@ def test_the_figure_marks_the_paper_s_axes_and_leaves_out_what_has_no_speed():
   ]
   drawing = figure.draw(rows, "Throughput", throughput.PAPER)
   assert [row["N"] for row in drawing.rows] == [1, 4]
-  labels = [text for axes in drawing.figure.axes for text in axes.get_legend_handles_labels()[1]]
-  assert labels.count("axis of the paper's figure, H200") == 2
+  assert legends(drawing).count(figure.PAPER) == 2 and figure.ROOFLINE in legends(drawing)
   assert "40,000" in drawing.alt
-  plain = figure.draw(rows, "Throughput", {})
-  assert not [
-    text for axes in plain.figure.axes for text in axes.get_legend_handles_labels()[1] if "paper" in text
-  ]
+  plain = legends(figure.draw([row | {"roofline": None} for row in rows], "Throughput", {}))
+  assert "L = 2,000" in plain and figure.PAPER not in plain and figure.ROOFLINE not in plain
+
+
+def legends(drawing):
+  return [text.get_text() for axes in drawing.figure.axes for text in axes.get_legend().get_texts()]

@@ -102,13 +102,14 @@ class RunTest(parameterized.TestCase):
       generate.start(pretrained.open_source(self.checkpoint).model, config.SleepConfig())
     )
     tail = f"2 passes each, {size} bytes of state, _ ms awake, _ ms asleep"
+    took = "a token took _ ms (p50), _ ms (p99), _ ms (most)"
     self.assertEqual(
       told,
       [
         f"[slept _ ms | 24 tokens read, 1 windows slept on, {tail}]",
         "",
         f"[slept _ ms | 48 tokens read, 2 windows slept on, {tail}]",
-        f"[50 tokens read, 2 windows slept on, {tail}, compilation included]",
+        f"[50 tokens read, 2 windows slept on, {tail}, {took}, compilation included]",
       ],
     )
 

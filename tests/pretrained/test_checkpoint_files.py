@@ -15,7 +15,8 @@ from sleep_jax.pretrained.memory import memory_config
 from tests import hybrids
 from tests.pretrained import tiny
 
-THETA = {"jet": 1e6, "ouro": 1e6, "qwen2": 1e4, "qwen3": 1e4, "smollm3": 1e4, "llama": 1e4}
+THETA = dict.fromkeys(tiny.CONFIGS, 1e4) | {"jet": 1e6, "ouro": 1e6}
+HALF = dict.fromkeys(tiny.CONFIGS, 4) | {"qwen3_5": 2}  # pairs of channels that are turned
 
 
 def tensors_of(folder):
@@ -67,7 +68,7 @@ def buffers_of(theta: float, half: int) -> dict[str, np.ndarray]:
 def test_buffers_are_no_weights_and_are_written_back_as_they_were(name, files, tmp_path):
   folder = tiny.checkpoint(tmp_path / "in", name, tokenizer=False)
   _, weights, _ = pretrained.load(folder)
-  save(folder, tensors_of(folder) | buffers_of(THETA[name], 4), files)
+  save(folder, tensors_of(folder) | buffers_of(THETA[name], HALF[name]), files)
   cfg, again, source = pretrained.load(folder)
   hybrids.assert_same(again, weights)
   pretrained.export(tmp_path / "out", cfg, again, source)
@@ -76,7 +77,7 @@ def test_buffers_are_no_weights_and_are_written_back_as_they_were(name, files, t
   pretrained.export(tmp_path / "wide", cfg, jax.tree.map(lambda x: x * 1.001, again), source, dtype="float32")
   _, wide, opened = pretrained.load(tmp_path / "wide")
   hybrids.assert_same(wide, jax.tree.map(lambda x: x * 1.001, again))
-  for buffer in buffers_of(THETA[name], 4):
+  for buffer in buffers_of(THETA[name], HALF[name]):
     assert opened.tensors.dtypes[buffer] == source.tensors.dtypes[buffer]
     assert opened.tensors.read(buffer).tobytes() == source.tensors.read(buffer).tobytes()
 

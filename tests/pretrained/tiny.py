@@ -78,6 +78,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
   },
+  "qwen3_5": SIZES
+  | {
+    "architectures": [published.QWEN3_5],
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+  },
+  "olmo_hybrid": SIZES
+  | {
+    "architectures": [published.OLMO_HYBRID],
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+    "linear_allow_neg_eigval": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+  },
   "llama": SIZES
   | {
     "architectures": [published.LLAMA],
@@ -100,7 +136,8 @@ def checkpoint(folder: pathlib.Path, name: str, *, seed: int = 0, tokenizer: boo
   read = loading.ARCHITECTURES[published["architectures"][0]]
   cfg = ModelConfig(window=64, **read(Fields(published, name)))
   rng = np.random.default_rng(seed)
-  tensors = {e.name: _drawn(rng, e).astype(jnp.bfloat16) for e in weight_map.entries(cfg)}
+  layout = weight_map.layout_of(published["architectures"][0])
+  tensors = {e.name: _drawn(rng, e).astype(jnp.bfloat16) for e in weight_map.entries(cfg, layout)}
   safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
   if tokenizer:
     make_tokenizer(folder / "tokenizer.json")
