@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sleep_jax import attention
 from sleep_jax.attention import forms
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.kernels.common import target
 
 LENGTHS = (256, 1024, 2048, 4096)
@@ -113,7 +113,7 @@ def compiled(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
+  parser = command.Parser("benchmarks.attention", __doc__)
   parser.add_argument("--lengths", type=measure.whole_numbers, default=LENGTHS)
   for name, default in (("batch", 1), ("heads", 12), ("kv_heads", 2), ("width", 64)):
     parser.add_argument(f"--{name}", type=int, default=default)
@@ -137,4 +137,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command.run(main, None))
