@@ -8,13 +8,14 @@ makes the batches of every preset without training.
 
 import argparse
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from sleep_jax import config, train
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.data import batching
 from sleep_jax.experiments import gsm_infinite
 from sleep_jax.experiments.configs import gsm_infinite as presets
@@ -102,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import decoding, generate, pretrained
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import FastConfig, SleepConfig
 
 WINDOW, PROMPT, TOKENS = 512, 64, 16  # L; tokens read before; tokens decoded in a call
@@ -182,4 +182,4 @@ def _one_token(checkpoint: pathlib.Path, cache: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from sleep_jax import blocks, config, train, windows
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import AttentionConfig, FastConfig, ModelConfig, OptimConfig, SleepConfig, TrainConfig
 
 FORMS = ("written out", "one loop")
@@ -156,4 +157,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

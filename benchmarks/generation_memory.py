@@ -21,7 +21,7 @@ import jax
 import tokenizers
 
 from sleep_jax import config, model, pretrained
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.experiments.configs import generate as presets
 
 WORDS, LETTERS, WINDOW = 200, 99, 1000  # of the vocabulary; of a word, a space follows; tokens
@@ -143,4 +143,4 @@ def peak(checkpoint: pathlib.Path, prompt: pathlib.Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

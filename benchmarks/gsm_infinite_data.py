@@ -8,10 +8,11 @@ row, `sleep_jax/data/gsm_infinite/study/reference.json`), and its time is not kn
 
 import argparse
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.data import gsm_infinite
 from sleep_jax.data.gsm_infinite.study import statistics
 
@@ -57,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

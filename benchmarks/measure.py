@@ -9,10 +9,9 @@ import functools
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +24,6 @@ from sleep_jax.experiments.configs import rule110 as presets
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LEAST_S = 0.4  # of work in one turn, so that the clock's grain and the first call's cold caches do not count
-
-
-def run(main: Callable[[], int]) -> NoReturn:
-  """Ends this process as `main` says; what the user did wrong is one line and exit code 2."""
-  try:
-    code = main()
-  except config.ConfigError as e:
-    print(f"error: {e}", file=sys.stderr)
-    code = 2
-  sys.exit(code)
 
 
 def pin(threads: int | None) -> int:

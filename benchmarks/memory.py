@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from sleep_jax import config, model, train, windows
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 
 REMAT = ("none", "block", "pass", "window")
 
@@ -142,4 +142,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

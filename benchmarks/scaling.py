@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import attention, looped, model
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import ModelConfig, SleepConfig
 
 ANSWERS = 8  # tokens decoded in one timed call, one at a time
@@ -235,4 +236,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

@@ -11,6 +11,7 @@ a text, a second table says how well each of them predicts it.
 
 import argparse
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from sleep_jax import config, generate, model, pretrained
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import ATTENTION, FastConfig, ModelConfig, SleepConfig
 from sleep_jax.experiments.generate_io import prompt_pieces
 from sleep_jax.pretrained.tokenizer import Tokenizer
@@ -158,4 +159,4 @@ def _loaded(folder: pathlib.Path, window: int) -> tuple[ModelConfig, model.Param
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from sleep_jax import config, model, optim, train, windows
-from sleep_jax.benchmarks import measure, tables
+from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.cost import flops
 
 OURS = "sleep_jax"
@@ -320,4 +320,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  measure.run(main)
+  sys.exit(command.run(main, None))

@@ -76,6 +76,12 @@ def define_folder_flag() -> flags.FlagHolder:
 
 
 @functools.cache
+def define_checkpoint_flag() -> flags.FlagHolder:
+  """The flag --checkpoint of what tests one; one for all mains of a process."""
+  return flags.DEFINE_string("checkpoint", None, "a checkpoint's folder, or the workdir of a run")
+
+
+@functools.cache
 def define_workdir_flag() -> flags.FlagHolder:
   """The flag --workdir of a single run, and those of what is written there."""
   flags.DEFINE_integer(

@@ -14,7 +14,7 @@ from absl import flags
 
 from sleep_jax.config import ConfigError, check
 from sleep_jax.experiments import cli, figures
-from sleep_jax.report import depth, load
+from sleep_jax.report import depth
 from sleep_jax.report.load import RunError
 
 RUNS = flags.DEFINE_list("runs", None, "workdirs, archived runs or globs of them")
@@ -35,9 +35,7 @@ def main() -> int:
   text = depth.table(found, letter)
   print(text, end="")
   if archive is not None:
-    for run in runs:
-      if run.rows.get("done"):
-        print(f"wrote {load.archive(run, archive)}")
+    figures.archive_finished(runs, archive)
   if folder is not None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps(dataclasses.asdict(point)) for point in found)

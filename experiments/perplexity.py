@@ -27,7 +27,7 @@ from sleep_jax.experiments import cli
 from sleep_jax.report import context, context_curves
 from sleep_jax.scoring import by_context
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a checkpoint's folder, or the workdir of a run")
+CHECKPOINT = cli.define_checkpoint_flag()
 FILES = flags.DEFINE_string("files", None, "texts, with commas between them or as a pattern: 'books/*.txt'")
 FIELD = flags.DEFINE_string("field", "text", "of the objects in a .jsonl")
 LENGTH = flags.DEFINE_integer(

@@ -13,7 +13,7 @@ from absl import flags
 
 from sleep_jax.config import ConfigError, check
 from sleep_jax.experiments import cli, figures
-from sleep_jax.report import load, takeoff
+from sleep_jax.report import takeoff
 from sleep_jax.report.load import RunError
 
 RUNS = flags.DEFINE_list("runs", None, "workdirs, archived runs or globs of them")
@@ -37,9 +37,7 @@ def main() -> int:
   text = takeoff.table(rows, THRESHOLD.value)
   print(text, end="")
   if archive is not None:
-    for run in runs:
-      if run.rows.get("done"):
-        print(f"wrote {load.archive(run, archive)}")
+    figures.archive_finished(runs, archive)
   if folder is None:
     return cli.DONE
   folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sleep_jax import config, train
 
-EXPERIMENTS = ("rule110", "depo", "gsm_infinite", "text")
+EXPERIMENTS = ("rule110", "depo", "gsm_infinite", "text", "memory")
 
 
 def experiment_of(values: Mapping[str, Any], where: str = "config") -> ModuleType:

@@ -14,11 +14,17 @@ MODULES = (
   "sleep_jax.windows",
   "sleep_jax.looped",
   "sleep_jax.blocks",
+  "sleep_jax.data.memory.counting",
+  "sleep_jax.data.memory.prompts",
+  "sleep_jax.data.memory.sequences",
+  "sleep_jax.data.memory.story",
+  "sleep_jax.data.memory.wording",
   "sleep_jax.session",
   "sleep_jax.data.text.rows",
   "sleep_jax.scoring.by_context",
   "sleep_jax.scoring.intervals",
   "sleep_jax.report.intervals",
+  "sleep_jax.report.memory",
   "sleep_jax.runtime.progress",
 )
 

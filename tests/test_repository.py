@@ -64,6 +64,7 @@ EXTRAS = {
   "sleep_jax.runtime.metrics": ("train",),
   "sleep_jax.experiments": ("train",),
   "sleep_jax.experiments.figures": ("figures",),
+  "sleep_jax.experiments.lm_eval_adapter": ("train", "eval"),
   "sleep_jax.benchmarks": ("peers", "tokenizers"),
 }
 
@@ -310,7 +311,8 @@ for module in sys.argv[1:]:
 sys.exit(failed > 0)
 """
   files = [path for package in PACKAGES for path in modules(package)]
-  names = [module_name(path) for path in files if path.stem != "torch_model"]  # the rival, where torch is
+  elsewhere = ("torch_model", "lm_eval_adapter")  # the rival, where torch is; a guest, where its host is
+  names = [module_name(path) for path in files if path.stem not in elsewhere]
   environment = os.environ | {"JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(ROOT)}
   result = subprocess.run(
     [sys.executable, "-c", program, *names],

@@ -1,14 +1,15 @@
 """Figures of the experiments: which ones some runs allow, and those with the paper's numbers in them."""
 
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
-from sleep_jax.experiments.figures import depo, gsm_infinite, rule110
+from sleep_jax.experiments.figures import depo, gsm_infinite, memory, rule110
 from sleep_jax.report import accuracy, changes, costs, load
 from sleep_jax.report.drawing import Drawing
 from sleep_jax.report.load import Run, RunError
 
-EXPERIMENTS = (rule110.EXPERIMENT, depo.EXPERIMENT, gsm_infinite.EXPERIMENT)
+EXPERIMENTS = (rule110.EXPERIMENT, depo.EXPERIMENT, gsm_infinite.EXPERIMENT, memory.EXPERIMENT)
 
 
 def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Run]:
@@ -16,11 +17,19 @@ def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Ru
   return load.load_runs(paths, EXPERIMENTS)
 
 
+def archive_finished(runs: Sequence[Run], folder: pathlib.Path) -> None:
+  """Keeps each finished run as one file, NAME.jsonl, and says so."""
+  for run in runs:
+    if run.rows.get("done"):
+      print(f"wrote {load.archive(run, folder)}")
+
+
 def drawings(runs: Sequence[Run]) -> list[Drawing]:
   """The figures of accuracy that these runs allow, none if no run has been evaluated.
 
   Figure 2a for the tasks that N = 1 alone was run on, if they differ in their depth t; figure 2b for the
-  paper's layout at t = 32; the plain curves for every other task; figures 3 and 4 for Depo and GSM-Infinite.
+  paper's layout at t = 32; the plain curves for every other task; figures 3 and 4 for Depo and GSM-Infinite;
+  one for each test of memory.
   """
   tasks: dict[tuple, list[Run]] = {}
   for run in runs:
@@ -43,7 +52,7 @@ def drawings(runs: Sequence[Run]) -> list[Drawing]:
     result.append(depo.figure_3(runs))
   if gsm_infinite.operations(runs):
     result.append(gsm_infinite.figure_4(runs))
-  return result
+  return result + [memory.figure(members) for members in memory.tasks(runs).values()]
 
 
 def about_sleep(runs: Sequence[Run]) -> list[Drawing]:

@@ -3,7 +3,8 @@
     python -m experiments.figures --runs='work/fig2b/*' --out=figures
 
 Every figure is written as PNG, SVG and the CSV of what it draws; `all` adds report.html, one page that needs
-nothing else. A few seconds; no accelerator is touched.
+nothing else. With --archive each finished run is also kept as one file, NAME.jsonl, from which all of it can
+be drawn again. A few seconds; no accelerator is touched.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from absl import flags
 
 from sleep_jax.config import ConfigError
 from sleep_jax.experiments import cli, figures
-from sleep_jax.experiments.figures import depo, gsm_infinite, rule110
+from sleep_jax.experiments.figures import depo, gsm_infinite, memory, rule110
 from sleep_jax.report import accuracy, changes, costs, page
 from sleep_jax.report.load import Run, RunError
 from sleep_jax.report.tables import equal_compute_table, summary_table, to_markdown
@@ -25,10 +26,12 @@ DRAW = {
   "4": gsm_infinite.figure_4,
   "cost": costs.costs,
   "demo": accuracy.demo_curves,
+  "memory": memory.figure,
   "sleep": changes.sleep_changes,
 }
 RUNS = flags.DEFINE_list("runs", None, "workdirs, archived runs or globs of them, separated by commas")
 OUT = flags.DEFINE_string("out", "figures", "folder that the files are written to")
+ARCHIVE = flags.DEFINE_string("archive", None, "folder for finished runs, each as one file NAME.jsonl")
 FIGURE = flags.DEFINE_enum("figure", "all", ["all", *DRAW], "what to draw")
 
 
@@ -50,6 +53,7 @@ def draw(runs: Sequence[Run], out: Path, which: str) -> list[Path]:
 
 def main() -> int:
   out = cli.folder_to_write("out", OUT.value)
+  archive = None if ARCHIVE.value is None else cli.folder_to_write("archive", ARCHIVE.value)
   try:
     runs = figures.load_runs(cli.required("runs", RUNS.value))
     print(to_markdown(summary_table(runs)))
@@ -58,6 +62,8 @@ def main() -> int:
       print(f"At equal CPU seconds:\n\n{to_markdown(equal)}")
     for path in draw(runs, out, FIGURE.value):
       print(path)
+    if archive is not None:
+      figures.archive_finished(runs, archive)
   except RunError as error:
     raise ConfigError(str(error)) from error
   return cli.DONE

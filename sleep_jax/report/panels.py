@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -34,14 +35,14 @@ class Measure:
   key: str
   scale: float = 1.0
   top: float | None = None
-  baselines: Mapping[str, Callable[[int], float | None]] = dataclasses.field(default_factory=dict)
+  baselines: Mapping[str, Callable[[Any], float | None]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
   """A column of panels: its value, what stands above it, and a remark under the title."""
 
-  value: int
+  value: int | str
   title: str
   note: str = ""
 

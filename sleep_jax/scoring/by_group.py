@@ -205,6 +205,8 @@ def make_host_evaluate(
   cfg: ModelConfig,
   sleep_cfg: SleepConfig,
   mesh: jax.sharding.Mesh,
+  *,
+  forget: bool = False,
 ) -> Callable[[model.Params], dict[str, Any]]:
   """An evaluation on fixed sets of examples that the host holds.
 
@@ -220,6 +222,7 @@ def make_host_evaluate(
     sets: by name.
     groups: names of the groups.
     batch_size: sequences a device call, a multiple of the mesh axis `data`.
+    forget: every window begins with an empty state, so that an answer sees the last window alone.
 
   Returns:
     weights -> `rates` and `majority` of the first set, and `GROUP_NAME` of its guesses; the same of every
@@ -238,6 +241,10 @@ def make_host_evaluate(
     members, mine = buckets[bucket], batch_size // hosts
     for start in range(0, len(members), batch_size):
       whole = stack(members[start : start + batch_size], bucket, cut, cfg.window, batch_size)
+      if forget:
+        shape = whole[0].inputs.shape
+        begins = np.broadcast_to(np.arange(shape[1]) % cfg.window == 0, shape)
+        whole = whole[0].replace(begins=begins), whole[1]
       yield jax.tree.map(lambda x: x[host * mine : (host + 1) * mine], whole)
 
   def make_sums(bucket: batching.Bucket) -> Callable[..., Sums]:

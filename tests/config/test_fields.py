@@ -11,13 +11,14 @@ from sleep_jax.config import ConfigError, fields
 from sleep_jax.data.batching import CutConfig
 from sleep_jax.data.depo import DepoConfig
 from sleep_jax.data.gsm_infinite.task import TaskConfig
+from sleep_jax.data.memory import MemoryConfig
 from sleep_jax.data.rule110 import Rule110Config
 from sleep_jax.generate import SamplingConfig
 from sleep_jax.pretrained import StartConfig
 
 CONFIGS = (
   config.AttentionConfig, config.Config, CutConfig, DepoConfig, config.FastConfig, config.MeshConfig,
-  config.ModelConfig, config.OptimConfig, config.RopeScaling, Rule110Config, SamplingConfig,
+  MemoryConfig, config.ModelConfig, config.OptimConfig, config.RopeScaling, Rule110Config, SamplingConfig,
   config.SleepConfig, StartConfig, TaskConfig, config.TrainConfig
 )  # fmt: skip
 NEEDED = {config.ModelConfig: {"vocab_size": 3}, CutConfig: {"max_tokens": 100}}

@@ -9,7 +9,7 @@ import pytest
 from sleep_jax import config, generate, model, optim, train
 from sleep_jax.config import ConfigError, SleepConfig
 from sleep_jax.cost import footprint, need
-from sleep_jax.data import depo, rule110
+from sleep_jax.data import depo, memory, rule110
 from sleep_jax.experiments import config_file, gsm_infinite
 from sleep_jax.experiments import depo as depo_experiment
 from sleep_jax.experiments import rule110 as rule110_experiment
@@ -51,7 +51,10 @@ def test_of_frozen_weights_only_themselves_are_counted():
   assert optim.freeze(cfg.optim, model.declare(cfg.model))  # the pattern fits
 
 
-@pytest.mark.parametrize(("room", "data"), [(rule110, rule110.Rule110Config()), (depo, depo.DepoConfig())])
+ROOMS = [(rule110, rule110.Rule110Config()), (depo, depo.DepoConfig()), (memory, memory.MemoryConfig())]
+
+
+@pytest.mark.parametrize(("room", "data"), ROOMS)
 def test_a_batch_is_what_the_task_makes(room, data):
   cfg = config.replace(run("hybrid"), data=data)
   batch = jax.eval_shape(lambda key: room.batch(data, key, 0, 8), jax.random.key(0))

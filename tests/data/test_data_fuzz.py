@@ -9,7 +9,7 @@ import pytest
 
 from sleep_jax import config
 from sleep_jax.config import ConfigError
-from sleep_jax.data import depo, rule110
+from sleep_jax.data import depo, memory, rule110
 from sleep_jax.data import gsm_infinite as gsm
 from sleep_jax.data.gsm_infinite import cores, draws, noise, problems, task, words
 
@@ -21,6 +21,8 @@ NASTY = (
 TASKS = {
   "rule110": rule110.Rule110Config(),
   "depo": depo.DepoConfig(),
+  "memory": memory.MemoryConfig(),
+  "memory_worlds": memory.MemoryConfig(task="babi3", depths=(5, 8), lengths=(24, 48)),
   "words": task.TaskConfig(min_tokens=200, max_tokens=400),
   "symbolic": task.TaskConfig(
     subset="symbolic",
@@ -50,7 +52,8 @@ def make_one(cfg):
   if isinstance(cfg, task.TaskConfig):
     problems.problem(cfg, 0, 0)
   elif cfg.length <= 10_000:  # larger ones are memory alone
-    room = rule110 if isinstance(cfg, rule110.Rule110Config) else depo
+    rooms = {rule110.Rule110Config: rule110, depo.DepoConfig: depo, memory.MemoryConfig: memory}
+    room = rooms[type(cfg)]
     jax.eval_shape(lambda key: room.batch(cfg, key, 0, 2), jax.random.key(0))
 
 

@@ -40,7 +40,11 @@ TINY = "--config={configs}/rule110.py:tiny"
 ELSEWHERE = {"below what is not", "no text", "two lines"}  # where a folder can be made
 # Command, the flags of its command lines with {bad} for the path, and the names that would be right there.
 FLAGS = {
-  "figures.__main__": [(("--runs={bad}", "--out=out"), ()), (("--runs={run}", "--out={bad}"), ELSEWHERE)],
+  "figures.__main__": [
+    (("--runs={bad}", "--out=out"), ()),
+    (("--runs={run}", "--out={bad}"), ELSEWHERE),
+    (("--runs={run}", "--archive={bad}"), ELSEWHERE),
+  ],
   "publish": [
     (("--runs={bad}", "--out=out"), ()),
     (("--runs={archive}/none", "--out={bad}"), ()),

@@ -190,6 +190,7 @@ def test_a_rule_of_a_config_file_is_known_when_the_config_is_built(tmp_path):
 MAINS = (
   "rule110",
   "depo",
+  "memory",
   "gsm_infinite",
   "gsm_infinite_data",
   "text",

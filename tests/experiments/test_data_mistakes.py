@@ -16,6 +16,7 @@ BASE = {
   " data.max_tokens=250 data.cut.max_tokens=260 data.cut.answer_tokens=6 model.window=96"
   " model.vocab_size=2048 train.eval_sequences=12 train.eval_batch_size=4",
   "depo": "",
+  "memory": "",
   "gsm_infinite_data": "",
 }
 # What is changed in it, with `--config=...:tiny --workdir=new`, and words of the one line that comes back.
@@ -80,6 +81,17 @@ DEPO = {
   "questions_that_do_not_fit": ("data.query_length=4", "data.query_length: must hold the"),
   "vocabulary": ("model.vocab_size=5", "model.vocab_size: must be"),
 }
+MEMORY = {
+  "unknown_task": ("data.task=needel", "data.task: unknown value 'needel'; did you mean \"needle\"?"),
+  "more_keys_than_words": ("data.depths=(17,) data.lengths=(48,)", "data.words: must be at least 17"),
+  "facts_that_do_not_fit": ("data.lengths=(12,)", "data.lengths: must hold the 16 tokens of 8 pairs, got 12"),
+  "more_questions_than_keys": ("data.queries=5", "data.queries: must be at most 4, the least of data.depths"),
+  "a_field_of_another_task": ("data.hops=2", "data has no field 'hops'"),
+  "a_field_that_means_nothing_here": ("data.chains=2", "data.chains: means nothing to data.task = recall"),
+  "window": ("model.window=9", "model.window: must divide 24, the longest of data.lengths"),
+  "questions_longer_than_a_window": ("model.window=6", "model.window: must hold the 8 tokens"),
+  "vocabulary": ("model.vocab_size=5", "model.vocab_size: must be"),
+}
 WRITTEN = {
   "one_operation_with_d_2": (
     "data.subset=medium",
@@ -106,10 +118,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
   ("module", "mistakes"),
-  [("gsm_infinite", GSM), ("depo", DEPO), ("gsm_infinite_data", WRITTEN)],
+  [("gsm_infinite", GSM), ("depo", DEPO), ("memory", MEMORY), ("gsm_infinite_data", WRITTEN)],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, tmp_path, module, mistakes):
-  config = f"--config={CONFIGS / module}.py:tiny"
+  config = f"--config={CONFIGS / module}.py:{'tiny_recall' if module == 'memory' else 'tiny'}"
   with Experiment(f"experiments.{module}", tmp_path) as experiment:
     for name, (changes, message) in mistakes.items():
       settings = dict(change.split("=", 1) for change in f"{BASE[module]} {changes}".split())

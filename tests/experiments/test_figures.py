@@ -106,14 +106,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_command_draws_what_the_runs_allow(tmp_path):
   for passes in (1, 4):
-    extra = [fake_runs.sleep_row(200, 2, passes)]
-    fake_runs.write(tmp_path / "runs" / f"n{passes}", passes, FOUR, extra=extra)
-  done = command(f"--runs={tmp_path}/runs/*", f"--out={tmp_path}/out")
+    extra = [fake_runs.sleep_row(200, 2, passes), {"kind": "done", "step": 200}]
+    fake_runs.write(tmp_path / "runs" / f"n{passes}", passes, FOUR, extra=extra[: 1 + (passes == 4)])
+  done = command(f"--runs={tmp_path}/runs/*", f"--out={tmp_path}/out", f"--archive={tmp_path}/kept")
   assert done.returncode == 0, done.stderr
   assert "| n4 | 4 |" in done.stdout and "59.0 %" in done.stdout
   names = {path.name for path in (tmp_path / "out").iterdir()}
   drawn = ("demo_curves", "demo_compute", "sleep_changes")
   assert names == {f"{n}.{e}" for n in drawn for e in ("png", "svg", "csv")} | {"report.html"}
+  assert [path.name for path in (tmp_path / "kept").iterdir()] == ["n4.jsonl"]  # n1 goes on
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,13 @@ FIGURES = (
     figures.rule110.figure_2b,
     figures.depo.figure_3,
     figures.gsm_infinite.figure_4,
+    figures.memory.figure,
   ),
   *(costs.costs, changes.sleep_changes, accuracy.demo_curves, accuracy.side_by_side),
 )
 QUICK = 8
 SECONDS = 120  # for one case, on a busy machine
-SHARE = {"_exact": 0.5, "_low": 0.4, "_high": 0.6, "_majority": 0.2}
+SHARE = {"_exact": 0.5, "_low": 0.4, "_high": 0.6, "_majority": 0.2, "_chance": 0.1}
 COST = {"kind": "cost", "step": 400, "wake_ms_per_answer": 0.1, "sleep_ms_per_window": 2.0, "state_bytes": 64}
 COST |= {"wake_ms_per_answer_p10": 0.05, "wake_ms_per_answer_p90": 0.3, "tokens_per_s": 10.0}
 ENV = {
@@ -50,6 +51,7 @@ KINDS = {
   "paper": (2, {"t": 32, "num_strings": 4, "num_cells": 24}, {}),
   "depo": (2, {"test_hops": [1, 2], "max_nodes": 6, "max_name": 1}, {"k": (1, 2)}),
   "gsm": (1, {"operations": [2, 3]}, {"op": (2, 3)}),
+  "memory": (2, {"task": "recall", "depths": [2], "lengths": [8, 16]}, {"d2_t": (8, 16)}),
 }
 
 

@@ -27,7 +27,7 @@ from sleep_jax import config, sharding, train, windows
 from sleep_jax.experiments import rule110
 from sleep_jax.experiments.configs import rule110 as presets
 from sleep_jax.runtime import checkpoint, metrics
-from tests import compiling, forked
+from tests import forked
 
 STEPS = 200
 SETTINGS = {
@@ -113,13 +113,19 @@ def last_step(folder):
 
 
 class Runs:
-  """Starts the experiment in processes that share a cache of compiled programs."""
+  """Starts the experiment in processes that share a cache of compiled programs.
+
+  They compile as users do: a run that is poisoned must round as one that is not, until it is.
+  """
 
   def __init__(self, folder):
     self.folder = folder
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "cache")
     self.environment = forked.environment(
-      JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+      JAX_COMPILATION_CACHE_DIR=cache,
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+      JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+      XLA_FLAGS="",
     )
 
   def start(self, workdir, *flags, changed=(), **environment):
@@ -315,7 +321,7 @@ def test_killed_at_any_moment_it_ends_the_same(runs, whole, seed):
 def test_eight_devices_train_as_one(runs, whole):
   folder = runs.folder / "eight"
   flags = ["--config.train.steps=20", "--config.mesh.data=4", "--config.mesh.model=2"]
-  ended = runs.run(folder, *flags, XLA_FLAGS=compiling.flags("--xla_force_host_platform_device_count=8"))
+  ended = runs.run(folder, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
   assert ended.code == 0, ended.err
   want = [row for row in rows(whole, "train") if row["step"] <= 20]
   for got, row in zip(rows(folder, "train"), want, strict=True):
