@@ -129,7 +129,7 @@ def load(
   Args:
     path: the file.
     weights, cfg, sleep_cfg: what it is to go on with; the same that it was saved with, except for what
-      changes no number but by rounding (`kernel`, `remat`, `loops`, `backprop_passes`).
+      changes no number but by rounding (`kernel`, `implementation`, `remat`, `loops`, `backprop_passes`).
 
   Raises:
     ConfigError: if there is no such file, it is damaged, or it is another model's.
@@ -369,7 +369,7 @@ def _whole(value: Any) -> int:
 
 def _belongs_to(weights: model.Params, cfg: ModelConfig, sleep_cfg: SleepConfig) -> dict[str, Any]:
   """What must be the same for a session to go on, as plain data."""
-  architecture = dataclasses.replace(cfg, fast=dataclasses.replace(cfg.fast, kernel=None))
+  architecture = config.replace(cfg, fast={"kernel": None}, attention={"implementation": None})
   same = SleepConfig()
   nights = dataclasses.replace(
     sleep_cfg, when=same.when, remat=same.remat, loops=same.loops, backprop_passes=same.backprop_passes

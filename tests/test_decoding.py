@@ -91,7 +91,7 @@ def test_one_query_against_a_cache_is_attention(heads, kv_heads):
   own, before = valid[:, 5:6], valid & (np.arange(7) != 5)
   cache = attention.KVCache(k, v, jnp.asarray(before), jnp.int32(5))
   got = attention.attend_one(q, cache, k[:, 5:6], v[:, 5:6], before[:, None, None], own)
-  want = attention.attend(q, k, v, valid[:, None, None])
+  want = attention.dense(q, k, v, valid[:, None, None])
   assert_near(got, want, 1e-6)
 
 

@@ -14,6 +14,8 @@ MODULES = (
   "sleep_jax.windows",
   "sleep_jax.looped",
   "sleep_jax.blocks",
+  "sleep_jax.attention.blocked",
+  "sleep_jax.attention.forms",
   "sleep_jax.data.memory.counting",
   "sleep_jax.data.memory.prompts",
   "sleep_jax.data.memory.sequences",

@@ -175,3 +175,35 @@ def test_a_write_may_be_twice_as_strong():
 def test_what_cannot_be_is_refused_by_name(changes, message):
   with pytest.raises(ConfigError, match=f"^{message}"):
     config.replace(base()[0], **changes)
+
+
+@pytest.mark.parametrize("key_heads", [2, 1])
+def test_all_of_it_is_spread_over_a_mesh(key_heads):
+  """At trace time: weights, gradients and the caches of a window that is slept on lie as the table says."""
+  cfg = config.replace(
+    hybrids.model_config(PAIR, vocab_size=12, embed_dim=16),
+    attention={"gate": True, "rotary_dim": 2, "qk_norm_over": "all", "bias": True},
+    fast={"num_heads": 4, "num_key_heads": key_heads, "write_most": 2.0},
+    norm_zero_centered=True,
+    norm_placement="after_attention",
+  )
+  mesh = jax.sharding.AbstractMesh(
+    (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+  )
+
+  def loss(weights, tokens, valid):
+    asleep = model.consolidate(
+      weights, tokens, model.init_state(cfg, 4), cfg, config.SleepConfig(num_passes=2)
+    )
+    logits, _ = model.predict(weights, tokens, asleep, cfg)
+    fast, cache = model.open_window(asleep, cfg, 4, room=3)
+    one, _, _ = model.decode(weights, tokens[:, :1], fast, cache, cfg, valid=valid[:, :1])
+    return jnp.sum(logits**2) + jnp.sum(one)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    weights = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    where = jax.NamedSharding(mesh, jax.P("data", None))
+    rows = [jax.ShapeDtypeStruct((4, 4), kind, sharding=where) for kind in (jnp.int32, jnp.bool_)]
+    gradients = jax.eval_shape(jax.grad(loss), weights, *rows)
+  same = jax.tree.map(lambda g, w: g.shape == w.shape and g.sharding == w.sharding, gradients, weights)
+  assert all(jax.tree.leaves(same))

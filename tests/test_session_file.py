@@ -127,7 +127,7 @@ class SessionFileTest(parameterized.TestCase):
 
   def test_what_changes_no_number_may_change(self):
     self.save()
-    cfg = config.replace(self.cfg, fast={"kernel": "xla"})
+    cfg = config.replace(self.cfg, fast={"kernel": "xla"}, attention={"implementation": "blocked"})
     sleep_cfg = SleepConfig(num_passes=2, loops="unroll", remat="pass", backprop_passes=1, when="always")
     hybrids.assert_same(session_file.load(self.path, self.weights, cfg, sleep_cfg), self.session)
 

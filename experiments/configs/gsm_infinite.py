@@ -103,6 +103,7 @@ def _from_checkpoint(c: config_dict.ConfigDict, preset: str) -> None:
   del c.pretrained.fast["kernel"], c.pretrained.fast["conv_context"]  # of the whole model, below
   c.model = config_dict.create(window=2000, eviction="hard", dtype="bfloat16")
   c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
+  c.model.attention = config_dict.create(implementation=config_dict.placeholder(str))
   c.data.problems = 76_800
   c.train.update(eval_every=100, save_every=100, microbatches=32)
   if preset == "jet_2b":

@@ -65,6 +65,7 @@ def _from_checkpoint(c: config_dict.ConfigDict) -> None:
   c.pretrained.update(memory_layers=6, trained="memory")
   c.model = config_dict.create(window=512, eviction="hard", dtype="float32")
   c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
+  c.model.attention = config_dict.create(implementation=config_dict.placeholder(str))
   c.optim.update(muon_lr=1e-3, adam_lr=1e-4)
   c.train.update(steps=500, batch_size=4, microbatches=4, eval_every=100, save_every=50)
   c.train.update(eval_sequences=32, eval_batch_size=1)

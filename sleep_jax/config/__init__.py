@@ -22,6 +22,7 @@ from sleep_jax.config.fields import (
 )
 from sleep_jax.config.model import (
   ATTENTION,
+  ATTENTION_FORMS,
   AttentionConfig,
   FastConfig,
   ModelConfig,
@@ -41,7 +42,8 @@ from sleep_jax.config.run import (
 from sleep_jax.config.schema import defaults_of, from_dict, replace, to_dict
 
 __all__ = [
-  "ATTENTION", "AttentionConfig", "Bounds", "Config", "ConfigError", "Count", "FastConfig", "FreeText",
+  "ATTENTION", "ATTENTION_FORMS", "AttentionConfig", "Bounds", "Config", "ConfigError", "Count",
+  "FastConfig", "FreeText",
   "MeshConfig", "ModelConfig", "Natural", "NotNegative", "OptimConfig", "Positive", "RopeScaling", "Seed",
   "SleepConfig", "TrainConfig", "above", "annotations", "at_least", "block_names", "check",
   "check_fields", "check_seed", "check_sleep", "check_spread", "defaults_of", "documentation", "from_dict",

@@ -6,7 +6,7 @@ A part of `config`, which names all of this again.
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
-from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest, shown
+from sleep_jax.config.checks import ConfigError, above, at_least, check, nearest, one_of, shown
 from sleep_jax.config.fields import Bounds, Count, Natural, Positive, check_fields
 
 ATTENTION = (
@@ -15,6 +15,7 @@ ATTENTION = (
   "nope",
 )  # blocks whose memory is a cache of the window; all others have fast weights
 _FAST = {"gdn": None, "hebbian": None, "jet": None, "delta": None, "kda": None, "gdn2": None}  # in order
+ATTENTION_FORMS = ("dense", "blocked", "cudnn", "splash")
 MOST_BLOCKS = 4096  # each of them is declared and traced by itself
 MOST_PASSES_AWAKE = 64  # each of them is written out in the compiled program
 
@@ -74,6 +75,9 @@ class AttentionConfig:
     bias: added to queries, keys and values.
     out_bias: added to what the output projection gives.
     swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
+    implementation: the form in which scores and values are computed: `dense`, all scores of a window at once;
+      `blocked`, a block at a time; `cudnn` on CUDA, `splash` on TPUs. None: chosen for window and platform.
+      Pieces of an open window, awake, are read by one of the first two in any case.
   """
 
   PATH: ClassVar[str] = "model.attention"
@@ -90,9 +94,12 @@ class AttentionConfig:
   bias: bool = False
   out_bias: bool = False
   swa_window: Count | None = None
+  implementation: str | None = None
 
   def __post_init__(self):
     check_fields(self)
+    if self.implementation is not None:
+      one_of(self.implementation, ATTENTION_FORMS, f"{self.PATH}.implementation")
     kv_heads, width = self.num_kv_heads, self.head_dim
     check(
       kv_heads is None or self.num_heads % kv_heads == 0,

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from sleep_jax import config, model, params
+from sleep_jax import attention, config, model, params
 from sleep_jax.config import ATTENTION, Config, ConfigError, ModelConfig, SleepConfig
 
 FLOAT32, TOKEN = 4, 12  # bytes; of a token in a batch: its id, its target, its share in the loss
@@ -143,7 +143,10 @@ def _physical() -> int:
 def _awake(cfg: ModelConfig, tokens: int, batch: int) -> int:
   """Bytes of a block's hidden states, of its scores and MLP, of S and of one answer's logits."""
   length, width = min(cfg.window, tokens), _width(cfg)
-  scores = cfg.attention.num_heads * length**2 * FLOAT32 if set(cfg.blocks) & set(ATTENTION) else 0
+  keys = length + (cfg.window - 1 if cfg.eviction == "sliding" else 0)
+  at_once = attention.scores_at_once(length, keys, cfg.attention.implementation)
+  attends = at_once and bool(set(cfg.blocks) & set(ATTENTION))
+  scores = cfg.attention.num_heads * length**2 * FLOAT32 if attends else 0
   mlp = (cfg.mlp_dim or 2 * cfg.embed_dim) * length * width if len(cfg.without_mlp) < len(cfg.blocks) else 0
   return batch * (cfg.embed_dim * length * width + max(scores, mlp) + _state(cfg) + cfg.vocab_size * FLOAT32)
 

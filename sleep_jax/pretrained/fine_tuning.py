@@ -17,6 +17,7 @@ from sleep_jax.pretrained.fields import PretrainedError
 # How a model is run, which a checkpoint does not say.
 _FREE = ("window", "eviction", "embed_std", "dtype", "predict_passes", "pass_cache", "exit_threshold")
 _FREE_FAST = ("conv_context", "decay_init", "kernel")
+_FREE_ATTENTION = ("implementation",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def start_model(
   Args:
     start: the checkpoint; only headers are read.
     how: fields of `ModelConfig` that a checkpoint does not say, nested: `window`, `eviction`, `dtype`,
-      `fast.kernel` and the like.
+      `fast.kernel`, `attention.implementation` and the like.
     architecture: the checkpoint's, where it is known and there is no checkpoint yet. None: it is read.
 
   Raises:
@@ -61,11 +62,10 @@ def start_model(
   folder = start.folder
   if not folder and architecture is None:
     raise config.ConfigError("pretrained.folder: is required: a checkpoint's folder, or a run's")
-  fast = how.get("fast", {})
-  config.check(
-    isinstance(fast, Mapping), "model.fast", f"must be a group of fields, got {config.shown(fast)}"
-  )
-  for name, known, given in (("model", ("fast", *_FREE), how), ("model.fast", _FREE_FAST, fast)):
+  groups = {"fast": _FREE_FAST, "attention": _FREE_ATTENTION}
+  for group, known in (("", (*groups, *_FREE)), *groups.items()):
+    given, name = (how.get(group, {}), f"model.{group}") if group else (how, "model")
+    config.check(isinstance(given, Mapping), name, f"must be a group of fields, got {config.shown(given)}")
     twice = [f"{name}.{field}" for field in given if field not in known]
     config.check(not twice, ", ".join(twice), f"is said by the checkpoint, {folder}")
   there = _architecture(str(folder), start.ignore) if architecture is None else architecture
@@ -80,8 +80,8 @@ def start_model(
     " pretrained.memory_layers",
   )
   values = config.to_dict(there)
-  fast = values["fast"] | dict(fast)
-  return config.from_dict(ModelConfig, values | dict(how) | {"fast": fast}, "model.")
+  changed = {group: values[group] | dict(how.get(group, {})) for group in groups}
+  return config.from_dict(ModelConfig, values | dict(how) | changed, "model.")
 
 
 def trained_weights(start: StartConfig, cfg: ModelConfig) -> tuple[str, ...]:
@@ -132,7 +132,8 @@ def check_start(cfg: ModelConfig, folder: str | os.PathLike, *, ignore: Sequence
   if _lacks_memory(cfg, there):
     there = memory.memory_config(there, **_memory_of(cfg))
   fast = {name: getattr(cfg.fast, name) for name in _FREE_FAST}
-  there = dataclasses.replace(there, **_changes(cfg), fast=dataclasses.replace(there.fast, **fast))
+  attention = {name: getattr(cfg.attention, name) for name in _FREE_ATTENTION}
+  there = config.replace(there, **_changes(cfg), fast=fast, attention=attention)
   differences = []
   for field in dataclasses.fields(cfg):
     ours, theirs = getattr(cfg, field.name), getattr(there, field.name)

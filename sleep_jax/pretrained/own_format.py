@@ -32,10 +32,10 @@ def config_json(cfg: ModelConfig, step: int | None = None) -> dict[str, Any]:
   """The content of `config.json`.
 
   Args:
-    cfg: the model; its `fast.kernel` is left out, which belongs to a machine.
+    cfg: the model; its `fast.kernel` and `attention.implementation` are left out, which belong to a machine.
     step: of the run whose weights these are; None if there is none.
   """
-  model = config.to_dict(config.replace(cfg, fast={"kernel": None}))
+  model = config.to_dict(config.replace(cfg, fast={"kernel": None}, attention={"implementation": None}))
   return {
     "architectures": [ARCHITECTURE],
     "model_type": MODEL_TYPE,
@@ -70,6 +70,11 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
     ("predict_passes", cfg.predict_passes, PASSES),
   ):
     config.check(value <= most, f"config.json: model.{name}", f"must be at most {most}, got {value}")
+  for name, value in (
+    ("fast.kernel", cfg.fast.kernel),
+    ("attention.implementation", cfg.attention.implementation),
+  ):
+    config.check(value is None, f"config.json: model.{name}", f"must be null, got {config.shown(value)}")
   return cfg
 
 

@@ -13,6 +13,7 @@ from sleep_jax.report.load import Run, flatten, is_number
 # Settings that cannot move a curve: how often one looks, and how XLA is asked for the same numbers.
 NEUTRAL = frozenset((
   *("seed", "sleep.num_passes", "sleep.remat", "sleep.loops", "model.fast.kernel", "mesh.data", "mesh.model"),
+  "model.attention.implementation",
   *("train.log_every", "train.eval_every", "train.save_every"),
   *("train.steps_per_dispatch", "train.eval_batch_size", "train.keep_checkpoints"),
 ))  # fmt: skip

@@ -2,7 +2,7 @@
 
 import jax
 
-from sleep_jax import fast_weights, model, optim, pretrained, sharding
+from sleep_jax import attention, fast_weights, model, optim, pretrained, sharding
 from sleep_jax.config import Config, check
 from sleep_jax.train.task import Task
 
@@ -28,6 +28,7 @@ def check_fits(cfg: Config, task: Task | None = None) -> jax.sharding.Mesh:
       f"must be a multiple of train.steps_per_dispatch = {count}, got {value}",
     )
   fast_weights.check_kernel(cfg.model.fast)
+  attention.check_form(cfg.model.attention)
   optim.freeze(cfg.optim, model.declare(cfg.model))
   if cfg.train.init_from is not None:
     pretrained.check_start(cfg.model, cfg.train.init_from, ignore=cfg.train.init_ignore)

@@ -16,7 +16,16 @@ import pytest
 from absl.testing import parameterized
 
 from sleep_jax import config, model, pretrained, windows
-from sleep_jax.benchmarks import generation_memory, measure, memory, scaling, stall, tables, training
+from sleep_jax.benchmarks import (
+  attention,
+  generation_memory,
+  measure,
+  memory,
+  scaling,
+  stall,
+  tables,
+  training,
+)
 from sleep_jax.cost import flops
 from sleep_jax.data import rule110
 from sleep_jax.pretrained.tokenizer import Tokenizer
@@ -194,6 +203,29 @@ class MemoryTest(parameterized.TestCase):
     kept, recomputed = (float(row["MB a pass"]) for row in rows)
     assert recomputed < 0.5 * kept
     assert [row["remat"] for row in csv_rows(found(out, "memory_tiny_time*.csv"))] == ["none", "window"]
+
+
+class AttentionTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_each_form_has_a_row_for_each_length_and_mode(self):
+    out = self.enterContext(tempfile.TemporaryDirectory())
+    sizes = ["--lengths=8,16", "--heads=2", "--kv_heads=1", "--width=8", "--rounds=1", "--turn=0"]
+    assert attention.main([*sizes, "--reach=4", f"--out={out}"]) == 0
+    rows = csv_rows(found(out, "attention_cpu_float32_reach4.csv"))
+    assert [(row["L"], row["mode"], row["form"]) for row in rows] == [
+      (length, mode, form)
+      for length in ("8", "16")
+      for mode in attention.MODES
+      for form in ("dense", "blocked", attention.PEER)
+    ]
+    assert all(float(row["wall ms"]) > 0 for row in rows)
+
+  def test_contenders_compute_the_same(self):
+    args = attention._arguments(["--heads=2", "--kv_heads=1", "--width=8", "--reach=4"])
+    inputs = attention.operands(13, args)
+    outputs = [measure.quick(form)(*inputs) for form in attention.contenders(args).values()]
+    for out in outputs[1:]:
+      np.testing.assert_allclose(out, outputs[0], atol=1e-5)
 
 
 class GenerationMemoryTest(parameterized.TestCase):

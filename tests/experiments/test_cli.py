@@ -51,6 +51,14 @@ MISTAKES = {
     ("--config.model.fast.kernel=xls",),
     "model.fast.kernel: unknown value 'xls'; did you mean \"xla\"",
   ),
+  "form": (
+    ("--config.model.attention.implementation=flash",),
+    "model.attention.implementation: unknown value 'flash'; did you mean \"splash\"?",
+  ),
+  "form_of_another_platform": (
+    ("--config.model.attention.implementation=cudnn",),
+    "model.attention.implementation: 'cudnn' runs on gpu, not on cpu; known here: dense, blocked",
+  ),
   "dtype": (("--config.model.dtype=bf16",), "model.dtype: unknown value 'bf16'; did you mean"),
   "rate_nan": (("--config.optim.muon_lr=nan",), "optim.muon_lr: must be above 0, got nan"),
   "seed": (("--config.seed=-1",), "seed: must be at least 0, got -1"),

@@ -57,6 +57,11 @@ def test_another_model_is_refused_before_anything_is_made(changes, message):
     train.check_fits(run_config(dataclasses.replace(source.model, **changes)))
 
 
+def test_how_attention_is_computed_is_the_runs_own():
+  source = pretrained.open_source(OURO, window=8, predict_passes=1)
+  train.check_fits(run_config(config.replace(source.model, attention={"implementation": "blocked"})))
+
+
 def test_no_checkpoint_is_one_line():
   source = pretrained.open_source(OURO, window=8, predict_passes=1)
   run = config.replace(run_config(source.model), train={"init_from": "nowhere"})

@@ -208,6 +208,11 @@ def test_what_the_checkpoint_says_cannot_be_said_again(folders):
   again = values | {"model": values["model"] | {"fast": {"key_dim": 8}}}
   with pytest.raises(config.ConfigError, match="model.fast.key_dim: is said by the checkpoint"):
     gsm_infinite.build(again)
+  again = values | {"model": values["model"] | {"attention": {"rope_theta": 2.0}}}
+  with pytest.raises(config.ConfigError, match="model.attention.rope_theta: is said by the checkpoint"):
+    gsm_infinite.build(again)
+  named = values | {"model": values["model"] | {"attention": {"implementation": "blocked"}}}
+  assert gsm_infinite.build(named).model.attention.implementation == "blocked"
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_and_nothing_is_written(tmp_path):

@@ -109,17 +109,23 @@ def test_the_package_offers_it_by_one_name(tmp_path):
 
 @pytest.mark.parametrize("step", [None, 7])
 def test_our_own_format_is_what_it_says(step, tmp_path):
-  cfg = hybrids.model_config(("attn", "gdn"), fast={"kernel": "xla", "decay_init": (0.1, 1.0)})
+  fast = {"kernel": "xla", "decay_init": (0.1, 1.0)}
+  cfg = hybrids.model_config(("attn", "gdn"), fast=fast, attention={"implementation": "blocked"})
   weights = tiny.weights(cfg)
   pretrained.export_own(tmp_path / "out", cfg, weights, step=step)
   values = json.loads((tmp_path / "out/config.json").read_text())
   assert values["model_type"] == own_format.MODEL_TYPE and values["step"] == step
   again, read, source = pretrained.load(tmp_path / "out", window=9)
-  assert again == config.replace(cfg, window=9, fast={"kernel": None})
+  machine = {"fast": {"kernel": None}, "attention": {"implementation": None}}
+  assert again == config.replace(cfg, window=9, **machine)
   hybrids.assert_same(read, weights)
   assert "blocks.0.mixer.q" in source.tensors.files
   with pytest.raises(pretrained.PretrainedError, match="out: exists already"):
     pretrained.export_own(tmp_path / "out", cfg, weights)
+  values["model"]["attention"]["implementation"] = "cudnn"  # which belongs to a machine
+  (tmp_path / "out/config.json").write_text(json.dumps(values))
+  with pytest.raises(config.ConfigError, match="model.attention.implementation: must be null, got 'cudnn'"):
+    pretrained.open_source(tmp_path / "out")
 
 
 def test_a_memory_is_added_to_a_model_of_our_own(tmp_path):

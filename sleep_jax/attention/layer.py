@@ -1,4 +1,4 @@
-"""Causal attention inside a window, with grouped queries, and what eviction drops or keeps of it."""
+"""The attention mixer: projections and rotary angles, the cache of an open window, what eviction keeps."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from sleep_jax import layers, params, sharding
+from sleep_jax.attention.blocked import MASKED
+from sleep_jax.attention.forms import allowed, attend
 from sleep_jax.config import ModelConfig
-
-MASKED = -1e30  # finite: the row of a pad, which attends to nothing, must not become NaN
 
 
 @flax.struct.dataclass
@@ -129,7 +129,8 @@ def read_window(
   at = jnp.arange(x.shape[1])
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
-  return _out(weights, attend(q, k, v, allowed(at, at, reach, valid)), gate, cfg)
+  out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
+  return _out(weights, out, gate, cfg)
 
 
 def read_behind(
@@ -161,8 +162,9 @@ def read_behind(
   at, keys_at = cfg.window - 1 + jnp.arange(length), jnp.arange(k.shape[1])
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
-  seen = allowed(at, keys_at, min(reach or cfg.window, cfg.window), valid)
-  return _out(weights, attend(q, k, v, seen), gate, cfg), kept
+  reach = min(reach or cfg.window, cfg.window)
+  out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
+  return _out(weights, out, gate, cfg), kept
 
 
 def decode(
@@ -193,51 +195,21 @@ def decode(
   before, cache = cache, _append(cache, k, v, valid)
   if cfg.eviction == "sliding":
     reach = min(reach or cfg.window, cfg.window)
-  seen = allowed(at, jnp.arange(cache.k.shape[1]), reach, cache.valid)
   if length == 1 and jax.sharding.get_abstract_mesh().empty:
-    out = attend_one(q, before, k, v, seen & (jnp.arange(cache.k.shape[1]) != before.length), valid)
+    rows = jnp.arange(cache.k.shape[1])
+    seen = allowed(at, rows, reach, cache.valid) & (rows != before.length)
+    out = attend_one(q, before, k, v, seen, valid)
   else:
-    out = attend(q, cache.k, cache.v, seen)
+    out = attend(
+      q,
+      cache.k,
+      cache.v,
+      offset=before.length,
+      reach=reach,
+      valid=cache.valid,
+      implementation=cfg.attention.implementation,
+    )
   return _out(weights, out, gate, cfg), cache
-
-
-def allowed(
-  queries_at: jax.Array, keys_at: jax.Array, reach: int | None, valid: jax.Array | None
-) -> jax.Array:
-  """Which keys a query sees: those up to its own place, the newest `reach` of them, no pads.
-
-  Args:
-    queries_at, keys_at: places [T] and [keys].
-    valid: [B, keys] bool.
-
-  Returns:
-    [B or 1, 1, T, keys] bool.
-  """
-  distance = queries_at[:, None] - keys_at[None, :]
-  seen = distance >= 0
-  if reach is not None:
-    seen &= distance < reach
-  seen = seen[None, None]
-  return seen if valid is None else seen & valid[:, None, None, :]
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-  """Softmax attention with grouped queries, scores and softmax in float32.
-
-  Args:
-    q: [B, T, num_heads, head_dim].
-    k, v: [B, keys, num_kv_heads, head_dim].
-    seen: [B or 1, 1, T, keys] bool. A query that sees nothing gets the mean of all values.
-
-  Returns:
-    [B, T, num_heads, head_dim] in q's dtype.
-  """
-  groups = q.shape[2] // k.shape[2]
-  if groups > 1:
-    k, v = (layers.repeated(x, groups) for x in (k, v))
-  scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[3] ** -0.5
-  shares = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(q.dtype)
-  return jnp.einsum("bhts,bshd->bthd", shares, v)
 
 
 def attend_one(
