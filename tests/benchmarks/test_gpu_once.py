@@ -124,7 +124,7 @@ def test_without_fla_a_row_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_part_and_a_second_one_through_none(tmp_path, capsys):
-  flags = ["--dry_run", "--size=tiny", "--minutes=12", f"--out={tmp_path}"]
+  flags = ["--dry_run", "--size=tiny", "--minutes=40", f"--out={tmp_path}"]
   code = gpu_once.main(flags)
   printed = capsys.readouterr()
   rows = [json.loads(line) for line in (tmp_path / "gpu_once.jsonl").read_text().splitlines()]
