@@ -5,6 +5,7 @@
 
     kernel_errors    outputs and gradients of the gated delta rule against float64 (kernels.gpu_check)
     kernels_fla      its times beside flash-linear-attention's, where `fla` can be imported
+    attention        each form of attention at the windows of figure 6: times, memory, errors
     figure_2a_t*     figure 2a whole: six depths, 40 M tokens each (experiments.rule110)
     figure_6         training throughput (benchmarks.throughput)
     generate         tokens a second of generation
@@ -79,12 +80,13 @@ def parts(out: pathlib.Path, size: str) -> list[Part]:
   return [
     own("kernel_errors", 60),
     own("kernels_fla", 60),
+    own("attention", 50),
     *(
       run(f"figure_2a_t{t:02}", "fig2a", f"t{t:02}_n1_s0", f"data.rollout_steps={t}", 240 / len(depths))
       for t in depths
     ),
-    Part("figure_6", figure_6, 210, functools.partial(_lines, speeds / "throughput.jsonl")),
-    own("generate", 40),
+    Part("figure_6", figure_6, 180, functools.partial(_lines, speeds / "throughput.jsonl")),
+    own("generate", 30),
     *(
       run(f"figure_2b_n{n}", "fig2b", f"t32_n{n}_s0", f"sleep.num_passes={n}", 100 / len(passes))
       for n in passes
@@ -235,6 +237,7 @@ def page(
 _SECTIONS = (
   ("Errors of the kernels", "kernel_errors"),
   ("Kernels beside flash-linear-attention", "kernels_fla"),
+  ("Forms of attention", "attention"),
   ("Figure 2a: accuracy by depth, one pass", "figure_2a"),
   ("Figure 6: training throughput", "figure_6"),
   ("Generation", "generate"),

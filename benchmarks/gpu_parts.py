@@ -8,22 +8,27 @@ code 1: something is wrong that was measured (an error above its tolerance, a nu
 """
 
 import dataclasses
+import functools
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sleep_jax import generate, model
+from sleep_jax.attention import forms
 from sleep_jax.benchmarks import command, tables, throughput
 from sleep_jax.config import ConfigError, SleepConfig
+from sleep_jax.kernels.common import target
 from sleep_jax.kernels.measure import bench, gpu_check
 from sleep_jax.launch import hardware
 
@@ -79,6 +84,56 @@ def kernels_fla(size: str) -> Rows:
         yield dataclasses.asdict(t) | {"times fla's speed": None if best is None else best / t.median_ms}
 
 
+def attention_forms(size: str) -> Rows:
+  """Each form of attention at the windows of figure 6: times, temporary memory and errors from float32."""
+  names = forms.FORMS.get(target.platform(), forms.FORMS["cpu"])
+  for (length, reach), mode in itertools.product(ATTENDED[size], bench.MODES):
+    inputs = _attended(length, size)
+    with jax.default_matmul_precision("highest"):
+      exact = jax.jit(_attend("blocked", reach, mode))(*(x.astype(jnp.float32) for x in inputs))
+    for name in names:
+      row = {"L": length, "reach": reach, "mode": mode, "form": name}
+      try:
+        yield row | _attention(jax.jit(_attend(name, reach, mode)), inputs, exact, ROUNDS[size])
+      except Exception as e:  # one form that the device refuses must not hide the others
+        traceback.print_exc()
+        yield row | {"note": throughput.refusal(f"{type(e).__name__}: {e}")}
+
+
+ATTENDED = {  # L and the keys that a query sees
+  "full": ((1000, None), (2000, None), (4000, None), (12_000, 2000)),
+  "tiny": ((16, None), (16, 5)),
+}
+
+
+def _attended(length: int, size: str) -> list[jax.Array]:
+  """q, k, v and the cotangent of the output: [1, L, heads, width], those of Ouro 1.4B."""
+  heads, width, dtype = (16, 128, "bfloat16") if size == "full" else (2, 8, "float32")
+  return [jax.random.normal(jax.random.key(i), (1, length, heads, width), dtype) for i in range(4)]
+
+
+def _attend(name: str, reach: int | None, mode: str) -> Callable[..., Any]:
+  """(q, k, v, cotangent) -> the output, in mode `grad` with the three gradients."""
+
+  def run(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> Any:
+    out, pull = jax.vjp(functools.partial(forms.attend, reach=reach, implementation=name), q, k, v)
+    return (out,) if mode == "forward" else (out, *pull(cotangent))
+
+  return run
+
+
+def _attention(program: Any, inputs: list[jax.Array], exact: Any, rounds: int) -> dict[str, Any]:
+  """The columns of a form that runs."""
+  compiled = program.lower(*inputs).compile()
+  error = bench.distance(compiled(*inputs), [jax.device_get(x) for x in exact])
+  field = gpu_check.Contestant("", lambda: compiled(*inputs), jax.block_until_ready)
+  calls = max(1, round(gpu_check.SPAN / gpu_check.span(field, 2)))
+  times = [gpu_check.span(field, calls) for _ in range(rounds)]
+  row = {"ms": statistics.median(times), "MB": compiled.memory_analysis().temp_size_in_bytes / 1e6}
+  row |= {"error": error}
+  return row if error <= gpu_check.TOLERANCE else row | {WRONG: f"its error is above {gpu_check.TOLERANCE}"}
+
+
 def generation(size: str) -> Rows:
   """Tokens a second of `generate` on the model of figure 6, a token at a time, by sequences side by side.
 
@@ -124,6 +179,7 @@ PARTS = {
   "machine": machine,
   "kernel_errors": kernel_errors,
   "kernels_fla": kernels_fla,
+  "attention": attention_forms,
   "generate": generation,
 }
 

@@ -1,6 +1,6 @@
 """One page with every ratio that the README speaks of, measured on this machine: `make bench-report`.
 
-    python -m benchmarks.report                     # half an hour on one core
+    python -m benchmarks.report                     # about an hour on one core, by estimate
     python -m benchmarks.report --size=tiny         # a minute; proves only that the parts fit
 
 Training steps against the same model in PyTorch, kernels against transformers' functions, decoding against

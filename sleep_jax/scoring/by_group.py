@@ -4,6 +4,7 @@ An answer is one or more tokens; it is right if all of them are. A sequence may 
 over sequences, so that they do not depend on how these are cut into batches.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -244,7 +245,7 @@ def make_host_evaluate(
       if forget:
         shape = whole[0].inputs.shape
         begins = np.broadcast_to(np.arange(shape[1]) % cfg.window == 0, shape)
-        whole = whole[0].replace(begins=begins), whole[1]
+        whole = dataclasses.replace(whole[0], begins=begins), whole[1]
       yield jax.tree.map(lambda x: x[host * mine : (host + 1) * mine], whole)
 
   def make_sums(bucket: batching.Bucket) -> Callable[..., Sums]:

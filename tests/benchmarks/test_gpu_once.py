@@ -3,11 +3,12 @@
 import json
 import os
 
+import jax.numpy as jnp
 import pytest
 
 from sleep_jax.benchmarks import boxes, gpu_once, gpu_parts
 from sleep_jax.experiments import config_file, rule110, runner
-from sleep_jax.kernels.measure import gpu_check
+from sleep_jax.kernels.measure import bench, gpu_check
 
 FACTS = {"platform": "gpu", "devices": "a made-up one", "command": "`none`"}
 
@@ -46,8 +47,10 @@ def test_every_configured_run_is_one_that_the_experiment_takes(tmp_path, size):
 
 def test_the_most_valuable_comes_first_and_fits_twelve_minutes(tmp_path):
   parts = gpu_once.parts(tmp_path, "full")
-  assert list(gpu_once.GROUPS)[:3] == ["kernel_errors", "kernels_fla", *gpu_once.GROUPS[2:3]]
-  assert gpu_once.GROUPS[-1] == "figure_2b"  # takes what time there is
+  assert gpu_once.GROUPS == (
+    *("kernel_errors", "kernels_fla", "attention", "figure_2a", "figure_6", "generate"),
+    "figure_2b",  # takes what time there is
+  )
   assert len({part.name for part in parts}) == len(parts)
   assert sum(part.weight for part in parts) <= 12 * 60
   assert {gpu_once.group(part) for part in gpu_once.parts(tmp_path, "tiny")} == set(gpu_once.GROUPS)
@@ -136,3 +139,30 @@ def test_a_dry_run_goes_through_every_part_and_a_second_one_through_none(tmp_pat
   before = os.stat(tmp_path / "gpu_once.jsonl").st_size
   assert gpu_once.main(flags) == 0
   assert os.stat(tmp_path / "gpu_once.jsonl").st_size == before
+
+
+def test_a_form_of_attention_that_fails_or_is_wrong_hides_no_other(tmp_path, monkeypatch):
+  def attend(name, reach, mode):
+    if name == "dense":
+      raise NotImplementedError("not | here")
+    return lambda q, k, v, cotangent: (q + jnp.arange(2.0)[attempts.pop()],)
+
+  attempts = [1, 0, 0, 0]  # which of the programs, from the last to the first, is wrong
+  monkeypatch.setattr(gpu_parts, "_attend", attend)
+  monkeypatch.setattr(gpu_parts, "ATTENDED", {"tiny": ((4, None),)})
+  out = tmp_path / "rows.jsonl"
+  assert gpu_parts.main(["--part=attention", "--size=tiny", f"--out={out}"]) == 1
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [(row["mode"], row["form"]) for row in rows] == [
+    (mode, form) for mode in bench.MODES for form in ("dense", "blocked")
+  ]
+  assert [row.get("note") for row in rows[::2]] == ["failed: NotImplementedError: not / here"] * 2
+  assert "wrong" not in rows[1] and rows[3]["wrong"] == "its error is above 0.02"
+
+
+def test_forms_of_attention_agree(tmp_path, monkeypatch):
+  monkeypatch.setattr(gpu_parts, "ATTENDED", {"tiny": ((16, 5),)})
+  out = tmp_path / "rows.jsonl"
+  assert gpu_parts.main(["--part=attention", "--size=tiny", f"--out={out}"]) == 0
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert len(rows) == 4 and all(0 <= row["error"] < 1e-5 and row["ms"] > 0 for row in rows)

@@ -4,17 +4,20 @@ import csv
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
-from sleep_jax import config, train
+from sleep_jax import config, model, sharding, train
 from sleep_jax.config import ConfigError
+from sleep_jax.data import batching
 from sleep_jax.data.memory import set_names
 from sleep_jax.experiments import figures, memory, tasks
 from sleep_jax.experiments.configs import memory as presets
 from sleep_jax.experiments.figures import memory as memory_figures
 from sleep_jax.report.load import RunError
 from sleep_jax.runtime import metrics, workdir
+from sleep_jax.scoring import by_group
 from tests.forked import Experiment
 from tests.pretrained import tiny
 from tests.report import fake_runs
@@ -176,3 +179,26 @@ def test_a_checkpoint_is_tested_in_all_its_forms_on_the_same_prompts(checkpoint,
     *(f"memory{end}" for end in (".json", ".md")),
     *(f"memory_needle{end}" for end in (".csv", ".png", ".svg")),
   ]
+
+
+@pytest.mark.slow
+def test_window_only_sees_the_last_window_alone():
+  """What was said in the windows before changes nothing, and without `forget` it does."""
+  cfg = config.ModelConfig(
+    vocab_size=30, embed_dim=16, blocks=("gdn",), window=4,
+    fast=config.FastConfig(num_heads=1, key_dim=8, value_dim=8),
+  )  # fmt: skip
+  weights = model.init(cfg, jax.random.key(0))
+  mesh = sharding.make_mesh(config.MeshConfig(data=1), jax.devices()[:1])
+  cut = batching.CutConfig(max_tokens=12, answer_tokens=2)
+  losses = {}
+  for forget in (True, False):
+    for seed in (1, 2):
+      before = np.random.default_rng(seed).integers(1, 30, 8)
+      example = batching.Example(np.concatenate([before, [3, 4]]), np.asarray([5, 6]))
+      evaluate = by_group.make_host_evaluate(
+        {"one": batching.HeldOut([example])}, ["all"], cut, 1, cfg, config.SleepConfig(), mesh, forget=forget
+      )
+      losses[forget, seed] = evaluate(weights)["answer_loss"]
+  assert losses[True, 1] == pytest.approx(losses[True, 2], rel=1e-5)
+  assert losses[False, 1] != pytest.approx(losses[False, 2], rel=1e-5)

@@ -84,14 +84,14 @@ class _World(NamedTuple):
     lies: [objects], the place of each, seen or not.
     holder: [objects], NOWHERE where nobody has it.
     trail: [objects, facts], the places of each since it was first picked up.
-    count: [objects], how many those are.
+    visited: [objects], how many those are.
   """
 
   at: jax.Array
   lies: jax.Array
   holder: jax.Array
   trail: jax.Array
-  count: jax.Array
+  visited: jax.Array
 
 
 def _carried(cfg: "MemoryConfig", key: jax.Array, depth: int, moves: int) -> tuple[_World, tuple]:
@@ -136,13 +136,13 @@ def _carried(cfg: "MemoryConfig", key: jax.Array, depth: int, moves: int) -> tup
     after = jnp.where(verb == GET, actor, NOWHERE)
     holder = jnp.where(hands, world.holder.at[thing].set(after), world.holder)
     lies = jnp.where((holder == actor) & ~hands, there, world.lies)
-    seen = (world.count > 0) | (holder >= 0)
-    last = jnp.take_along_axis(world.trail, jnp.maximum(world.count - 1, 0)[:, None], axis=1)[:, 0]
-    new = seen & ((world.count == 0) | (last != lies))
+    seen = (world.visited > 0) | (holder >= 0)
+    last = jnp.take_along_axis(world.trail, jnp.maximum(world.visited - 1, 0)[:, None], axis=1)[:, 0]
+    new = seen & ((world.visited == 0) | (last != lies))
     rows = jnp.arange(cfg.objects)
-    trail = world.trail.at[rows, jnp.where(new, world.count, depth)].set(lies, mode="drop")
+    trail = world.trail.at[rows, jnp.where(new, world.visited, depth)].set(lies, mode="drop")
     word = jnp.where(hands, thing, there)
-    return _World(at, lies, holder, trail, world.count + new), (actor, verb, word)
+    return _World(at, lies, holder, trail, world.visited + new), (actor, verb, word)
 
   return jax.lax.scan(step, world, (jnp.arange(depth), jax.random.split(step_key, depth)))
 
@@ -159,7 +159,7 @@ def _where(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, length
   del length
   world_key, ask_key = jax.random.split(key)
   world, facts = _carried(cfg, world_key, depth, moves=1)
-  thing, known = _some(ask_key, world.count > 0, cfg.queries)
+  thing, known = _some(ask_key, world.visited > 0, cfg.queries)
   questions = columns(words.marks["where"], words.of("object", thing))
   return _blank(known, Story(_told(words, facts), questions, columns(words.of("place", world.lies[thing]))))
 
@@ -169,8 +169,8 @@ def _before(cfg: "MemoryConfig", words: Words, key: jax.Array, depth: int, lengt
   del length
   world_key, ask_key, which_key = jax.random.split(key, 3)
   world, facts = _carried(cfg, world_key, depth, moves=2)
-  thing, known = _some(ask_key, world.count > 1, cfg.queries)
-  trail, count = world.trail[thing], world.count[thing]
+  thing, known = _some(ask_key, world.visited > 1, cfg.queries)
+  trail, count = world.trail[thing], world.visited[thing]
   which = 1 + below(which_key, jnp.maximum(count - 1, 1), count.shape)
   place = jnp.take_along_axis(trail, which[:, None], axis=1)
   inside = (jnp.arange(depth) >= 1) & (jnp.arange(depth) < count[:, None])

@@ -126,7 +126,7 @@ def choose(key: jax.Array, count: int, size: int) -> jax.Array:
   return shuffled(key, size)[:count]
 
 
-def columns(*words: jax.Array) -> jax.Array:
+def columns(*words: jax.Array | int) -> jax.Array:
   """Statements or questions [n, W] from their words, each [n] or one for all of them."""
   return jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, words)), axis=-1).astype(jnp.int32)
 
