@@ -1,7 +1,10 @@
 """cuDNN and splash attention on a machine without them: interpreted, lowered and, with `aot`, compiled."""
 
 import functools
+import os
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from sleep_jax import attention
-from sleep_jax.attention import splash
-from sleep_jax.kernels.measure import static_tpu
+from sleep_jax.attention import cudnn, splash
+from sleep_jax.kernels.measure import static_gpu, static_tpu
 from sleep_jax.launch import aot
 from tests import test_attention_forms as forms
 from tests.kernels import test_target
@@ -129,3 +132,19 @@ def test_for_cuda_a_long_window_is_lowered_to_cudnn(with_cudnn, padded, reach):
   assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
   assert ("PADDING_CAUSAL" if padded else "CAUSAL") in text and "NO_MASK" not in text
   assert "ScaleBias" not in text  # no mask of [T, S]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("padded", [False, True])
+def test_cudnn_is_compiled_for_an_h200(with_cudnn, padded, monkeypatch):
+  """XLA's part: cuDNN makes its own plan on the device. No array of [T, S] is left."""
+  pytest.importorskip("jax_cuda13_plugin")
+  (ptxas, *_) = (path for root in sys.path for path in Path(root).glob("nvidia/cu*/bin/ptxas"))
+  monkeypatch.setenv("PATH", f"{ptxas.parent}{os.pathsep}{os.environ['PATH']}")
+  topology = topologies.get_topology_desc(platform="cuda", target_config=static_gpu.H200, topology="1x1x1")
+  arrays = structs((2, 1024, 1024, 4, 2, 64), sharding=SingleDeviceSharding(topology.devices[0]))
+  run = jax.jit(program(cudnn.cudnn, reach=None, padded=padded))
+  lowered = run.trace(*arrays).lower(lowering_platforms=("cuda",))
+  compiled = lowered.compile({"xla_gpu_autotune_level": "0"})  # autotuning would need the GPU
+  assert "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2 * 4 * 1024**2

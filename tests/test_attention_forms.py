@@ -268,7 +268,7 @@ def test_without_cudnn_the_named_form_says_so_and_the_default_goes_on(monkeypatc
 
 SETTINGS = {
   "hard": {"blocks": ("attn", "gdn", "nope")},
-  "sliding": {"blocks": ("swa", "gdn"), "eviction": "sliding"},
+  "sliding": {"blocks": ("swa", "attn"), "eviction": "sliding"},
 }
 
 
@@ -283,10 +283,35 @@ def trained(name, form, remat):
   return hybrids.program(segments, cfg, sleep_cfg)(model.init(cfg, jax.random.key(0)), batch)
 
 
-@pytest.mark.parametrize(
-  ("name", "remat"),
-  [("sliding", "window"), *(pytest.param("hard", x, marks=pytest.mark.slow) for x in ("none", "window"))],
-)
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_a_mixer_reads_the_same(eviction):
+  """A whole window, and the same tokens in two pieces; gradients of weights and inputs too."""
+  valid, found = left_pads(12, 0, 5), {}
+  for form in ("dense", "blocked"):
+    sizes = {"implementation": form}
+    cfg = hybrids.model_config(("attn",), window=12, attention=sizes, eviction=eviction)
+    weights = hybrids.random_params(cfg)["blocks"]["0"]["mixer"]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, cfg.embed_dim)), jnp.float32)
+
+    def read(weights, x, cfg=cfg):
+      if cfg.eviction == "hard":
+        out = attention.read_window(weights, x, cfg, valid=valid)
+      else:
+        out, _ = attention.read_behind(weights, x, attention.init_kept(cfg, 2), cfg, valid=valid)
+      cache, pieces = attention.init_cache(cfg, 2), []
+      for part in (slice(0, 7), slice(7, 12)):
+        piece, cache = attention.decode(weights, x[:, part], cache, cfg, valid=valid[:, part])
+        pieces.append(piece)
+      outs = jnp.where(valid[..., None], jnp.stack([out, jnp.concatenate(pieces, axis=1)]), 0)
+      return jnp.sum(jnp.sin(outs[0])), outs
+
+    found[form] = hybrids.jit(jax.grad(read, argnums=(0, 1), has_aux=True))(weights, x)
+  hybrids.assert_near(found["blocked"], found["dense"], 1e-5)
+  hybrids.assert_near(found["blocked"][1][1], found["blocked"][1][0], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "remat"), [("sliding", "window"), ("hard", "none"), ("hard", "window")])
 def test_a_model_learns_the_same(name, remat):
   got = trained(name, "blocked", remat)
   assert np.isfinite(got[0])

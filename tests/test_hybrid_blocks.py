@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sleep_jax import attention, blocks, config, fast_weights, layers, model
+from sleep_jax.attention import layer
 from sleep_jax.config import ConfigError
 from sleep_jax.kernels.gated_delta import gated_delta
 from tests import hybrids, oracle
@@ -104,7 +105,7 @@ def test_a_norm_over_the_channels_of_all_heads():
   )
   mixer = weights["blocks"]["1"]["mixer"] | {name: jnp.asarray(w, jnp.float32) for name, w in norms.items()}
   for apart in (False, True):
-    q, k, _, gate = attention._project(mixer, jnp.asarray(x, jnp.float32), over, apart=apart)
+    q, k, _, gate = layer._project(mixer, jnp.asarray(x, jnp.float32), over, apart=apart)
     assert gate is None
     for name, got in (("q", q), ("k", k)):
       flat = np.einsum("btd,dhk->bthk", x, np.asarray(mixer[name], float)).reshape(2, 5, -1)
@@ -115,12 +116,12 @@ def test_a_norm_over_the_channels_of_all_heads():
 def test_rotary_angles_of_some_channels():
   cfg = config.replace(base()[0], attention={"head_dim": 8, "rotary_dim": 4})
   x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
-  got = attention._rotate(x, jnp.arange(3), cfg)
+  got = layer._rotate(x, jnp.arange(3), cfg)
   np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
   assert_near(got[..., :4], layers.rope(x[..., :4], jnp.arange(3), cfg.attention.rope_theta), NEAR)
   whole = config.replace(cfg, attention={"rotary_dim": 8})
   none = config.replace(cfg, attention={"rotary_dim": None})
-  np.testing.assert_array_equal(*(attention._rotate(x, jnp.arange(3), c) for c in (whole, none)))
+  np.testing.assert_array_equal(*(layer._rotate(x, jnp.arange(3), c) for c in (whole, none)))
 
 
 def test_attention_may_have_norms_on_what_it_adds_alone():

@@ -98,7 +98,8 @@ def _keep(plan, q, k, v, valid, offset):
 
 
 def _pull(plan, kept, do):
-  return *_backward(plan, *kept, do), None, None
+  q, k, v, valid, offset, out, lse = kept
+  return *_backward(plan, q, k, v, valid, offset, out, lse, do), None, None
 
 
 _attend.defvjp(_keep, _pull)

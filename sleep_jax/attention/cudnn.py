@@ -60,7 +60,8 @@ def _without_pads(q: jax.Array, k: jax.Array, v: jax.Array, reach: int | None, v
   lengths = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.int32), 1)  # a row of pads reads one of them
 
   def moved(q, k, v):
-    return _taken(fused(*(_taken(x, order) for x in (q, k, v)), reach, lengths), back)
+    q, k, v = (_taken(x, order) for x in (q, k, v))
+    return _taken(fused(q, k, v, reach, lengths), back)
 
   def in_place(q, k, v):
     return blocked(q, k, v, offset=0, reach=reach, valid=valid)

@@ -5,6 +5,8 @@ segment than all queries: a pad among the queries sees only tokens, as anyone do
 Lengths are padded here to whole blocks.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -41,13 +43,14 @@ def splash(
     interpret=interpret,
   )
   scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
-  operands = (_heads_first(x, size) for x, size in ((scaled, queries), (k, keys), (v, keys)))
+  q, k, v = _heads_first(scaled, queries), _heads_first(k, keys), _heads_first(v, keys)
+  out: Any
   if valid is None:
-    out = jax.vmap(run)(*operands)
+    out = jax.vmap(run)(q, k, v)
   else:
     tokens = jnp.ones(queries, jnp.int32)
     real = jnp.pad(valid, ((0, 0), (0, keys - S))).astype(jnp.int32)
-    out = jax.vmap(lambda q, k, v, real: run(q, k, v, kernel.SegmentIds(tokens, real)))(*operands, real)
+    out = jax.vmap(lambda q, k, v, real: run(q, k, v, kernel.SegmentIds(tokens, real)))(q, k, v, real)
   out = jnp.swapaxes(out, 1, 2)[:, :T]
   return out if valid is None else jnp.where(valid[:, S - T :, None, None], out, 0)
 
