@@ -117,7 +117,8 @@ def figure(found: Sequence[Point], letter: str, name: str = "depth") -> Drawing:
       bands = [p.interval for p in curve]
       known = [(at, *band) for at, band in zip(x, bands, strict=True) if band is not None]
       if len(known) == len(curve):
-        axes.fill_between(*zip(*known, strict=True), color=look["color"], alpha=0.1, linewidth=0)
+        at, low, high = zip(*known, strict=True)
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.1, linewidth=0)
       for p in curve:
         axes.scatter([p.depth] * len(p.exact), p.exact, s=9, alpha=0.55, color=look["color"], linewidth=0)
       axes.plot(x, [p.mean for p in curve], linewidth=2.0, markersize=5, label=f"N = {n}", **look)

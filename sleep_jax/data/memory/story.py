@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-if TYPE_CHECKING:
-  from sleep_jax.data.memory.config import MemoryConfig
 
 PAD = 0
 COMPARED = 256  # numbers that are compared two by two; XLA takes seconds to compile a sort
@@ -61,7 +58,7 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-  """One test of memory.
+  """One test of memory. `cfg` is a `MemoryConfig`, whose module imports the tests.
 
   Attributes:
     depth: what `data.depths` counts, in the plural.
@@ -81,11 +78,11 @@ class Test:
 
   depth: str
   kinds: Mapping[str, str]
-  shape: Callable[["MemoryConfig", int, int], Shape]
-  needs: Callable[["MemoryConfig", int, int], Mapping[str, int]]
-  most_queries: Callable[["MemoryConfig", int], tuple[int, str]]
-  draw: Callable[["MemoryConfig", Words, jax.Array, int, int], Story]
-  chance: Callable[["MemoryConfig", int, int], float]
+  shape: Callable[[Any, int, int], Shape]
+  needs: Callable[[Any, int, int], Mapping[str, int]]
+  most_queries: Callable[[Any, int], tuple[int, str]]
+  draw: Callable[[Any, Words, jax.Array, int, int], Story]
+  chance: Callable[[Any, int, int], float]
   least: int = 1
   marks: tuple[str, ...] = ()
   fields: tuple[str, ...] = ()
