@@ -20,6 +20,7 @@ from sleep_jax.kernels.gated_delta import gated_delta
 from sleep_jax.kernels.gated_hebbian import gated_hebbian
 from sleep_jax.layers import l2_normalize
 from sleep_jax.report import diagram
+from tests import compiling
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -178,7 +179,7 @@ def test_own_experiment_learns(tmp_path):
   done = subprocess.run(
     [sys.executable, "recall.py"],
     cwd=tmp_path,
-    env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+    env=compiling.environment() | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
     capture_output=True,
     text=True,
     timeout=290,
