@@ -128,3 +128,17 @@ def test_several_passes_over_one_cache_are_read_as_before():
   logits, _, cache = model.decode(weights, np.array([[1]]), fast, cache, cfg)
   assert_near(session.logits, logits[:, 0], 1e-5)
   assert_near(session.cache, cache, 1e-5)
+
+
+def test_equal_blocks_are_traced_once():
+  """Four times as many blocks of two kinds: the step's program grows by their calls, not by their bodies."""
+
+  def lines(repeats):
+    cfg = hybrids.model_config(("attn", "gdn") * repeats)
+    weights = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    session = generate.start(cfg, SleepConfig())
+    one, real = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    step = decoding.token.lower(weights, one, real, session.fast, session.cache, cfg)
+    return len(step.as_text().splitlines())
+
+  assert lines(8) < 1.6 * lines(2)

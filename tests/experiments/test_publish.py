@@ -28,11 +28,11 @@ def write_runs(folder: pathlib.Path, kinds: tuple[str, ...] = ("done",)) -> None
 
 
 def test_the_block_comes_from_the_files_and_is_the_same_when_made_again(tmp_path):
-  write_runs(tmp_path / "work")
+  write_runs(tmp_path / "demo")
   readme = tmp_path / "README.md"
   readme.write_text(f"# before\n\n{BLOCK}\n\nafter\n")
   out = tmp_path / "results"
-  done = publish(f"--runs={tmp_path}/work/n*", f"--out={out}", f"--readme={readme}")
+  done = publish(f"--runs={tmp_path}/demo/n*", f"--out={out}", f"--readme={readme}")
   assert done.returncode == 0, done.stderr
   first = readme.read_text()
   assert first.startswith("# before\n\n<!-- demo: written") and first.endswith(
@@ -51,10 +51,10 @@ def test_the_block_comes_from_the_files_and_is_the_same_when_made_again(tmp_path
 
 @pytest.mark.parametrize("fault", ["unfinished", "markers"])
 def test_what_cannot_be_published_is_one_line(tmp_path, fault):
-  write_runs(tmp_path / "work", () if fault == "unfinished" else ("done",))
+  write_runs(tmp_path / "demo", () if fault == "unfinished" else ("done",))
   readme = tmp_path / "README.md"
   readme.write_text("no markers\n" if fault == "markers" else BLOCK)
-  done = publish(f"--runs={tmp_path}/work/n*", f"--out={tmp_path}/results", f"--readme={readme}")
+  done = publish(f"--runs={tmp_path}/demo/n*", f"--out={tmp_path}/results", f"--readme={readme}")
   assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
   assert {"unfinished": "--runs: not finished: n1_s0", "markers": "--readme: needs the demo's two"}[
     fault
