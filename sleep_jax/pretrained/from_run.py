@@ -6,8 +6,9 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
+from absl import logging
 
-from sleep_jax import config, model
+from sleep_jax import attention, config, fast_weights, model
 from sleep_jax.config import Config, ModelConfig
 from sleep_jax.pretrained import files, identity, loading
 from sleep_jax.pretrained.fields import PretrainedError, shown
@@ -89,6 +90,9 @@ def is_run(folder: str | os.PathLike) -> bool:
 def open_run(folder: str | os.PathLike, *, origin: str | os.PathLike | None = None) -> OpenedRun:
   """Reads a workdir's config.
 
+  A kernel or a form of attention that is named in it, and that this platform does not have, is left to
+  the default with a warning: a run of a TPU is read on a CPU.
+
   Args:
     folder: the workdir.
     origin: where the checkpoint lies with which the run began, if it was moved since.
@@ -100,6 +104,7 @@ def open_run(folder: str | os.PathLike, *, origin: str | os.PathLike | None = No
   folder = pathlib.Path(folder)
   values = _config_of(folder)
   cfg = config.from_dict(Config, values, f"{folder}/config.json: ")
+  cfg = dataclasses.replace(cfg, model=_for_this_platform(cfg.model, folder))
   begun, ignore = folder, cfg.train.init_ignore
   for _ in range(LONGEST):
     train = _config_of(begun)["train"]
@@ -119,6 +124,19 @@ def open_run(folder: str | os.PathLike, *, origin: str | os.PathLike | None = No
     if not is_run(begun):
       return OpenedRun(folder, cfg, begun, ignore)
   raise PretrainedError(f"{folder}: found no checkpoint behind {LONGEST} runs")
+
+
+def _for_this_platform(cfg: ModelConfig, folder: pathlib.Path) -> ModelConfig:
+  for group, name, known in (
+    ("fast", "kernel", fast_weights.check_kernel), ("attention", "implementation", attention.check_form)
+  ):  # fmt: skip
+    part = getattr(cfg, group)
+    try:
+      known(part)
+    except config.ConfigError as problem:
+      logging.warning("%s: the default is taken: %s", folder, problem)
+      cfg = dataclasses.replace(cfg, **{group: dataclasses.replace(part, **{name: None})})
+  return cfg
 
 
 def load_run(

@@ -78,6 +78,22 @@ def test_a_drawn_run_gives_config_weights_and_tokenizer_and_is_written_and_read_
     assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
+def test_a_run_of_another_platform_is_read_with_what_this_one_has(tmp_path, monkeypatch):
+  data, model = DRAWN["rule110"]
+  there = dataclasses.replace(
+    model,
+    fast=dataclasses.replace(model.fast, kernel="pallas_tpu"),
+    attention=dataclasses.replace(model.attention, implementation="splash"),
+  )
+  folder = start_run(tmp_path / "run", config.Config(data=data, model=there), tiny.weights(model))
+  warned = []
+  monkeypatch.setattr(from_run.logging, "warning", lambda text, *words: warned.append(text % words))
+  run = pretrained.load_run(folder)
+  assert run.config.model == model
+  assert len(warned) == 2 and "model.fast.kernel" in warned[0] and "'pallas_tpu'" in warned[0]
+  assert "model.attention.implementation: 'splash' runs on tpu, not on cpu" in warned[1]
+
+
 def test_any_saved_step_is_loaded_and_exported(tmp_path):
   folder, cfg, weights = drawn_run(tmp_path, "rule110", steps=(1, 2, 5))
   for step in (2, 1, 5):
