@@ -25,10 +25,11 @@ def filled_in(values: Mapping[str, Any]) -> dict[str, Any]:
     values: nested; `model` holds what a checkpoint does not say (`window`, `eviction`, `dtype`, ...).
 
   Raises:
-    ConfigError: if the checkpoint cannot be read, its tokenizer does not fit its vocabulary, or a field is
-      given that it says.
+    ConfigError: if the checkpoint cannot be read, its tokenizer does not fit its vocabulary, a field is
+      given that it says, or there is no `data`.
   """
   values = {name: dict(x) if isinstance(x, Mapping) else x for name, x in values.items()}
+  config.check("data" in values, "data", "is required")
   start = config.from_dict(pretrained.StartConfig, values.pop("pretrained"), "pretrained.")
   for group in ("train", "optim", "data", "model"):
     fields = values.setdefault(group, {})

@@ -34,11 +34,10 @@ def build(values: dict[str, Any]) -> config.Config:
   Raises:
     ConfigError: for anything that is unknown, of the wrong type or does not fit.
   """
-  config.check("data" in values, "data", "is required")
   if "pretrained" in values:
     values = fine_tuning.filled_in(values)
-  data = config.from_dict(gsm.TaskConfig, values["data"], "data.")
-  cfg = config.from_dict(config.Config, values | {"data": data})
+  cfg = config.run_from_dict(gsm.TaskConfig, values)
+  data = cfg.data
   host_steps.check_fits(cfg, data.cut)
   config.check(
     cfg.seed not in (data.held_out_seed, gsm.TOKENIZER_SEED),

@@ -42,9 +42,8 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   Raises:
     ConfigError: for anything that is unknown, of the wrong type or does not fit.
   """
-  config.check("data" in values, "data", "is required")
-  data = config.from_dict(memory.MemoryConfig, values["data"], "data.")
-  cfg = config.from_dict(config.Config, values | {"data": data})
+  cfg = config.run_from_dict(memory.MemoryConfig, values)
+  data = cfg.data
   memory.check_window(data, cfg.model.window)
   config.check(
     cfg.model.vocab_size == data.vocab_size,

@@ -43,9 +43,8 @@ def test(values: dict[str, Any], checkpoint: str, filler: str | None, folder: st
   Raises:
     ConfigError: for any mistake; nothing is written then.
   """
-  config.check("data" in values, "data", "is required")
-  data = config.from_dict(MemoryConfig, values["data"], "data.")
-  cfg = config.from_dict(config.Config, values | {"data": data})
+  cfg = config.run_from_dict(MemoryConfig, values)
+  data = cfg.data
   prompts.check_text(data)
   sentences = wording.NOISE if filler is None else sentences_of(filler)
   out = cli.folder_to_write("workdir", folder)

@@ -25,9 +25,8 @@ def build(values: dict[str, Any]) -> tuple[config.Config, training.DeviceTask]:
   Raises:
     ConfigError: for anything that is unknown, of the wrong type or does not fit.
   """
-  config.check("data" in values, "data", "is required")
-  data = config.from_dict(rule110.Rule110Config, values["data"], "data.")
-  cfg = config.from_dict(config.Config, values | {"data": data})
+  cfg = config.run_from_dict(rule110.Rule110Config, values)
+  data = cfg.data
   rule110.check_window(data, cfg.model.window)
   vocab = rule110.VOCAB_SIZE
   config.check(

@@ -42,11 +42,10 @@ def build(values: dict[str, Any]) -> config.Config:
     ConfigError: for anything that is unknown, of the wrong type or does not fit, and for texts that cannot be
       read, are shorter than a window, held out and trained on, or others than `data.digest` says.
   """
-  config.check("data" in values, "data", "is required")
   if "pretrained" in values:
     values = fine_tuning.filled_in(values)
-  data = config.from_dict(rows.TextConfig, values["data"], "data.")
-  cfg = config.from_dict(config.Config, values | {"data": data})
+  cfg = config.run_from_dict(rows.TextConfig, values)
+  data = cfg.data
   rows.check_window(data.length, cfg.model.window)
   highest = data.vocab_size - 1
   if data.tokenizer:

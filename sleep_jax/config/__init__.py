@@ -39,7 +39,7 @@ from sleep_jax.config.run import (
   check_sleep,
   check_spread,
 )
-from sleep_jax.config.schema import defaults_of, from_dict, replace, to_dict
+from sleep_jax.config.schema import defaults_of, from_dict, replace, run_from_dict, to_dict
 
 __all__ = [
   "ATTENTION", "ATTENTION_FORMS", "AttentionConfig", "Bounds", "Config", "ConfigError", "Count",
@@ -47,5 +47,5 @@ __all__ = [
   "MeshConfig", "ModelConfig", "Natural", "NotNegative", "OptimConfig", "Positive", "RopeScaling", "Seed",
   "SleepConfig", "TrainConfig", "above", "annotations", "at_least", "block_names", "check",
   "check_fields", "check_seed", "check_sleep", "check_spread", "defaults_of", "documentation", "from_dict",
-  "nearest", "one_of", "register_block", "replace", "shown", "to_dict"
+  "nearest", "one_of", "register_block", "replace", "run_from_dict", "shown", "to_dict"
 ]  # fmt: skip

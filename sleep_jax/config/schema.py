@@ -6,6 +6,7 @@ from typing import Any
 
 from sleep_jax.config import fields
 from sleep_jax.config.checks import ConfigError, check, nearest, shown
+from sleep_jax.config.run import Config
 
 
 def from_dict(cls: type, values: Mapping[str, Any], path: str | None = None) -> Any:
@@ -44,6 +45,20 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str | None = None) -> 
     if usual == path or not str(e).startswith(usual):
       raise
     raise ConfigError(f"{path}{str(e).removeprefix(usual)}") from e
+
+
+def run_from_dict(data: type, values: Mapping[str, Any]) -> Config:
+  """Builds the config of a run whose task has a `data` of its own class.
+
+  Args:
+    data: the dataclass of `Config.data`.
+    values: as in a config file or a run's config.json.
+
+  Raises:
+    ConfigError: as `from_dict`, and if there is no `data`.
+  """
+  check("data" in values, "data", "is required")
+  return from_dict(Config, values | {"data": from_dict(data, values["data"], "data.")})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
