@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 import jax
+from jax._src import distributed  # no public name says where the first process was found
 
 from sleep_jax.runtime import peers, processes
 from sleep_jax.runtime.files import RunFailedError
@@ -102,10 +103,19 @@ def _meet_on_a_cluster(report: Callable[[str], None]) -> Peers | None:
 
 
 def _routed_address() -> str:
-  """The address of this machine towards other ones."""
+  """The address of this machine towards other ones, or the name by which they have found it.
+
+  Compute nodes often have no way out of their own network, and so no address towards the world.
+  """
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-    asking.connect(("192.0.2.1", 9))  # an address that is nobody's; a datagram socket sends nothing by this
-    return asking.getsockname()[0]
+    try:
+      asking.connect(("192.0.2.1", 9))  # an address that is nobody's; a datagram socket sends nothing by this
+      return asking.getsockname()[0]
+    except OSError:
+      address = distributed.global_state.coordinator_address
+      if address is None:
+        raise
+      return address.rpartition(":")[0].strip("[]")
 
 
 def slurm_devices(environ: Mapping[str, str]) -> list[int] | None:

@@ -198,6 +198,7 @@ def test_slurm_restarts_what_may_go_better(run, tmp_path, preflight, train, rest
     tmp_path,
     srun=f'echo "srun $*" >> {log}; case "$*" in *preflight*) exit {preflight} ;; *) exit {train} ;; esac',
     scontrol=f'echo "scontrol $*" >> {log}',
+    squeue="echo RUNNING:None",
     sleep="exit 0",
   )
   environment = {
@@ -226,6 +227,7 @@ def test_slurm_passes_term_on_to_the_run_and_waits_for_it(run, tmp_path):
     srun=f'case "$*" in *preflight*) exit 0 ;; esac; {saving}',
     scancel=f'echo "scancel $*" >> {log}; /bin/sleep 0.5; kill -TERM "$(cat {tmp_path}/pid)"',
     scontrol=f'echo "scontrol $*" >> {log}',
+    squeue="echo RUNNING:None",
     sleep="exit 0",
   )
   environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}

@@ -1,6 +1,7 @@
 """Several processes meet, or say in one line why not; when one dies, the others say which and end."""
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -76,6 +77,17 @@ def no_cluster(monkeypatch):
 
   monkeypatch.setattr(jax.distributed, "initialize", initialize)
   return monkeypatch
+
+
+@pytest.mark.parametrize(("found", "host"), [("n1:61441", "n1"), ("[fd00::1]:8482", "fd00::1")])
+def test_without_a_way_out_of_its_network_a_machine_has_the_name_that_others_know(monkeypatch, found, host):
+  def connect(self, address):
+    raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+  closed = type("Closed", (socket.socket,), {"connect": connect})
+  monkeypatch.setattr(joining.socket, "socket", closed)
+  monkeypatch.setattr(joining.distributed.global_state, "coordinator_address", found)
+  assert joining._routed_address() == host
 
 
 def assert_refused(match):
