@@ -42,8 +42,9 @@ def main() -> int:
     rows = (json.dumps(dataclasses.asdict(point)) for point in (*found, *soon))
     (folder / "depth.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     (folder / "depth.md").write_text(text, encoding="utf-8")
-    for path in depth.figure(found, letter).save(folder):
-      print(f"wrote {path}")
+    for drawing in (depth.figure(found, letter), depth.figure_soon(soon, letter)):
+      for path in drawing.save(folder):
+        print(f"wrote {path}")
   return cli.DONE
 
 

@@ -67,6 +67,8 @@ class Solved:
     tokens: one a seed, at the first such evaluation; None if the run ended before.
     passes: steps times N until then, likewise.
     cpu_s: CPU seconds until then, likewise, and None if they were not measured.
+    all_tokens: at the end of each run.
+    all_passes: likewise.
   """
 
   depth: float
@@ -75,6 +77,8 @@ class Solved:
   tokens: tuple[float | None, ...]
   passes: tuple[float | None, ...]
   cpu_s: tuple[float | None, ...]
+  all_tokens: tuple[float, ...]
+  all_passes: tuple[float, ...]
 
 
 def solved(runs: Sequence[Run]) -> list[Solved]:
@@ -94,6 +98,8 @@ def solved(runs: Sequence[Run]) -> list[Solved]:
         tokens=tuple(None if row is None else row["tokens"] for row in rows),
         passes=tuple(None if row is None else row["step"] * n for row in rows),
         cpu_s=tuple(None if row is None else row.get("cpu_s") for row in rows),
+        all_tokens=tuple(run.evals[-1]["tokens"] for run in mine),
+        all_passes=tuple(run.evals[-1]["step"] * n for run in mine),
       )
     )  # fmt: skip
   return found
@@ -173,8 +179,57 @@ def _until(values: Sequence[float | None], scale: float) -> str:
   def text(value: float | None) -> str:
     return "-" if value is None or value == math.inf else f"{value * scale:,.0f}"
 
-  middle = statistics.median_high([math.inf if v is None else v for v in values])
-  return f"**{text(middle)}**: {', '.join(map(text, values))}"
+  return f"**{text(_middle(values))}**: {', '.join(map(text, values))}"
+
+
+def _middle(values: Sequence[float | None]) -> float:
+  """The median, where what was not reached is infinite."""
+  return statistics.median_high([math.inf if v is None else v for v in values])
+
+
+def figure_soon(soon: Sequence[Solved], letter: str, name: str = "solved") -> Drawing:
+  """How soon each depth was solved: a panel for tokens and one for passes, the median over seeds and each
+  seed.
+
+  A run that ended before it was solved is an empty triangle where it ended.
+  """
+  drawn, panels = drawing.frame(f"How soon {100 * SOLVED:g} % are exact, by depth of reasoning", 10.4, 4.3, 2)
+  shown, rows, says = sorted({s.num_passes for s in soon}), [], []
+  for axes, field, title in zip(panels, ("tokens", "passes"), ("tokens", "passes asleep"), strict=True):
+    ends = []
+    for n in shown:
+      look, mine = drawing.style(n), [s for s in soon if s.num_passes == n]
+      colour = look["color"]
+      for s in mine:
+        for value, end in zip(getattr(s, field), getattr(s, f"all_{field}"), strict=True):
+          if value is None:
+            axes.scatter(
+              [s.depth], [end], s=34, marker="^", facecolors="none", edgecolors=colour, linewidth=1.0
+            )
+          else:
+            axes.scatter([s.depth], [value], s=9, alpha=0.55, color=colour, linewidth=0)
+      known = [(s.depth, middle) for s in mine if (middle := _middle(getattr(s, field))) < math.inf]
+      if known:
+        axes.plot(*zip(*known, strict=True), linewidth=2.0, markersize=5, label=f"N = {n}", **look)
+        ends.append((*known[-1], f"N = {n}", colour))
+      texts = [f"{value:,.0f} at {letter} = {depth:g}" for depth, value in known]
+      says.append(f"N = {n}, {title}: {', '.join(texts) or 'at no depth'}")
+    depths = sorted({s.depth for s in soon})
+    axes.set_yscale("log")
+    axes.set_xticks(depths, [f"{d:g}" for d in depths])
+    axes.set_xlim(depths[0] - 0.2, depths[-1] + 0.12 * (depths[-1] - depths[0] + 1))
+    axes.set_title(f"{title} (log scale)", fontsize=drawing.SIZE)
+    axes.set_xlabel(f"depth {letter}", fontsize=drawing.SIZE)
+    labels.label_ends(axes, ends)
+  for s in soon:
+    each = zip(s.seeds, s.tokens, s.passes, s.cpu_s, s.all_tokens, s.all_passes, strict=True)
+    for seed, tokens, passes, cpu_s, all_tokens, all_passes in each:
+      row = {"depth": s.depth, "num_passes": s.num_passes, "seed": seed, "tokens": tokens, "passes": passes}
+      rows.append(row | {"cpu_s": cpu_s, "all_tokens": all_tokens, "all_passes": all_passes})
+  panels[0].set_ylabel(f"until {100 * SOLVED:g} % are exact", fontsize=drawing.SIZE)
+  note = "lines: median over seeds, where known; dots: seeds; empty triangles: not solved when the run ended"
+  drawn.supxlabel(note, fontsize=8, x=0.012, ha="left")
+  return Drawing(name, drawn, f"Until {100 * SOLVED:g} % are exact, medians. {'; '.join(says)}.", rows)
 
 
 def figure(found: Sequence[Point], letter: str, name: str = "depth") -> Drawing:

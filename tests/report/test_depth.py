@@ -67,6 +67,14 @@ def test_how_soon_a_depth_is_solved_by_hand(runs):
   assert soon[1, 4].cpu_s == pytest.approx((100 * fake_runs.CPU_S_PER_STEP[4],) * 2)
   assert soon[1, 1].passes == (None, 400)
   assert soon[8, 1].passes == soon[8, 4].tokens == (None, None)
+  assert soon[8, 1].all_passes == (400, 400) and soon[8, 4].all_tokens == soon[1, 4].tokens
+  drawing = depth.figure_soon(list(soon.values()), "t")
+  assert len(drawing.rows) == 8 and drawing.rows[0] == {
+    "depth": 1, "num_passes": 1, "seed": 0, "tokens": None, "passes": None, "cpu_s": None,
+    "all_tokens": 400 * fake_runs.TOKENS_PER_STEP, "all_passes": 400,
+  }  # fmt: skip
+  assert "N = 4, passes asleep: 400 at t = 1." in drawing.alt and "N = 1, tokens: at no depth" in drawing.alt
+  assert drawing.svg().startswith("<?xml")
   lines = depth.table(depth.points(runs), list(soon.values()), "t").splitlines()
   begin = lines.index("Passes asleep (steps times N) until 90 % were exact.")
   assert lines[begin + 4] == "| 1 | **-**: -, 400 | **400**: 400, 400 |"
