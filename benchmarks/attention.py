@@ -21,6 +21,7 @@ from sleep_jax import attention
 from sleep_jax.attention import forms
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.kernels.common import target
+from sleep_jax.kernels.measure import flags
 
 LENGTHS = (256, 1024, 2048, 4096)
 MODES = ("forward", "gradient")
@@ -113,24 +114,19 @@ def compiled(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = command.Parser("benchmarks.attention", __doc__)
-  parser.add_argument("--lengths", type=measure.whole_numbers, default=LENGTHS)
+  parser = flags.Parser("benchmarks.attention", __doc__)
+  parser.add_argument("--lengths", type=flags.counts, default=LENGTHS)
   for name, default in (("batch", 1), ("heads", 12), ("kv_heads", 2), ("width", 64)):
-    parser.add_argument(f"--{name}", type=int, default=default)
-  parser.add_argument("--reach", type=int, help="newest keys that a query sees; all if not given")
+    parser.add_argument(f"--{name}", type=flags.count, default=default)
+  parser.add_argument("--reach", type=flags.count, help="newest keys that a query sees; all if not given")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-  parser.add_argument("--threads", type=int, help="cores; all if not given")
-  parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--turn", type=float, default=measure.LEAST_S, help="seconds of work in one turn")
+  parser.add_argument("--threads", type=flags.count, help="cores; all if not given")
+  parser.add_argument("--rounds", type=flags.count, default=7)
+  parser.add_argument(
+    "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in one turn"
+  )
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
-  for name in ("batch", "heads", "kv_heads", "width", "rounds"):
-    if getattr(args, name) < 1:
-      parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-  if not args.lengths or min(args.lengths) < 1:
-    parser.error("--lengths must be numbers from 1 on")
-  if args.reach is not None and args.reach < 1:
-    parser.error(f"--reach must be at least 1, got {args.reach}")
   if args.heads % args.kv_heads:
     parser.error(f"--kv_heads must divide --heads = {args.heads}, got {args.kv_heads}")
   return args

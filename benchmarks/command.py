@@ -12,33 +12,24 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from sleep_jax.config import ConfigError, nearest, shown
 from sleep_jax.experiments import cli
 from sleep_jax.runtime import files
-
-
-class Parser(argparse.ArgumentParser):
-  """A parser that says a mistake on one line, without the usage before it."""
-
-  def __init__(self, module: str, doc: str | None):
-    about = (doc or "").partition("\n")[0]
-    super().__init__(prog=f"python -m {module}", description=about, allow_abbrev=False)
-
-  def error(self, message: str) -> NoReturn:
-    """Ends the process with exit code 2."""
-    say(f"error: {message}")
-    sys.exit(cli.USER_MISTAKE)
+from sleep_jax.runtime.files import RunFailedError
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-  """The exit code of `main`; a mistake, a disk that fails and Ctrl-C are one line on stderr."""
+  """The exit code of `main`; a mistake, a failed measurement, a failed disk and Ctrl-C are one line."""
   try:
     return main(argv)
   except ConfigError as e:
     say(f"error: {e}")
     return cli.USER_MISTAKE
+  except RunFailedError as e:
+    say(f"failed: {e}")
+    return cli.FAILED
   except OSError as e:
     if isinstance(e, BrokenPipeError) or e.errno is None:
       raise
@@ -72,33 +63,6 @@ def folder(value: str) -> pathlib.Path:
   except OSError as e:
     raise ConfigError(f"--out: cannot write to {files.shown(value)}: {files.why(e)}") from e
   return path
-
-
-def above_zero(text: str) -> float:
-  """A finite number above 0, of a flag."""
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 < value < math.inf:
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {shown(text)}")
-  return value
-
-
-def counts(text: str) -> tuple[int, ...]:
-  """`1,2,4`: whole numbers from 1 on, each once, of a flag."""
-  parts = text.split(",")
-  if not all(part.isascii() and part.isdecimal() and 0 < int(part[:9]) and len(part) < 9 for part in parts):
-    raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, as 1,2,4, got {shown(text)}")
-  return tuple(dict.fromkeys(map(int, parts)))
-
-
-def count(text: str) -> int:
-  """A whole number from 1 on, of a flag."""
-  numbers = counts(text)
-  if len(numbers) > 1:
-    raise argparse.ArgumentTypeError(f"must be one whole number, got {shown(text)}")
-  return numbers[0]
 
 
 def choice(known: Sequence[str]) -> Callable[[str], str]:

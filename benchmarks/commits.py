@@ -22,6 +22,8 @@ from typing import Any
 
 from sleep_jax import config
 from sleep_jax.benchmarks import command, measure, tables
+from sleep_jax.kernels.measure import flags
+from sleep_jax.runtime.files import RunFailedError
 
 BATCH = {"tiny": 16, "demo": 128, "fig2b": 32}
 NOTES = (
@@ -100,7 +102,7 @@ def turn(folder: pathlib.Path, preset: str, passes: int, steps: int, scratch: pa
   """CPU seconds of one training step: the median over the rows of one run.
 
   Raises:
-    RuntimeError: if the run fails; its last lines are in the message.
+    RunFailedError: if the run fails; its last line is in the message.
   """
   with tempfile.TemporaryDirectory(dir=scratch) as workdir:
     settings = {
@@ -122,7 +124,8 @@ def turn(folder: pathlib.Path, preset: str, passes: int, steps: int, scratch: pa
       capture_output=True, text=True,
     )  # fmt: skip
     if ended.returncode:
-      raise RuntimeError(f"the run at {folder.name} failed: {ended.stderr[-400:]}")
+      last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
+      raise RunFailedError(f"the run at {folder.name}: {last[0]}")
     lines = (pathlib.Path(workdir) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   spent = [(row["step"], row["cpu_s"]) for row in map(json.loads, lines) if "cpu_s" in row]
   found = sorted(dict(spent).items())
@@ -135,13 +138,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.commits", description=__doc__.splitlines()[0])
+  parser = flags.Parser("benchmarks.commits", __doc__)
   parser.add_argument("--commits", type=names, required=True, help="the first is the base")
   parser.add_argument("--presets", type=names, default=["demo", "fig2b"], help=f"of {', '.join(BATCH)}")
-  parser.add_argument("--passes", type=measure.whole_numbers, default=(1, 4), help="N")
-  parser.add_argument("--steps", type=int, default=5, help="steps a row; a turn has five rows")
-  parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--threads", type=int, default=1, help="cores to use")
+  parser.add_argument("--passes", type=flags.counts, default=(1, 4), help="N")
+  parser.add_argument("--steps", type=flags.count, default=5, help="steps a row; a turn has five rows")
+  parser.add_argument("--rounds", type=flags.count, default=5)
+  parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   unknown = [name for name in args.presets if name not in BATCH]

@@ -6,7 +6,6 @@ Runs the presets of GSM-Infinite that a CPU can train for some steps, data made 
 makes the batches of every preset without training.
 """
 
-import argparse
 import pathlib
 import sys
 import tempfile
@@ -15,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from sleep_jax import config, train
-from sleep_jax.benchmarks import command, measure, tables
+from sleep_jax.benchmarks import command, tables
 from sleep_jax.data import batching
 from sleep_jax.experiments import gsm_infinite
 from sleep_jax.experiments.configs import gsm_infinite as presets
+from sleep_jax.kernels.measure import flags
 from sleep_jax.runtime import metrics, workdir
 
 TRAINED = ("tiny",)  # small and scratch need an accelerator
@@ -87,10 +87,10 @@ def alone(preset: str, batches: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.data_wait", description=__doc__)
-  parser.add_argument("--steps", type=int, default=40, help="of each run")
-  parser.add_argument("--passes", type=measure.whole_numbers, default=(1, 2, 4), help="N, as 1,2,4")
-  parser.add_argument("--batches", type=int, default=4, help="of each preset, without training")
+  parser = flags.Parser("benchmarks.data_wait", __doc__)
+  parser.add_argument("--steps", type=flags.count, default=40, help="of each run")
+  parser.add_argument("--passes", type=flags.counts, default=(1, 2, 4), help="N, as 1,2,4")
+  parser.add_argument("--batches", type=flags.count, default=4, help="of each preset, without training")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))

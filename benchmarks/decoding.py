@@ -7,7 +7,6 @@
 Both decode greedily from the same prompt, in one process, in turns; their tokens must be the same.
 """
 
-import argparse
 import os
 import pathlib
 import statistics
@@ -25,6 +24,7 @@ import numpy as np
 from sleep_jax import decoding, generate, pretrained
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import FastConfig, SleepConfig
+from sleep_jax.kernels.measure import flags
 
 WINDOW, PROMPT, TOKENS = 512, 64, 16  # L; tokens read before; tokens decoded in a call
 MEMORY = FastConfig(num_heads=9, key_dim=64, value_dim=64)
@@ -42,12 +42,12 @@ NOTES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
+  parser = flags.Parser("benchmarks.decoding", __doc__)
   parser.add_argument(
     "--checkpoint", type=pathlib.Path, default=pathlib.Path("checkpoints/SmolLM2-135M-Instruct")
   )
-  parser.add_argument("--threads", type=int, default=None, help="cores; all if not given")
-  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--threads", type=flags.count, default=None, help="cores; all if not given")
+  parser.add_argument("--rounds", type=flags.count, default=7)
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   threads = measure.pin(args.threads)

@@ -23,6 +23,7 @@ import numpy as np
 from sleep_jax import blocks, config, train, windows
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import AttentionConfig, FastConfig, ModelConfig, OptimConfig, SleepConfig, TrainConfig
+from sleep_jax.kernels.measure import flags
 
 FORMS = ("written out", "one loop")
 NOTES = (
@@ -140,18 +141,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.depth", description=__doc__.splitlines()[0])
-  parser.add_argument("--blocks", type=measure.whole_numbers, default=(8, 16, 28), help="depths of the toy")
+  parser = flags.Parser("benchmarks.depth", __doc__)
+  parser.add_argument("--blocks", type=flags.counts, default=(8, 16, 28), help="depths of the toy")
   parser.add_argument(
     "--presets", type=lambda text: text.split(",") if text else [], default=["demo", "fig2b"], help="or ''"
   )
-  parser.add_argument("--passes", type=int, default=4, help="N")
-  parser.add_argument("--batch", type=int, default=32, help="sequences of a preset's batch")
-  parser.add_argument("--rounds", type=int, default=7, help="0: no step is timed")
+  parser.add_argument("--passes", type=flags.count, default=4, help="N")
+  parser.add_argument("--batch", type=flags.count, default=32, help="sequences of a preset's batch")
+  parser.add_argument("--rounds", type=flags.natural, default=7, help="0: no step is timed")
   parser.add_argument(
-    "--turn", type=float, default=measure.LEAST_S, help="seconds of work in a turn, at least"
+    "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in a turn, at least"
   )
-  parser.add_argument("--threads", type=int, default=1, help="cores to use")
+  parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   return parser.parse_args(argv)
 

@@ -6,7 +6,6 @@ Each prompt is a file that one process reads, tokenizes and sleeps on, on a tiny
 system counts that process's largest resident memory.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -21,8 +20,10 @@ import jax
 import tokenizers
 
 from sleep_jax import config, model, pretrained
-from sleep_jax.benchmarks import command, measure, tables
+from sleep_jax.benchmarks import command, tables
 from sleep_jax.experiments.configs import generate as presets
+from sleep_jax.kernels.measure import flags
+from sleep_jax.runtime.files import RunFailedError
 
 WORDS, LETTERS, WINDOW = 200, 99, 1000  # of the vocabulary; of a word, a space follows; tokens
 WITHIN = 0.10  # of the smallest prompt's memory is what the others may take more
@@ -46,8 +47,8 @@ NOTES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.generation_memory", description=__doc__)
-  parser.add_argument("--megabytes", type=measure.whole_numbers, default=(1, 10, 100), help="as 1,10,100")
+  parser = flags.Parser("benchmarks.generation_memory", __doc__)
+  parser.add_argument("--megabytes", type=flags.counts, default=(1, 10, 100), help="as 1,10,100")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers"))
@@ -61,7 +62,7 @@ def measured(megabytes: Sequence[int]) -> list[dict[str, Any]]:
   """One row a prompt: its size, the process's peak in MB, how much more than the first's, its CPU seconds.
 
   Raises:
-    RuntimeError: if the command fails.
+    RunFailedError: if the command fails.
   """
   rows: list[dict[str, Any]] = []
   with tempfile.TemporaryDirectory() as scratch:
@@ -123,7 +124,7 @@ def peak(checkpoint: pathlib.Path, prompt: pathlib.Path) -> dict[str, Any]:
   """Runs the command: `bytes` and `cpu_s` of its process.
 
   Raises:
-    RuntimeError: if it fails, with what it said last.
+    RunFailedError: if it fails, with what it said last.
   """
   command = [
     *(sys.executable, "-W", "ignore", "-m", "sleep_jax.experiments.generate"),
@@ -138,7 +139,7 @@ def peak(checkpoint: pathlib.Path, prompt: pathlib.Path) -> dict[str, Any]:
   done = subprocess.run(starter, capture_output=True, text=True, check=True, env=os.environ | cache | always)
   used = json.loads(done.stdout)
   if used["code"] != 0:
-    raise RuntimeError(f"{prompt.stat().st_size} bytes: {done.stderr.strip().splitlines()[-1]}")
+    raise RunFailedError(f"{prompt.stat().st_size} bytes: {done.stderr.strip().splitlines()[-1]}")
   return used
 
 

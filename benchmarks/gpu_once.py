@@ -35,6 +35,7 @@ from sleep_jax.benchmarks import boxes, command, tables
 from sleep_jax.benchmarks.boxes import Part
 from sleep_jax.config import check
 from sleep_jax.experiments import cli
+from sleep_jax.kernels.measure import flags
 from sleep_jax.runtime import files, metrics
 
 ROOT = pathlib.Path(sleep_jax.__file__).parents[1]  # from here `sleep_jax` is found, wherever we were called
@@ -268,8 +269,8 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = command.Parser("benchmarks.gpu_once", __doc__)
-  parser.add_argument("--minutes", type=command.above_zero, default=12.0, help="for all parts together")
+  parser = flags.Parser("benchmarks.gpu_once", __doc__)
+  parser.add_argument("--minutes", type=flags.above_zero, default=12.0, help="for all parts together")
   parser.add_argument(
     "--parts", type=command.choices(GROUPS), default=GROUPS, help=f"some of {', '.join(GROUPS)}; none: all"
   )

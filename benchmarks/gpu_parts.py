@@ -29,7 +29,7 @@ from sleep_jax.attention import forms
 from sleep_jax.benchmarks import command, tables, throughput
 from sleep_jax.config import ConfigError, SleepConfig
 from sleep_jax.kernels.common import target
-from sleep_jax.kernels.measure import bench, gpu_check
+from sleep_jax.kernels.measure import bench, flags, gpu_check
 from sleep_jax.launch import hardware
 
 Rows = Iterator[dict[str, Any]]
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-  parser = command.Parser("benchmarks.gpu_parts", __doc__)
+  parser = flags.Parser("benchmarks.gpu_parts", __doc__)
   parser.add_argument("--part", type=command.choice(tuple(PARTS)), required=True, help=", ".join(PARTS))
   parser.add_argument("--size", type=command.choice(("full", "tiny")), default="full", help="full or tiny")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="file of JSON lines")

@@ -6,7 +6,6 @@ The original generator is not run here; its attempts per problem are measured fa
 row, `sleep_jax/data/gsm_infinite/study/reference.json`), and its time is not known.
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.data import gsm_infinite
 from sleep_jax.data.gsm_infinite.study import statistics
+from sleep_jax.kernels.measure import flags
 
 NOTES = (
   "CPU time of one process; texts of 2,000-3,300 tokens, solutions included, as text.",
@@ -24,8 +24,8 @@ NOTES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.gsm_infinite_data", description=__doc__)
-  parser.add_argument("--problems", type=int, default=400, help="for each number of operations")
+  parser = flags.Parser("benchmarks.gsm_infinite_data", __doc__)
+  parser.add_argument("--problems", type=flags.count, default=400, help="for each number of operations")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   measure.pin(1)

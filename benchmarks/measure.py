@@ -121,8 +121,3 @@ def matrix_product(size: int) -> tuple[Callable[[], Any], float]:
   x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
   product = jax.jit(lambda a, b: jax.lax.dot(a, b, precision=jax.lax.Precision.HIGHEST))
   return lambda: product(x, x).block_until_ready(), 2.0 * size**3
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-  """`1,2,4` as numbers, for a command line."""
-  return tuple(int(part) for part in text.split(",") if part)

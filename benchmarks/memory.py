@@ -16,6 +16,7 @@ import jax
 
 from sleep_jax import config, model, train, windows
 from sleep_jax.benchmarks import command, measure, tables
+from sleep_jax.kernels.measure import flags
 
 REMAT = ("none", "block", "pass", "window")
 
@@ -122,21 +123,24 @@ def _same_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
-  numbers = measure.whole_numbers
+  parser = flags.Parser("benchmarks.memory", __doc__)
+  numbers = flags.counts
   parser.add_argument("--preset", choices=("tiny", "demo", "fig2b"), default="fig2b")
   parser.add_argument("--passes", type=numbers, default=(1, 2, 4, 8, 16), help="values of N under loops=scan")
   parser.add_argument(
-    "--unrolled", type=numbers, default=(1, 2, 4), help="values of N under loops=unroll; '' for none"
+    "--unrolled",
+    type=lambda text: numbers(text) if text else (),
+    default=(1, 2, 4),
+    help="values of N under loops=unroll; '' for none",
   )
   parser.add_argument("--remat", type=lambda text: text.split(","), default=REMAT, help="kinds, none first")
-  parser.add_argument("--timed", type=int, default=4, help="the N at which a gradient is timed too")
-  parser.add_argument("--batch", type=int, default=64, help="sequences")
-  parser.add_argument("--rounds", type=int, default=7, help="0: sizes only")
+  parser.add_argument("--timed", type=flags.count, default=4, help="the N at which a gradient is timed too")
+  parser.add_argument("--batch", type=flags.count, default=64, help="sequences")
+  parser.add_argument("--rounds", type=flags.natural, default=7, help="0: sizes only")
   parser.add_argument(
-    "--turn", type=float, default=measure.LEAST_S, help="seconds of work in a turn, at least"
+    "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in a turn, at least"
   )
-  parser.add_argument("--threads", type=int, default=1, help="cores to use")
+  parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   return parser.parse_args(argv)
 

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 
 from sleep_jax.benchmarks import command, decoding, depth, measure, tables, training
-from sleep_jax.kernels.measure import bench, peers
+from sleep_jax.kernels.measure import bench, flags, peers
 from sleep_jax.runtime import files
+from sleep_jax.runtime.files import RunFailedError
 
 NAME = "report"
 KERNEL_TOLERANCE = 1e-3  # of float32 against float64, relative to the largest entry: sums in another order
@@ -170,7 +171,7 @@ def decoding_cases(given: Context) -> Cases:
     try:
       speeds = decoding.speeds(given.checkpoint, given.threads, given.size.rounds)
     except SystemExit as e:  # its tokens are compared before it is timed
-      raise RuntimeError(str(e.code).removeprefix("failed: ")) from e
+      raise RunFailedError(str(e.code).removeprefix("failed: ")) from e
     ms = {r[""]: r["CPU ms a token"] for r in speeds}
     ours, rival = ms["sleep_jax"], ms["transformers"]
     return [row("decoding", case, "transformers", ours, rival, "same tokens")]
@@ -246,13 +247,13 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = command.Parser("benchmarks.report", __doc__)
+  parser = flags.Parser("benchmarks.report", __doc__)
   parser.add_argument("--size", type=command.choice(tuple(SIZES)), default="full", help="full or tiny")
   known = tuple(SECTIONS)
   parser.add_argument(
     "--sections", type=command.choices(known), default=known, help=f"some of {', '.join(known)}; none: all"
   )
-  parser.add_argument("--threads", type=command.count, default=1, help="cores to use")
+  parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
   parser.add_argument("--checkpoint", type=pathlib.Path, default=CHECKPOINT, help="SmolLM2-135M")
   parser.add_argument("--out", default="work/report", help="folder of report.md, report.csv, report.json")
   return parser.parse_args(argv)

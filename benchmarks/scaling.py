@@ -22,6 +22,8 @@ import numpy as np
 from sleep_jax import attention, looped, model
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax.kernels.measure import flags
+from sleep_jax.runtime.files import RunFailedError
 
 ANSWERS = 8  # tokens decoded in one timed call, one at a time
 
@@ -193,7 +195,7 @@ def _read(
     if (i + 1) * cfg.window in lengths:
       found[(i + 1) * cfg.window] = state
   if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state)):
-    raise RuntimeError(f"the state is not finite after {max(lengths)} tokens")
+    raise RunFailedError(f"the state is not finite after {max(lengths)} tokens")
   return found
 
 
@@ -220,17 +222,17 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
-  numbers = measure.whole_numbers
+  parser = flags.Parser("benchmarks.scaling", __doc__)
+  numbers = flags.counts
   parser.add_argument("--preset", choices=("tiny", "demo", "fig2b"), default="fig2b")
   parser.add_argument("--passes", type=numbers, default=(1, 2, 4, 8), help="values of N, with commas")
   parser.add_argument(
     "--lengths", type=numbers, default=(96, 384, 1536, 6144), help="values of T, multiples of L"
   )
   parser.add_argument("--batch", type=numbers, default=(1, 32), help="windows slept on at a time")
-  parser.add_argument("--rounds", type=int, default=15)
-  parser.add_argument("--turn", type=float, default=0.1, help="seconds of work in a turn, at least")
-  parser.add_argument("--threads", type=int, default=1, help="cores to use")
+  parser.add_argument("--rounds", type=flags.count, default=15)
+  parser.add_argument("--turn", type=flags.from_zero, default=0.1, help="seconds of work in a turn, at least")
+  parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   return parser.parse_args(argv)
 

@@ -9,7 +9,6 @@ checkpoint the model is a hybrid of random weights; a checkpoint without fast we
 a text, a second table says how well each of them predicts it.
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -23,6 +22,7 @@ from sleep_jax import config, generate, model, pretrained
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.config import ATTENTION, FastConfig, ModelConfig, SleepConfig
 from sleep_jax.experiments.generate_io import prompt_pieces
+from sleep_jax.kernels.measure import flags
 from sleep_jax.pretrained.tokenizer import Tokenizer
 
 MEMORY = FastConfig(num_heads=9, key_dim=64, value_dim=64)
@@ -38,17 +38,15 @@ QUALITY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.stall", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
+  parser = flags.Parser("benchmarks.stall", __doc__)
   parser.add_argument("--checkpoint", type=pathlib.Path, default=None)
-  parser.add_argument("--window", type=int, default=128, help="L")
-  parser.add_argument("--passes", type=int, default=4, help="N")
-  parser.add_argument("--spread", type=measure.whole_numbers, default=(0, 4, 32), help="of sleep.spread")
+  parser.add_argument("--window", type=flags.count, default=128, help="L")
+  parser.add_argument("--passes", type=flags.count, default=4, help="N")
+  parser.add_argument("--spread", type=flags.naturals, default=(0, 4, 32), help="of sleep.spread")
   parser.add_argument("--text", type=pathlib.Path, default=None, help="a UTF-8 file to predict")
-  parser.add_argument("--windows", type=int, default=3, help="that a turn fills and predicts")
-  parser.add_argument("--rounds", type=int, default=3)
-  parser.add_argument("--threads", type=int, default=None, help="cores; all if not given")
+  parser.add_argument("--windows", type=flags.count, default=3, help="that a turn fills and predicts")
+  parser.add_argument("--rounds", type=flags.count, default=3)
+  parser.add_argument("--threads", type=flags.count, default=None, help="cores; all if not given")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
   args = parser.parse_args(argv)
   threads = measure.pin(args.threads)

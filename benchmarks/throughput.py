@@ -33,6 +33,7 @@ from sleep_jax import model, windows
 from sleep_jax.benchmarks import command, tables
 from sleep_jax.config import AttentionConfig, FastConfig, ModelConfig, SleepConfig, check
 from sleep_jax.cost import flops, footprint
+from sleep_jax.kernels.measure import flags
 from sleep_jax.launch import hardware
 from sleep_jax.pretrained import memory, ouro
 
@@ -297,18 +298,18 @@ def _save(out: Any, args: argparse.Namespace, rows: list[dict[str, Any]], facts:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = command.Parser("benchmarks.throughput", __doc__)
+  parser = flags.Parser("benchmarks.throughput", __doc__)
   parser.add_argument("--size", type=command.choice(tuple(SIZES)), default="full", help="full or tiny")
-  parser.add_argument("--windows", type=command.counts, help="values of L, as 1000,2000; none: all")
-  parser.add_argument("--passes", type=command.counts, help="values of N, as 1,4; none: all")
-  parser.add_argument("--batch", type=command.count, default=1, help="sequences of T tokens")
+  parser.add_argument("--windows", type=flags.counts, help="values of L, as 1000,2000; none: all")
+  parser.add_argument("--passes", type=flags.counts, help="values of N, as 1,4; none: all")
+  parser.add_argument("--batch", type=flags.count, default=1, help="sequences of T tokens")
   parser.add_argument(
     "--remat",
     type=command.choice(footprint.REMAT),
     default="window",
     help="what is recomputed; the paper's figure has `window`",
   )
-  parser.add_argument("--rounds", type=command.count, help="steps that are timed; none: those of the size")
+  parser.add_argument("--rounds", type=flags.count, help="steps that are timed; none: those of the size")
   parser.add_argument("--out", default="benchmarks/results", help="folder of the results")
   return parser.parse_args(argv)
 

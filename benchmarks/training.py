@@ -23,6 +23,8 @@ import optax
 from sleep_jax import config, model, optim, train, windows
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.cost import flops
+from sleep_jax.kernels.measure import flags
+from sleep_jax.runtime.files import RunFailedError
 
 OURS = "sleep_jax"
 SCANNED = "sleep_jax, loops=scan"
@@ -93,7 +95,7 @@ def contenders(
     compiled: PyTorch also through `torch.compile`.
 
   Raises:
-    RuntimeError: if the two models do not compute the same.
+    RunFailedError: if the two models do not compute the same.
   """
   found = differences(cfg, task) if peers else {}
   require_equal(found)
@@ -113,10 +115,10 @@ def contenders(
 
 
 def require_equal(found: dict[str, float]) -> None:
-  """Raises `RuntimeError` if one of the `differences` is more than rounding, or not a number."""
+  """Raises `RunFailedError` if one of the `differences` is more than rounding, or not a number."""
   wrong = {name: value for name, value in found.items() if not value <= TOLERANCE[name]}
   if wrong:
-    raise RuntimeError(f"the PyTorch model differs from ours: {wrong}, tolerated is {TOLERANCE}")
+    raise RunFailedError(f"the PyTorch model differs from ours: {wrong}, tolerated is {TOLERANCE}")
 
 
 def differences(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:
@@ -298,18 +300,20 @@ def _have_peers() -> bool:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
+  parser = flags.Parser("benchmarks.training", __doc__)
   parser.add_argument("--preset", choices=sorted(BATCH), default="demo")
+  parser.add_argument("--passes", type=flags.counts, default=(1, 2, 4), help="values of N, with commas")
   parser.add_argument(
-    "--passes", type=measure.whole_numbers, default=(1, 2, 4), help="values of N, with commas"
+    "--batch", type=flags.count, help="sequences a step; without it the preset's, 32 for fig2b"
   )
-  parser.add_argument("--batch", type=int, help="sequences a step; without it the preset's, 32 for fig2b")
-  parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--rounds", type=flags.count, default=9)
   parser.add_argument(
-    "--turn", type=float, default=measure.LEAST_S, help="seconds of work in a turn, at least"
+    "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in a turn, at least"
   )
-  parser.add_argument("--threads", type=int, default=1, help="cores to use")
-  parser.add_argument("--product", type=int, default=PRODUCT_SIZE, help="size of the large matrix product")
+  parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
+  parser.add_argument(
+    "--product", type=flags.count, default=PRODUCT_SIZE, help="size of the large matrix product"
+  )
   parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave PyTorch out")
   parser.add_argument("--no-scan", dest="scan", action="store_false", help="leave loops=scan out")
   parser.add_argument(

@@ -32,17 +32,19 @@ def main() -> int:
     raise ConfigError(str(error)) from error
   check(bool(found), "--runs", "none of them is finished and has a depth")
   (letter,) = {run.experiment.letter for run in runs if run.depth is not None}
-  text = depth.table(found, letter)
+  soon = depth.solved(runs)
+  text = depth.table(found, soon, letter)
   print(text, end="")
   if archive is not None:
     figures.archive_finished(runs, archive)
   if folder is not None:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps(dataclasses.asdict(point)) for point in found)
+    rows = (json.dumps(dataclasses.asdict(point)) for point in (*found, *soon))
     (folder / "depth.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     (folder / "depth.md").write_text(text, encoding="utf-8")
-    for path in depth.figure(found, letter).save(folder):
-      print(f"wrote {path}")
+    for drawing in (depth.figure(found, letter), depth.figure_soon(soon, letter)):
+      for path in drawing.save(folder):
+        print(f"wrote {path}")
   return cli.DONE
 
 

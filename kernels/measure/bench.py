@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax.kernels.common import dispatch
-from sleep_jax.kernels.measure import chart, peers, results
+from sleep_jax.kernels.measure import chart, flags, peers, results
 from sleep_jax.kernels.measure.shapes import RULES, SHAPES, make_inputs
 
 IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")
@@ -216,7 +216,7 @@ def machine(command: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=results.summary(__doc__))
+  parser = flags.Parser("kernels.bench", __doc__)
   listed = lambda known: lambda text: [check(x, known) for x in text.split(",")]  # noqa: E731
 
   def check(name: str, known: Sequence[str]) -> str:
@@ -232,15 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--impl", type=listed(everyone), default=list(everyone), help=", ".join(everyone))
   parser.add_argument("--mode", type=listed(MODES), default=list(MODES), help=", ".join(MODES))
-  parser.add_argument("--rounds", type=int, default=9)
-  parser.add_argument("--seconds", type=float, default=20.0, help="a contestant's time per shape and mode")
-  parser.add_argument("--decay", type=float, default=1.0, help="mean of -g; 20 is strong")
+  parser.add_argument("--rounds", type=flags.count, default=9)
+  parser.add_argument(
+    "--seconds", type=flags.above_zero, default=20.0, help="a contestant's time per shape and mode"
+  )
+  parser.add_argument("--decay", type=flags.above_zero, default=1.0, help="mean of -g; 20 is strong")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of q, k and v")
   parser.add_argument(
-    "--max-gb", type=float, default=16.0, help="leaves out those of ours that need more memory"
+    "--max-gb", type=flags.above_zero, default=16.0, help="leaves out those of ours that need more memory"
   )
   parser.add_argument(
-    "--cores", type=int, help="use so many; 1 compares best where others use the machine too"
+    "--cores", type=flags.count, help="use so many; 1 compares best where others use the machine too"
   )
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md, .csv and .png")
   options = parser.parse_args(arguments)

@@ -5,13 +5,12 @@
 writes kernels/results/cpu.png. Nothing is drawn that is not in the CSV.
 """
 
-import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import sleep_jax
-from sleep_jax.kernels.measure import results
+from sleep_jax.kernels.measure import flags
 
 sleep_jax.require("figures", "matplotlib")
 
@@ -91,7 +90,7 @@ def _panel(axes, rows: Sequence[dict[str, str]], names: Sequence[str], column: s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog="python -m kernels.chart", description=results.summary(__doc__))
+  parser = flags.Parser("kernels.chart", __doc__)
   parser.add_argument("table", type=Path, help="the CSV")
   parser.add_argument("--column", choices=COLUMNS, default="cpu_min")
   options = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ Prints two tables and the goals. Exit code 0: right; 1: some error above TOLERAN
 2: no Hopper GPU, or no jax that can use it.
 """
 
-import argparse
 import dataclasses
 import importlib
 import os
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax.kernels.measure import bench, results
+from sleep_jax.kernels.measure import bench, flags, results
 from sleep_jax.kernels.measure import shapes as known
 
 SHAPES = {name: known.SHAPES[name] for name in "RDJL"}
@@ -275,16 +274,14 @@ def facts(command: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m kernels.gpu_check", description=results.summary(__doc__))
+  parser = flags.Parser("kernels.gpu_check", __doc__)
   parser.add_argument("--shapes", default=",".join(SHAPES), help=", ".join(SHAPES))
-  parser.add_argument("--rounds", type=int, default=15)
+  parser.add_argument("--rounds", type=flags.count, default=15)
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md, _errors.csv and _times.csv")
   options = parser.parse_args(arguments)
   shapes = options.shapes.split(",")
   if unknown := [name for name in shapes if name not in SHAPES]:
     parser.error(f"argument --shapes: {unknown[0]!r} is none of {', '.join(SHAPES)}")
-  if options.rounds < 1:
-    parser.error(f"argument --rounds: needs at least 1, got {options.rounds}")
 
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the memory
   if reason := missing():

@@ -33,11 +33,6 @@ def find(pattern: str, text: str, flags: re.RegexFlag = re.NOFLAG) -> str:
   return found[1]
 
 
-def summary(doc: str | None) -> str:
-  """The first line of a module's docstring, for `--help`."""
-  return (doc or "").partition("\n")[0]
-
-
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
   """Dataclasses of one kind (at least one of them), a line each, under the names of their fields."""
   table = io.StringIO()

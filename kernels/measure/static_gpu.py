@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from sleep_jax.kernels.gated_delta import pallas_gpu
-from sleep_jax.kernels.measure import bench, gpu_check, processes, results
+from sleep_jax.kernels.measure import bench, flags, gpu_check, processes, results
 
 TABLE = Path(__file__).parents[1] / "results" / "gpu_static"
 MODULE = "sleep_jax.kernels.measure.static_gpu"
@@ -198,7 +198,7 @@ def markdown(kernels: Sequence[Kernel], memory: Sequence[Memory], facts: dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m kernels.static_gpu", description=results.summary(__doc__))
+  parser = flags.Parser("kernels.static_gpu", __doc__)
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md, .csv and _memory.csv")
   parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
   parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sleep_jax.kernels.measure import processes, results
+from sleep_jax.kernels.measure import flags, processes, results
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPES = {"128/256": (128, 256), "128/128": (128, 128)}  # K/V
@@ -290,7 +290,7 @@ def write_budgets(rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """0, or 2 if this machine cannot compile for a TPU."""
-  parser = argparse.ArgumentParser(prog="python -m kernels.static_tpu", description=results.summary(__doc__))
+  parser = flags.Parser("kernels.static_tpu", __doc__)
   listed = lambda known: lambda text: [check(x, known) for x in text.split(",")]  # noqa: E731
 
   def check(name: str, known: Sequence[str]) -> str:
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   for flag, known in (("devices", TOPOLOGIES), ("widths", SHAPES), ("programs", PROGRAMS)):
     parser.add_argument(f"--{flag}", type=listed(known), default=list(known), help=", ".join(known))
-  parser.add_argument("--jobs", type=int, default=1, help="compile so many at a time")
+  parser.add_argument("--jobs", type=flags.count, default=1, help="compile so many at a time")
   parser.add_argument("--out", type=Path, help="path without suffix: writes .md and .csv")
   parser.add_argument("--write-budgets", action="store_true", help=f"into {BUDGETS.name}")
   parser.add_argument("--child", nargs=3, metavar=("DEVICE", "WIDTHS", "PROGRAM"), help=argparse.SUPPRESS)

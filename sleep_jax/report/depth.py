@@ -1,10 +1,13 @@
 """Accuracy over the depth of reasoning, one curve for each N: does the gain from sleep grow with depth?
 
 Runs of one depth are compared twice: after the same tokens, which is as far as the runs of every N came, and
-after the same passes asleep (steps times N), which stand for compute. CPU seconds stand beside them.
+after the same passes asleep (steps times N), which stand for compute. CPU seconds stand beside them. Where
+all of them are right in the end, what differs is how soon: the tokens and passes until `SOLVED` of the
+answers were exact.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +18,7 @@ from sleep_jax.report.drawing import Drawing
 from sleep_jax.report.load import Run, RunError
 
 BUDGETS = {"tokens": "after the same tokens", "passes": "after the same passes asleep"}
+SOLVED = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,55 @@ class Point:
     return intervals.of_mean(self.exact, 0.0, 100.0) if len(self.exact) > 1 else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Solved:
+  """How soon the runs of one depth and one N had `SOLVED` of the answers exact.
+
+  Attributes:
+    depth: of the task.
+    num_passes: N.
+    seeds: of the runs, ascending.
+    tokens: one a seed, at the first such evaluation; None if the run ended before.
+    passes: steps times N until then, likewise.
+    cpu_s: CPU seconds until then, likewise, and None if they were not measured.
+    all_tokens: at the end of each run.
+    all_passes: likewise.
+  """
+
+  depth: float
+  num_passes: int
+  seeds: tuple[int, ...]
+  tokens: tuple[float | None, ...]
+  passes: tuple[float | None, ...]
+  cpu_s: tuple[float | None, ...]
+  all_tokens: tuple[float, ...]
+  all_passes: tuple[float, ...]
+
+
+def solved(runs: Sequence[Run]) -> list[Solved]:
+  """How soon each depth was solved with each N by finished runs, ordered."""
+  members: dict[tuple[float, int], list[Run]] = {}
+  for run in _finished(runs):
+    assert run.depth is not None and run.num_passes is not None  # or it is not among them
+    members.setdefault((run.depth, run.num_passes), []).append(run)
+  found = []
+  for (depth, n), same in sorted(members.items()):
+    mine = sorted(same, key=lambda r: r.seed or 0)
+    rows = [next((row for row in run.evals if row["exact"] >= SOLVED), None) for run in mine]
+    found.append(
+      Solved(
+        depth, n,
+        seeds=tuple(r.seed or 0 for r in mine),
+        tokens=tuple(None if row is None else row["tokens"] for row in rows),
+        passes=tuple(None if row is None else row["step"] * n for row in rows),
+        cpu_s=tuple(None if row is None else row.get("cpu_s") for row in rows),
+        all_tokens=tuple(run.evals[-1]["tokens"] for run in mine),
+        all_passes=tuple(run.evals[-1]["step"] * n for run in mine),
+      )
+    )  # fmt: skip
+  return found
+
+
 def points(runs: Sequence[Run]) -> list[Point]:
   """Every depth, N and budget that finished runs allow, ordered.
 
@@ -59,9 +112,9 @@ def points(runs: Sequence[Run]) -> list[Point]:
     RunError: two runs share depth, N and seed, or runs of one depth differ in more than N, steps and seed.
   """
   members: dict[float, list[Run]] = {}
-  for run in runs:
-    if run.evals and run.rows.get("done") and run.num_passes and run.depth is not None:
-      members.setdefault(run.depth, []).append(run)
+  for run in _finished(runs):
+    assert run.depth is not None  # or it is not among them
+    members.setdefault(run.depth, []).append(run)
   found = []
   for depth, same in sorted(members.items()):
     _check(depth, same)
@@ -82,8 +135,11 @@ def points(runs: Sequence[Run]) -> list[Point]:
   return found
 
 
-def table(found: Sequence[Point], letter: str) -> str:
-  """Markdown: for each budget a row a depth, with the mean, its interval and each seed for every N."""
+def table(found: Sequence[Point], soon: Sequence[Solved], letter: str) -> str:
+  """Markdown: for each budget a row a depth, with the mean, its interval and each seed for every N.
+
+  Then how soon each depth was solved, in tokens and in passes.
+  """
   parts = []
   for by, title in BUDGETS.items():
     here = [p for p in found if p.by == by]
@@ -101,7 +157,79 @@ def table(found: Sequence[Point], letter: str) -> str:
     f"{' or '.join(map(str, seeds))} seed(s). A cell: the mean, in brackets its 95 % interval over seeds,"
     " then each seed, then CPU seconds on average."
   )
-  return "\n".join([*parts, note, ""])
+  return "\n".join([*parts, note, "", *_how_soon(soon, letter)])
+
+
+def _how_soon(soon: Sequence[Solved], letter: str) -> list[str]:
+  shown = sorted({s.num_passes for s in soon})
+  parts = []
+  for name, title in (("tokens", "Thousands of tokens"), ("passes", "Passes asleep (steps times N)")):
+    scale = 1e-3 if name == "tokens" else 1.0
+    lines = []
+    for depth in sorted({s.depth for s in soon}):
+      of = {s.num_passes: getattr(s, name) for s in soon if s.depth == depth}
+      lines.append([f"{depth:g}", *(_until(of[n], scale) if n in of else "not run" for n in shown)])
+    headers = [letter, *(f"N = {n}" for n in shown)]
+    parts.append(f"{title} until {100 * SOLVED:g} % were exact.\n\n{tables.markdown(headers, lines)}")
+  note = "A cell: the median over seeds, then each seed; `-`: not before the run ended."
+  return [*parts, note, ""]
+
+
+def _until(values: Sequence[float | None], scale: float) -> str:
+  def text(value: float | None) -> str:
+    return "-" if value is None or value == math.inf else f"{value * scale:,.0f}"
+
+  return f"**{text(_middle(values))}**: {', '.join(map(text, values))}"
+
+
+def _middle(values: Sequence[float | None]) -> float:
+  """The median, where what was not reached is infinite."""
+  return statistics.median_high([math.inf if v is None else v for v in values])
+
+
+def figure_soon(soon: Sequence[Solved], letter: str, name: str = "solved") -> Drawing:
+  """How soon each depth was solved: a panel for tokens and one for passes, the median over seeds and each
+  seed.
+
+  A run that ended before it was solved is an empty triangle where it ended.
+  """
+  drawn, panels = drawing.frame(f"How soon {100 * SOLVED:g} % are exact, by depth of reasoning", 10.4, 4.3, 2)
+  shown, rows, says = sorted({s.num_passes for s in soon}), [], []
+  for axes, field, title in zip(panels, ("tokens", "passes"), ("tokens", "passes asleep"), strict=True):
+    ends = []
+    for n in shown:
+      look, mine = drawing.style(n), [s for s in soon if s.num_passes == n]
+      colour = look["color"]
+      for s in mine:
+        for value, end in zip(getattr(s, field), getattr(s, f"all_{field}"), strict=True):
+          if value is None:
+            axes.scatter(
+              [s.depth], [end], s=34, marker="^", facecolors="none", edgecolors=colour, linewidth=1.0
+            )
+          else:
+            axes.scatter([s.depth], [value], s=9, alpha=0.55, color=colour, linewidth=0)
+      known = [(s.depth, middle) for s in mine if (middle := _middle(getattr(s, field))) < math.inf]
+      if known:
+        axes.plot(*zip(*known, strict=True), linewidth=2.0, markersize=5, label=f"N = {n}", **look)
+        ends.append((*known[-1], f"N = {n}", colour))
+      texts = [f"{value:,.0f} at {letter} = {depth:g}" for depth, value in known]
+      says.append(f"N = {n}, {title}: {', '.join(texts) or 'at no depth'}")
+    depths = sorted({s.depth for s in soon})
+    axes.set_yscale("log")
+    axes.set_xticks(depths, [f"{d:g}" for d in depths])
+    axes.set_xlim(depths[0] - 0.2, depths[-1] + 0.12 * (depths[-1] - depths[0] + 1))
+    axes.set_title(f"{title} (log scale)", fontsize=drawing.SIZE)
+    axes.set_xlabel(f"depth {letter}", fontsize=drawing.SIZE)
+    labels.label_ends(axes, ends)
+  for s in soon:
+    each = zip(s.seeds, s.tokens, s.passes, s.cpu_s, s.all_tokens, s.all_passes, strict=True)
+    for seed, tokens, passes, cpu_s, all_tokens, all_passes in each:
+      row = {"depth": s.depth, "num_passes": s.num_passes, "seed": seed, "tokens": tokens, "passes": passes}
+      rows.append(row | {"cpu_s": cpu_s, "all_tokens": all_tokens, "all_passes": all_passes})
+  panels[0].set_ylabel(f"until {100 * SOLVED:g} % are exact", fontsize=drawing.SIZE)
+  note = "lines: median over seeds, where known; dots: seeds; empty triangles: not solved when the run ended"
+  drawn.supxlabel(note, fontsize=8, x=0.012, ha="left")
+  return Drawing(name, drawn, f"Until {100 * SOLVED:g} % are exact, medians. {'; '.join(says)}.", rows)
 
 
 def figure(found: Sequence[Point], letter: str, name: str = "depth") -> Drawing:
@@ -147,6 +275,11 @@ def figure(found: Sequence[Point], letter: str, name: str = "depth") -> Drawing:
   )
   drawn.supxlabel(note, fontsize=8, x=0.012, ha="left")
   return Drawing(name, drawn, f"Exact answers over depth. {'; '.join(says)}.", rows)
+
+
+def _finished(runs: Sequence[Run]) -> list[Run]:
+  """Those that are done and say their depth and N."""
+  return [r for r in runs if r.evals and r.rows.get("done") and r.num_passes and r.depth is not None]
 
 
 def _check(depth: float, runs: Sequence[Run]) -> None:

@@ -11,9 +11,9 @@ MISTAKES = [
   (throughput, "--windows=", "--windows: must be whole numbers"),
   (throughput, "--passes=-1", "--passes: must be whole numbers"),
   (throughput, "--passes=99999999999999", "--passes: must be whole numbers"),
-  (throughput, "--batch=1,2", "--batch: must be one whole number"),
+  (throughput, "--batch=1,2", "--batch: must be a whole number from 1 on"),
   (throughput, "--remat=all", "--remat: unknown value 'all'"),
-  (throughput, "--rounds=0", "--rounds: must be whole numbers"),
+  (throughput, "--rounds=0", "--rounds: must be a whole number from 1 on"),
   (throughput, "--no_such_flag\nx", "unrecognized arguments"),
   (gpu_once, "--parts=kernel_errors,fig9", "--parts: unknown value 'fig9'"),
   (gpu_once, "--parts=figure_2", "did you mean"),
@@ -28,7 +28,7 @@ MISTAKES = [
   (gpu_parts, "--part=none", "--part: unknown value 'none'"),
   (report, "--size=demo", "--size: unknown value 'demo'"),
   (report, "--sections=training,speed", "--sections: unknown value 'speed'"),
-  (report, "--threads=0", "--threads: must be whole numbers"),
+  (report, "--threads=0", "--threads: must be a whole number from 1 on"),
   (report, "--threads=100000", "--threads: must lie in 1.."),
 ]
 

@@ -105,20 +105,23 @@ class SweepTest(parameterized.TestCase):
     todo = takeoffs.sweep("demo", seeds=2)
     self.assertLen(todo, 2 * (3 * len(takeoffs.SETTINGS) - 1))
     self.assertEqual({name.rsplit("_", 2)[0] for name in todo}, set(takeoffs.SETTINGS))
-    self.check_study(takeoffs.get_config("demo"), todo)
+    self.check_study(takeoffs.get_config("demo"), todo, presets.DEMO_STEPS)
 
   def test_the_study_of_depth_differs_from_the_demo_in_depth_alone(self):
     todo = depths.sweep("demo", seeds=2)
     self.assertLen(todo, 2 * 3 * len(depths.DEPTHS))
     self.assertNotIn(presets.get_config("demo").data.rollout_steps, depths.DEPTHS)
-    self.check_study(depths.get_config("demo"), todo)
+    easy = {name: x for name, x in todo.items() if x["data.rollout_steps"] <= depths.EASY}
+    deep = {name: x for name, x in todo.items() if name not in easy}
+    self.check_study(depths.get_config("demo"), deep, presets.DEMO_STEPS)
+    self.check_study(depths.get_config("demo"), easy, presets.DEMO_STEPS // 4)
     demo = presets.sweep("demo", seeds=2)
-    for name, changes in todo.items():
+    for name, changes in deep.items():
       (same,) = [run for run in demo.values() if run.items() <= changes.items()]
       self.assertEqual(set(changes) - set(same), {"data.rollout_steps"}, name)
 
-  def check_study(self, base, todo):
-    """Every run builds, no two are the same, and every N makes as many passes."""
+  def check_study(self, base, todo, passes):
+    """Every run builds, no two are the same, and every N makes so many passes."""
     built = set()
     for changes in todo.values():
       values = base.copy_and_resolve_references()
@@ -126,8 +129,7 @@ class SweepTest(parameterized.TestCase):
       cfg, task = rule110.build(values.to_dict())
       task.check(cfg)
       built.add(cfg)
-      passes = cfg.sleep.num_passes * cfg.train.steps
-      self.assertEqual(passes, presets.DEMO_STEPS)  # as much compute for every N
+      self.assertEqual(cfg.sleep.num_passes * cfg.train.steps, passes)  # as much compute for every N
     self.assertLen(built, len(todo))
 
   def test_a_file_without_a_sweep_or_an_unknown_preset_is_refused(self):

@@ -45,10 +45,10 @@ def test_by_hand(runs):
 
 def test_table_and_figure_say_the_same(runs, tmp_path):
   found = depth.points(runs)
-  lines = depth.table(found, "t").splitlines()
+  lines = depth.table(found, [], "t").splitlines()
   rows = [line for line in lines if line.startswith(("| 1 ", "| 8 "))]
   assert len(rows) == 4 and "**40.0** (0 - 100): 35.0, 45.0; 7.5 s" in rows[0] and "**50.0**" in rows[1]
-  assert "not run" not in depth.table(found, "t")
+  assert "not run" not in depth.table(found, depth.solved(runs), "t")
   drawing = depth.figure(found, "t")
   drawing.save(tmp_path / "out")
   with open(tmp_path / "out" / "depth.csv", newline="") as file:
@@ -59,11 +59,35 @@ def test_table_and_figure_say_the_same(runs, tmp_path):
   assert "N = 4 after the same tokens: 95 % at t = 1, 50 % at t = 8" in drawing.alt
 
 
+def test_how_soon_a_depth_is_solved_by_hand(runs):
+  soon = {(s.depth, s.num_passes): s for s in depth.solved(runs)}
+  assert list(soon) == [(1, 1), (1, 4), (8, 1), (8, 4)]  # not the one that goes on
+  assert soon[1, 4].tokens == (100 * fake_runs.TOKENS_PER_STEP,) * 2
+  assert soon[1, 4].passes == (400, 400)
+  assert soon[1, 4].cpu_s == pytest.approx((100 * fake_runs.CPU_S_PER_STEP[4],) * 2)
+  assert soon[1, 1].passes == (None, 400)
+  assert soon[8, 1].passes == soon[8, 4].tokens == (None, None)
+  assert soon[8, 1].all_passes == (400, 400) and soon[8, 4].all_tokens == soon[1, 4].tokens
+  drawing = depth.figure_soon(list(soon.values()), "t")
+  assert len(drawing.rows) == 8 and drawing.rows[0] == {
+    "depth": 1, "num_passes": 1, "seed": 0, "tokens": None, "passes": None, "cpu_s": None,
+    "all_tokens": 400 * fake_runs.TOKENS_PER_STEP, "all_passes": 400,
+  }  # fmt: skip
+  assert "N = 4, passes asleep: 400 at t = 1." in drawing.alt and "N = 1, tokens: at no depth" in drawing.alt
+  assert drawing.svg().startswith("<?xml")
+  lines = depth.table(depth.points(runs), list(soon.values()), "t").splitlines()
+  begin = lines.index("Passes asleep (steps times N) until 90 % were exact.")
+  assert lines[begin + 4] == "| 1 | **-**: -, 400 | **400**: 400, 400 |"
+  assert lines[begin + 5] == "| 8 | **-**: -, - | **-**: -, - |"
+
+
 def test_a_depth_that_one_n_was_not_run_at_is_shown_so(tmp_path):
   write(tmp_path, 2, 4, 0, [(100, 0.5)])
   write(tmp_path, 3, 1, 0, [(100, 0.5)])
   found = depth.points(fake_runs.read(str(tmp_path / "*")))
-  assert depth.table(found, "t").count("not run") == 4
+  soon = depth.solved(fake_runs.read(str(tmp_path / "*")))
+  assert depth.table(found, [], "t").count("not run") == 4
+  assert depth.table(found, soon, "t").count("not run") == 8
   assert depth.figure(found, "t").rows[0]["low"] is None
 
 
