@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 GPUS, MEMORY_MB = 8, 2000  # of a node
-WAIT_S = 300.0  # longer than any state of a job that a test waits for
+WAIT_S = 600.0  # longer than a small run takes on a busy machine
 SLURM = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PROGRAMS = (*SLURM, "unshare", "nsenter", "mount", "ip", "bash")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm iproute2 util-linux"
