@@ -74,7 +74,8 @@ class SleepTest(ToyTest):
       return passes(blocks, h, S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
 
     expected = self.gradients(functools.partial(plain_loop, num_passes=num_passes))
-    chex.assert_trees_all_close(self.gradients(run), expected, rtol=1e-5, atol=1e-5)
+    # Entries are up to 17: a sum of such terms that is near 0 has their rounding.
+    chex.assert_trees_all_close(self.gradients(run), expected, rtol=1e-5, atol=1e-4)
 
   @parameterized.product(backprop_passes=(1, 2, 3, 4), form=tuple(FORMS))
   def test_truncation_changes_no_bit_of_the_value(self, backprop_passes, form):
