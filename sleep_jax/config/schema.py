@@ -58,7 +58,7 @@ def run_from_dict(data: type, values: Mapping[str, Any]) -> Config:
     ConfigError: as `from_dict`, and if there is no `data`.
   """
   check("data" in values, "data", "is required")
-  return from_dict(Config, values | {"data": from_dict(data, values["data"], "data.")})
+  return from_dict(Config, {**values, "data": from_dict(data, values["data"], "data.")})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
