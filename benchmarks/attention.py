@@ -9,7 +9,6 @@ table shows up to which length `dense` is the fastest; `attention.forms.SHORT` i
 
 import argparse
 import functools
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,7 +124,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in one turn"
   )
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   if args.heads % args.kv_heads:
     parser.error(f"--kv_heads must divide --heads = {args.heads}, got {args.kv_heads}")

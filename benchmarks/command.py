@@ -86,6 +86,14 @@ def choices(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
   return read
 
 
+def out(text: str) -> pathlib.Path:
+  """`folder` of a flag, so that nothing is measured that cannot be written down."""
+  try:
+    return folder(text)
+  except ConfigError as e:
+    raise argparse.ArgumentTypeError(str(e).removeprefix("--out: ")) from e
+
+
 class Journal:
   """A file of JSON lines that a later start goes on with: each line is on the disk before the next one
   begins.

@@ -145,7 +145,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--steps", type=flags.count, default=5, help="steps a row; a turn has five rows")
   parser.add_argument("--rounds", type=flags.count, default=5)
   parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   unknown = [name for name in args.presets if name not in BATCH]
   if unknown:

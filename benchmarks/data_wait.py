@@ -6,7 +6,6 @@ Runs the presets of GSM-Infinite that a CPU can train for some steps, data made 
 makes the batches of every preset without training.
 """
 
-import pathlib
 import sys
 import tempfile
 import time
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--steps", type=flags.count, default=40, help="of each run")
   parser.add_argument("--passes", type=flags.counts, default=(1, 2, 4), help="N, as 1,2,4")
   parser.add_argument("--batches", type=flags.count, default=4, help="of each preset, without training")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers", "grain"))
   sections = {

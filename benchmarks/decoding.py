@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--threads", type=flags.count, default=None, help="cores; all if not given")
   parser.add_argument("--rounds", type=flags.count, default=7)
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   threads = measure.pin(args.threads)
   facts = tables.machine(("jax", "jaxlib", "torch", "transformers"))

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,7 +152,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in a turn, at least"
   )
   parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   return parser.parse_args(argv)
 
 

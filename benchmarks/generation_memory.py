@@ -49,7 +49,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> int:
   parser = flags.Parser("benchmarks.generation_memory", __doc__)
   parser.add_argument("--megabytes", type=flags.counts, default=(1, 10, 100), help="as 1,10,100")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   facts = tables.machine(("jax", "jaxlib", "numpy", "tokenizers"))
   rows = measured(args.megabytes)

@@ -6,7 +6,6 @@ The original generator is not run here; its attempts per problem are measured fa
 row, `sleep_jax/data/gsm_infinite/study/reference.json`), and its time is not known.
 """
 
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ NOTES = (
 def main(argv: Sequence[str] | None = None) -> int:
   parser = flags.Parser("benchmarks.gsm_infinite_data", __doc__)
   parser.add_argument("--problems", type=flags.count, default=400, help="for each number of operations")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   measure.pin(1)
   facts = tables.machine(("numpy", "tokenizers"))

@@ -7,7 +7,6 @@ for them, so they do not depend on what else the machine does.
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -141,7 +140,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     "--turn", type=flags.from_zero, default=measure.LEAST_S, help="seconds of work in a turn, at least"
   )
   parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   return parser.parse_args(argv)
 
 

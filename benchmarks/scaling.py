@@ -10,7 +10,6 @@ the keys and values of everything.
 import argparse
 import dataclasses
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -233,7 +232,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--rounds", type=flags.count, default=15)
   parser.add_argument("--turn", type=flags.from_zero, default=0.1, help="seconds of work in a turn, at least")
   parser.add_argument("--threads", type=flags.count, default=1, help="cores to use")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   return parser.parse_args(argv)
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--windows", type=flags.count, default=3, help="that a turn fills and predicts")
   parser.add_argument("--rounds", type=flags.count, default=3)
   parser.add_argument("--threads", type=flags.count, default=None, help="cores; all if not given")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   args = parser.parse_args(argv)
   threads = measure.pin(args.threads)
   cfg = ModelConfig(vocab_size=4096, window=args.window)

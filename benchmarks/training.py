@@ -11,7 +11,6 @@ Nothing is timed before the PyTorch model was shown to compute the same loss, gr
 import argparse
 import importlib.util
 import math
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -319,7 +318,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--compile", action="store_true", help="PyTorch through torch.compile too (needs a C++ compiler)"
   )
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+  parser.add_argument("--out", type=command.out, default="benchmarks/results")
   return parser.parse_args(argv)
 
 

@@ -79,3 +79,17 @@ def test_a_wrong_number_is_one_line(path, capsys):
       said = capsys.readouterr().err
       assert ended.value.code == 2
       assert said.startswith(f"error: argument {flag}: must be ") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+  "path", [p for p in FILES if "type=command.out" in p.read_text()], ids=lambda p: p.stem
+)
+def test_results_that_cannot_be_written_are_told_before_anything_is_measured(path, tmp_path, capsys):
+  (tmp_path / "file").write_text("mine")
+  module = importlib.import_module(f"sleep_jax.benchmarks.{path.stem}")
+  with pytest.raises(SystemExit) as ended:
+    module.main([f"--out={tmp_path / 'file'}"])
+  said = capsys.readouterr().err
+  assert ended.value.code == 2 and said.count("\n") == 1
+  assert said.startswith("error: argument --out: ") and "is a file" in said
+  assert (tmp_path / "file").read_text() == "mine"
