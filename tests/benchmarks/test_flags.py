@@ -41,11 +41,12 @@ def numbers(path: pathlib.Path) -> dict[str, str]:
 
 
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+WRITERS = [path for path in FILES if "type=command.out" in path.read_text()]
 COMMANDS = {path: numbers(path) for path in FILES if numbers(path)}
 
 
 def test_every_number_of_a_command_line_is_checked():
-  assert len(COMMANDS) > 12
+  assert len(COMMANDS) > 12 and len(WRITERS) > 8
   for path in FILES:
     for call in calls(path, "add_argument"):
       kinds = [k.value.id for k in call.keywords if k.arg == "type" and isinstance(k.value, ast.Name)]
@@ -81,9 +82,7 @@ def test_a_wrong_number_is_one_line(path, capsys):
       assert said.startswith(f"error: argument {flag}: must be ") and said.count("\n") == 1, said
 
 
-@pytest.mark.parametrize(
-  "path", [p for p in FILES if "type=command.out" in p.read_text()], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", WRITERS, ids=lambda path: path.stem)
 def test_results_that_cannot_be_written_are_told_before_anything_is_measured(path, tmp_path, capsys):
   (tmp_path / "file").write_text("mine")
   module = importlib.import_module(f"sleep_jax.benchmarks.{path.stem}")
