@@ -73,7 +73,7 @@ class SleepTest(ToyTest):
       blocks = functools.partial(toy_blocks, w)
       return passes(blocks, h, S, num_passes=num_passes, remat=remat, unroll=FORMS[form])
 
-    # In float64: in float32 an entry near 0 has the rounding of terms up to 17, which depends on the compiler.
+    # In float64: in float32 an entry near 0 has the rounding of terms up to 17, by the order of a compiler.
     with jax.enable_x64(True):
       for name in ("w", "h", "S", "c_h", "c_S"):
         setattr(self, name, jax.tree.map(lambda x: x.astype(jnp.float64), getattr(self, name)))
