@@ -40,6 +40,12 @@ PASSES = flags.DEFINE_list("passes", ["1", "2", "4"], "values of N")
 SEQUENCES = flags.DEFINE_integer("sequences", 32, "that are read, spread over all texts", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 1, "sequences at a time", lower_bound=1)
 EVICTION = flags.DEFINE_enum("eviction", None, ["hard", "sliding"], "Default: the run's, or hard")
+MATMUL = flags.DEFINE_enum(
+  "matmul_dtype",
+  None,
+  ["same", "bfloat16"],
+  "bfloat16: faster on some CPUs, digits differ. Default: the run's",
+)
 OUT = flags.DEFINE_string("out", None, "folder for the results. Default: they are printed only")
 
 
@@ -49,7 +55,7 @@ def opened(folder: str) -> tuple[ModelConfig, SleepConfig, model.Params, int | N
   Raises:
     ConfigError: if it is neither a run nor a checkpoint, or no window is said for one.
   """
-  changes: dict[str, Any] = {"window": WINDOW.value, "eviction": EVICTION.value}
+  changes: dict[str, Any] = {"window": WINDOW.value, "eviction": EVICTION.value, "matmul_dtype": MATMUL.value}
   changes = {name: value for name, value in changes.items() if value is not None}
   if pretrained.is_run(folder):
     run = pretrained.load_run(folder)
@@ -102,6 +108,7 @@ def main() -> int:
       "length": length,
       "window": cfg.window,
       "eviction": cfg.eviction,
+      "matmul_dtype": cfg.matmul_dtype,
       "forms": results,
     }
     out.mkdir(parents=True, exist_ok=True)

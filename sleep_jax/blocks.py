@@ -106,7 +106,8 @@ def block(
     h = h + _scaled(normed(mixed, "post_norm", behind), cfg)
   if mlp:
     with jax.named_scope("mlp"):
-      out = layers.swiglu(weights["mlp"], normed(h, "mlp_norm", in_front), apart=decoding)
+      x, rounded = normed(h, "mlp_norm", in_front), None if decoding else cfg.rounded
+      out = layers.swiglu(weights["mlp"], x, apart=decoding, rounded=rounded)
       h = h + _scaled(normed(out, "mlp_post_norm", behind), cfg)
   return h, memory
 

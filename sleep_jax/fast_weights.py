@@ -172,7 +172,8 @@ def fast_weights(
   others = {} if rule.narrow_gate else {"gate": fast.value_dim}
   if rule.write == "channel":
     others |= {"e": fast.key_dim, "w": fast.value_dim}
-  joined = _projected(weights, x, ("q", "k", "v", *others), fast, apart)
+  rounded = None if apart else cfg.rounded
+  joined = _projected(weights, x, ("q", "k", "v", *others), fast, apart, rounded)
   ends = [*itertools.accumulate((2 * fast.key_dim + fast.value_dim, *others.values()))]
   qkv, *parts = jnp.split(joined, ends[:-1], axis=-1)
   projected = dict(zip(others, parts, strict=True))
@@ -190,23 +191,30 @@ def fast_weights(
   if rule.gate_bias:
     gate = gate + weights["gate_bias"].astype(x.dtype)
   o = (o * rule.read_gate(gate.astype(jnp.float32))).astype(x.dtype)
-  return layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2), FastWeights(S, context)
+  out = layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2, rounded=rounded)
+  return out, FastWeights(S, context)
 
 
 def _projected(
-  weights: dict[str, jax.Array], x: jax.Array, names: tuple[str, ...], fast: FastConfig, apart: bool
+  weights: dict[str, jax.Array],
+  x: jax.Array,
+  names: tuple[str, ...],
+  fast: FastConfig,
+  apart: bool,
+  rounded: str | None,
 ) -> jax.Array:
   """q, k, v and the others of `names` side by side, [B, T, H, K + K + V + ...].
 
   With fewer heads of queries and keys each of them is there several times, for the heads that it serves.
   """
   heads, groups = ("batch", "seq", "heads", "head_dim"), _groups(fast)
+  product = functools.partial(layers.dense, x, axes=heads, rounded=rounded)
   if apart:
-    few, rest = ([layers.dense(x, weights[name], heads) for name in some] for some in (names[:2], names[2:]))
+    few, rest = ([product(weights[name]) for name in some] for some in (names[:2], names[2:]))
   elif groups == 1:
-    return layers.dense(x, _joined(weights, *names), heads)  # one large product, not many
+    return product(_joined(weights, *names))  # one large product, not many
   else:
-    few, rest = ([layers.dense(x, _joined(weights, *some), heads)] for some in (names[:2], names[2:]))
+    few, rest = ([product(_joined(weights, *some))] for some in (names[:2], names[2:]))
   if groups > 1:
     few = [layers.repeated(part, groups) for part in few]
   return jnp.concatenate([*few, *rest], axis=-1)

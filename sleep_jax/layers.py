@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ from sleep_jax.config import ModelConfig, RopeScaling
 
 
 def dense(
-  x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], num_in: int = 1, *, turned: bool = False
+  x: jax.Array,
+  w: jax.Array,
+  axes: tuple[str | None, ...],
+  num_in: int = 1,
+  *,
+  turned: bool = False,
+  rounded: str | None = None,
 ) -> jax.Array:
   """Contracts the last `num_in` dimensions of x with the first `num_in` of w.
 
@@ -21,6 +28,9 @@ def dense(
     axes: logical names of the result; JAX cannot infer its layout where w is split (FSDP).
     num_in: number of contracted dimensions.
     turned: w is [*outs, *ins], its last `num_in` dimensions are contracted. A transposed w would be copied.
+    rounded: a dtype to which both operands are rounded, while products are summed in float32
+      (`ModelConfig.matmul_dtype`). The product that gives the gradient of x is rounded in the same way, the
+      one that gives the gradient of w is not. None: nothing is rounded.
 
   Returns:
     [..., *outs], in x's dtype.
@@ -29,7 +39,67 @@ def dense(
   ins, out_shape = (range(outs, w.ndim), w.shape[:outs]) if turned else (range(num_in), w.shape[num_in:])
   dimensions = ((tuple(range(kept, x.ndim)), tuple(ins)), ((), ()))
   out_sharding = sharding.spec(axes, x.shape[:kept] + out_shape)
+  if rounded is not None:
+    return _rounded_product(x, w, dimensions, out_sharding, rounded)
   return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
+
+
+Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _rounded_product(
+  x: jax.Array, w: jax.Array, dimensions: Dimensions, out_sharding: Any, dtype: str
+) -> jax.Array:
+  """x times w, both rounded to `dtype` and summed in float32; in x's dtype.
+
+  The gradient is written by hand: that of `dot_general` would multiply a float32 cotangent with rounded
+  weights, and a processor that is fast at products of bfloat16 is not fast at those.
+  """
+  y = jax.lax.dot_general(
+    x.astype(dtype),
+    w.astype(dtype),
+    dimensions,
+    preferred_element_type=jnp.float32,
+    out_sharding=out_sharding,
+  )
+  return y.astype(x.dtype)
+
+
+def _rounded_forward(
+  x: jax.Array, w: jax.Array, dimensions: Dimensions, out_sharding: Any, dtype: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _rounded_product(x, w, dimensions, out_sharding, dtype), (x, w)
+
+
+def _rounded_backward(
+  dimensions: Dimensions, out_sharding: Any, dtype: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  del out_sharding
+  x, w = kept
+  (x_ins, w_ins), _ = dimensions
+  rows = x.ndim - len(x_ins)
+  w_outs = tuple(i for i in range(w.ndim) if i not in w_ins)
+  y_rows, y_outs = tuple(range(rows)), tuple(range(rows, dy.ndim))
+  dx = jax.lax.dot_general(
+    dy.astype(dtype),
+    w.astype(dtype),
+    ((y_outs, w_outs), ((), ())),
+    preferred_element_type=jnp.float32,
+    out_sharding=sharding.of(x),
+  )
+  turned = w_outs[0] == 0
+  operands = (dy, x) if turned else (x, dy)  # in the order of w's dimensions
+  dw = jax.lax.dot_general(
+    *operands,
+    ((y_rows, y_rows), ((), ())),
+    preferred_element_type=jnp.float32,
+    out_sharding=sharding.of(w),
+  )
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
 
 
 def without_pads(x: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -111,21 +181,24 @@ def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
   return kept * frequencies + (1 - kept) * slow
 
 
-def swiglu(params: dict[str, jax.Array], x: jax.Array, *, apart: bool = False) -> jax.Array:
+def swiglu(
+  params: dict[str, jax.Array], x: jax.Array, *, apart: bool = False, rounded: str | None = None
+) -> jax.Array:
   """(silu(x W_gate) * (x W_up)) W_down, each product with its bias if there is one; x [B, T, D].
 
   Args:
     apart: multiply with gate and up apart, so that no weight is copied: for a few tokens, whose products take
       no longer than reading the weights. Otherwise one large product takes both.
+    rounded: as for `dense`.
   """
   if apart:
-    gate, up = (dense(x, params[name], ("batch", "seq", "mlp")) for name in ("gate", "up"))
+    gate, up = (dense(x, params[name], ("batch", "seq", "mlp"), rounded=rounded) for name in ("gate", "up"))
   else:
     both = jnp.stack([params["gate"], params["up"]], axis=1)  # [D, 2, F]
-    gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp")), 2, 0)
+    gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp"), rounded=rounded), 2, 0)
   if "up_bias" in params:
     gate, up = (y + params[f"{name}_bias"].astype(y.dtype) for name, y in (("gate", gate), ("up", up)))
-  out = dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"))
+  out = dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"), rounded=rounded)
   return out + params["down_bias"].astype(out.dtype) if "down_bias" in params else out
 
 

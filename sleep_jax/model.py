@@ -71,7 +71,8 @@ def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   """Logits [B, T, vocab] of the last hidden states, float32."""
   head = weights["embed"] if cfg.tied_embeddings else weights["head"]
   h = looped.final_norm(weights, h, cfg)
-  return layers.dense(h, head, ("batch", "seq", "vocab"), turned=cfg.tied_embeddings).astype(jnp.float32)
+  axes, rounded = ("batch", "seq", "vocab"), cfg.rounded if h.shape[1] > 1 else None
+  return layers.dense(h, head, axes, turned=cfg.tied_embeddings, rounded=rounded).astype(jnp.float32)
 
 
 def consolidate(

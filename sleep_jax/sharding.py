@@ -71,6 +71,11 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P | None:
   return P(*physical)
 
 
+def of(x: jax.Array) -> P | None:
+  """How `x` is laid out: its PartitionSpec, or None where no mesh is set."""
+  return None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """`x` laid out as its logical axes say; `x` itself without a mesh."""
   wanted = spec(axes, x.shape)

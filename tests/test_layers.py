@@ -109,6 +109,51 @@ class ProductTest(parameterized.TestCase):
     p = {"gate": normal(4, 6, seed=1), "up": normal(4, 6, seed=2), "down": normal(6, 4)}
     hybrids.assert_near(layers.swiglu(p, x), oracle.mlp(oracle.as_float64(p), x.astype(float)), TOLERANCE)
 
+  def test_swiglu_rounds_the_operands_of_all_its_products(self):
+    x = normal(2, 3, 4)
+    p = {"gate": normal(4, 6, seed=1), "up": normal(4, 6, seed=2), "down": normal(6, 4)}
+    exact = layers.swiglu(p, x)
+    got = layers.swiglu(p, x, rounded="bfloat16")
+    self.assertGreater(hybrids.distance(got, exact), 1e-4)
+    hybrids.assert_near(got, np.asarray(exact, float), 2e-2)
+
+
+class RoundedProductTest(parameterized.TestCase):
+  """`dense(rounded=...)` against NumPy products of operands that were rounded first."""
+
+  @parameterized.parameters(
+    ((2, 3, 4), (4, 5), 1, False, "abi,io->abo", "abo,io->abi"),
+    ((2, 3, 4), (4, 5, 6), 1, False, "abi,iop->abop", "abop,iop->abi"),
+    ((2, 3, 4, 5), (4, 5, 6), 2, False, "abij,ijo->abo", "abo,ijo->abij"),
+    ((2, 3, 4), (5, 4), 1, True, "abi,oi->abo", "abo,oi->abi"),
+  )
+  def test_values_and_gradients(self, x_shape, w_shape, num_in, turned, forward, backward):
+    x, w = normal(*x_shape), normal(*w_shape, seed=1)
+    axes = ("batch", "seq") + (None,) * (len(w_shape) - num_in)
+
+    def product(x, w):
+      return layers.dense(x, w, axes, num_in, turned=turned, rounded="bfloat16")
+
+    y, pull = jax.vjp(product, x, w)
+    dy = normal(*y.shape, seed=2)
+    dx, dw = pull(dy)
+
+    def near(z):
+      return np.asarray(jnp.asarray(z, jnp.bfloat16), float)
+
+    hybrids.assert_near(y, np.einsum(forward, near(x), near(w)), TOLERANCE)
+    hybrids.assert_near(dx, np.einsum(backward, near(dy), near(w)), TOLERANCE)
+    x_axes, w_axes, y_axes = forward.replace("->", ",").split(",")
+    hybrids.assert_near(dw, np.einsum(f"{x_axes},{y_axes}->{w_axes}", x.astype(float), dy), TOLERANCE)
+    self.assertGreater(hybrids.distance(y, np.einsum(forward, x.astype(float), w)), 1e-4)
+
+  @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  def test_dtypes_stay_those_of_input_and_weight(self, dtype):
+    x, w = jnp.asarray(normal(2, 3, 4), dtype), jnp.asarray(normal(4, 5))
+    y, pull = jax.vjp(lambda x, w: layers.dense(x, w, ("batch", "seq", None), rounded="bfloat16"), x, w)
+    dx, dw = pull(y)
+    self.assertEqual((y.dtype, dx.dtype, dw.dtype), (dtype, dtype, jnp.float32))
+
 
 class ShortConvTest(parameterized.TestCase):
   @parameterized.product(taps=(1, 2, 4), length=(1, 2, 6))

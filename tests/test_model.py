@@ -1,5 +1,7 @@
 """Plans, loss, what a sleep leaves and FLOPs, each by hand, by definition or by the oracle."""
 
+from unittest import mock
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from sleep_jax import blocks, config, model, windows
+from sleep_jax import blocks, config, layers, model, windows
 from sleep_jax.cost import flops
 from sleep_jax.scoring import sleep_changes
 from tests import hybrids, oracle
@@ -125,6 +127,45 @@ class SleepChangesTest(parameterized.TestCase):
         expected.append([np.mean(m / s) for m, s in zip(moved, S[1:], strict=True)])
     self.assertEqual(set(got), {"0"})
     np.testing.assert_allclose(got["0"], expected, rtol=1e-4)
+
+
+class MatmulDtypeTest(parameterized.TestCase):
+  """`model.matmul_dtype=bfloat16`: all large products round their operands, and nothing else does."""
+
+  cfg = hybrids.model_config(("attn", "gdn"), matmul_dtype="bfloat16")
+  sleep_cfg = config.SleepConfig(num_passes=2)
+
+  def test_loss_and_gradients_are_near_the_exact_ones(self):
+    batch, layout = hybrids.random_batch(12, (9, 11))
+    segments, weights = windows.plan(layout, 4), hybrids.random_params(self.cfg)
+    exact_cfg = config.replace(self.cfg, matmul_dtype="same")
+    got, exact = (hybrids.program(segments, c, self.sleep_cfg)(weights, batch) for c in (self.cfg, exact_cfg))
+    self.assertNotEqual(float(got[0]), float(exact[0]))
+    np.testing.assert_allclose(got[0], exact[0], rtol=0.02)
+    hybrids.assert_near(got[1], jax.tree.map(lambda x: np.asarray(x, float), exact[1]), 0.15)
+
+  @parameterized.parameters(  # the shapes of what is not rounded: steps a and b, and narrow layers
+    ("attn", "gdn", {(12, 2, 2)}),
+    ("attn", "kda", {(12, 1, 2), (12, 5), (5, 2, 3), (5, 2, 5)}),
+    ("attn", "jet", {(12, 2, 2), (12, 1), (1, 2, 5, 4)}),
+    ("attn", "hebbian", {(12, 2, 2)}),
+  )
+  def test_all_products_but_those_of_gates_are_rounded(self, mixer, rule, narrow):
+    cfg = hybrids.model_config((mixer, rule), matmul_dtype="bfloat16", window=6)
+    batch, layout = hybrids.random_batch(12, (10, 11))
+    exact, dense = set(), layers.dense
+
+    def recorded(x, w, *args, rounded=None, **settings):
+      if rounded is None:
+        exact.add(w.shape)
+      return dense(x, w, *args, rounded=rounded, **settings)
+
+    with mock.patch.object(layers, "dense", recorded):
+      weights = model.init(cfg, jax.random.key(0))
+      jax.eval_shape(
+        lambda w: model.forward(w, batch, windows.plan(layout, 6), cfg, self.sleep_cfg)[0], weights
+      )
+    self.assertEqual(exact, narrow)
 
 
 class FlopsTest(parameterized.TestCase):

@@ -9,7 +9,7 @@ from absl.testing import parameterized
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax import model, params, sharding, windows
+from sleep_jax import layers, model, params, sharding, windows
 from sleep_jax.config import AttentionConfig, ConfigError, FastConfig, MeshConfig, ModelConfig, SleepConfig
 from sleep_jax.data import rule110
 
@@ -135,9 +135,10 @@ class WeightsTest(parameterized.TestCase):
     for name, x in plain.items():
       np.testing.assert_allclose(split[name], x, rtol=1e-6, atol=1e-7, err_msg=name)
 
-  @parameterized.parameters("scan", "unroll")
-  def test_a_pod_of_256_chips_is_checked_without_one(self, loops):
+  @parameterized.parameters(("scan", "same"), ("unroll", "same"), ("scan", "bfloat16"))
+  def test_a_pod_of_256_chips_is_checked_without_one(self, loops, matmul_dtype):
     cfg = ModelConfig(
+      matmul_dtype=matmul_dtype,
       vocab_size=8,
       embed_dim=128,
       mlp_dim=256,
@@ -161,6 +162,22 @@ class WeightsTest(parameterized.TestCase):
       grads = jax.eval_shape(jax.grad(loss), weights)
     self.assertEqual(weights["blocks"]["1"]["mixer"]["q"].sharding.spec, P("data", "model", None))
     jax.tree.map(lambda g, w: self.assertEqual(g.sharding, w.sharding), grads, weights)
+
+  def test_products_of_rounded_operands_are_split_like_exact_ones(self):
+    x, w = jax.numpy.ones((8, 3, 16)), jax.numpy.ones((16, 4, 6))
+    axes = ("batch", "seq", "heads", "head_dim")
+
+    def gradients(x, w, rounded):
+      y, pull = jax.vjp(lambda x, w: layers.dense(x, w, axes, rounded=rounded), x, w)
+      return y, *pull(y)
+
+    with jax.set_mesh(four_by_two()):
+      x = sharding.constrain(x, ("batch", "seq", "embed"))
+      w = sharding.constrain(w, ("w_embed", "heads", "head_dim"))
+      exact, got = (gradients(x, w, rounded) for rounded in (None, "bfloat16"))
+    for a, b in zip(exact, got, strict=True):
+      self.assertEqual(a.sharding, b.sharding)
+      np.testing.assert_array_equal(a, b)  # sums of ones are exact
 
 
 def test_the_mesh_of_eight_is_data_4_by_model_2(mesh_of_eight):

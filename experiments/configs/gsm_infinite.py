@@ -101,7 +101,7 @@ def _from_checkpoint(c: config_dict.ConfigDict, preset: str) -> None:
   del c.train["init_from"], c.train["init_ignore"]
   c.pretrained = cli.defaults(pretrained.StartConfig())
   del c.pretrained.fast["kernel"], c.pretrained.fast["conv_context"]  # of the whole model, below
-  c.model = config_dict.create(window=2000, eviction="hard", dtype="bfloat16")
+  c.model = config_dict.create(window=2000, eviction="hard", dtype="bfloat16", matmul_dtype="same")
   c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
   c.model.attention = config_dict.create(implementation=config_dict.placeholder(str))
   c.data.problems = 76_800

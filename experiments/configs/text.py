@@ -63,7 +63,7 @@ def _from_checkpoint(c: config_dict.ConfigDict) -> None:
   c.pretrained = cli.defaults(pretrained.StartConfig())
   del c.pretrained.fast["kernel"], c.pretrained.fast["conv_context"]  # of the whole model, below
   c.pretrained.update(memory_layers=6, trained="memory")
-  c.model = config_dict.create(window=512, eviction="hard", dtype="float32")
+  c.model = config_dict.create(window=512, eviction="hard", dtype="float32", matmul_dtype="same")
   c.model.fast = config_dict.create(kernel=config_dict.placeholder(str), conv_context="carry")
   c.model.attention = config_dict.create(implementation=config_dict.placeholder(str))
   c.optim.update(muon_lr=1e-3, adam_lr=1e-4)

@@ -1,6 +1,7 @@
 """The attention mixer: projections and rotary angles, the cache of an open window, what eviction keeps."""
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -209,7 +210,7 @@ def decode(
       valid=cache.valid,
       implementation=cfg.attention.implementation,
     )
-  return _out(weights, out, gate, cfg), cache
+  return _out(weights, out, gate, cfg, apart=True), cache
 
 
 def attend_one(
@@ -257,12 +258,13 @@ def _project(
   Args:
     apart: as for `layers.swiglu`.
   """
-  axes = ("batch", "seq", "heads", "head_dim")
-  q = layers.dense(x, weights["q"], axes)
+  axes, rounded = ("batch", "seq", "heads", "head_dim"), None if apart else cfg.rounded
+  product = functools.partial(layers.dense, x, axes=axes, rounded=rounded)
+  q = product(weights["q"])
   if apart:
-    k, v = (layers.dense(x, weights[name], axes) for name in "kv")
+    k, v = (product(weights[name]) for name in "kv")
   else:
-    kv = layers.dense(x, jnp.concatenate([weights["k"], weights["v"]], axis=-1), axes)
+    kv = product(jnp.concatenate([weights["k"], weights["v"]], axis=-1))
     k, v = jnp.split(kv, 2, axis=-1)
   if cfg.attention.bias:
     q, k, v = (y + weights[f"{name}_bias"].astype(y.dtype) for name, y in (("q", q), ("k", k), ("v", v)))
@@ -281,12 +283,22 @@ def _rotate(x: jax.Array, at: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def _out(
-  weights: dict[str, jax.Array], out: jax.Array, gate: jax.Array | None, cfg: ModelConfig
+  weights: dict[str, jax.Array],
+  out: jax.Array,
+  gate: jax.Array | None,
+  cfg: ModelConfig,
+  *,
+  apart: bool = False,
 ) -> jax.Array:
-  """The output projection: [B, T, num_heads, head_dim] -> [B, T, D]."""
+  """The output projection: [B, T, num_heads, head_dim] -> [B, T, D].
+
+  Args:
+    apart: as for `layers.swiglu`.
+  """
   if gate is not None:
     out = out * jax.nn.sigmoid(gate)
-  out = layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2)
+  rounded = None if apart else cfg.rounded
+  out = layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2, rounded=rounded)
   return out + weights["o_bias"].astype(out.dtype) if cfg.attention.out_bias else out
 
 

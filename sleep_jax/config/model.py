@@ -204,6 +204,9 @@ class ModelConfig:
     exit_threshold: a token leaves after the first pass at which the exit probabilities sum up to this.
       None: after the last one.
     dtype: of activations, `float32` or `bfloat16`. S, gates, norms and logits are float32 always.
+    matmul_dtype: `bfloat16`: products with the weights of projections, MLPs and the head round their operands
+      to it and add up in float32, whatever `dtype` is; a single token's are not rounded. Faster on a CPU that
+      has instructions for it (AMX), and what a TPU does by itself. `same`: operands keep their dtype.
     attention: the attention blocks.
     fast: the fast-weight blocks.
   """
@@ -232,6 +235,7 @@ class ModelConfig:
   exit_gate: bool = False
   exit_threshold: float | None = None
   dtype: Literal["float32", "bfloat16"] = "float32"
+  matmul_dtype: Literal["same", "bfloat16"] = "same"
   attention: AttentionConfig = AttentionConfig()
   fast: FastConfig = FastConfig()
 
@@ -308,6 +312,11 @@ class ModelConfig:
       "model.exit_threshold",
       f"must lie in (0, 1] or be left out, got {threshold}",
     )
+
+  @property
+  def rounded(self) -> str | None:
+    """The dtype to which products with weights round their operands (`layers.dense`); None: they do not."""
+    return None if self.matmul_dtype == "same" else self.matmul_dtype
 
   @property
   def head_dim(self) -> int:

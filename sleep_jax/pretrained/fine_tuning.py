@@ -15,7 +15,9 @@ from sleep_jax.pretrained import files, from_run, identity, loading, memory
 from sleep_jax.pretrained.fields import PretrainedError
 
 # How a model is run, which a checkpoint does not say.
-_FREE = ("window", "eviction", "embed_std", "dtype", "predict_passes", "pass_cache", "exit_threshold")
+_FREE = (
+  "window", "eviction", "embed_std", "dtype", "matmul_dtype", "predict_passes", "pass_cache", "exit_threshold"
+)  # fmt: skip
 _FREE_FAST = ("conv_context", "decay_init", "kernel")
 _FREE_ATTENTION = ("implementation",)
 
