@@ -27,6 +27,7 @@ from sleep_jax.runtime.files import RunFailedError
 
 OURS = "sleep_jax"
 SCANNED = "sleep_jax, loops=scan"
+ROUNDED = "sleep_jax, products of bfloat16"
 PRODUCT = "matrix product"
 BATCH = {"tiny": 16, "demo": 128, "fig2b": 32}
 # Float32 in another order. A gradient that is a sum of cancelling terms (of the decay, at N = 1) keeps fewer
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       sleep={"num_passes": num_passes, "loops": "unroll"},
       train={"batch_size": args.batch or BATCH[args.preset]},
     )
-    steps, found = contenders(cfg, task, peers=peers, scan=args.scan, compiled=args.compile)
+    steps, found = contenders(
+      cfg, task, peers=peers, scan=args.scan, compiled=args.compile, rounded=args.rounded
+    )
     differences.append(found)
     product, work = measure.matrix_product(args.product)
     times = measure.interleave(steps | {PRODUCT: product}, args.rounds, least_s=args.turn)
@@ -84,7 +87,13 @@ NOTES = (
 
 
 def contenders(
-  cfg: config.Config, task: train.DeviceTask, *, peers: bool, scan: bool = True, compiled: bool = False
+  cfg: config.Config,
+  task: train.DeviceTask,
+  *,
+  peers: bool,
+  scan: bool = True,
+  compiled: bool = False,
+  rounded: bool = False,
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
   """One training step each, compiled and called once; and how far PyTorch's numbers are from ours.
 
@@ -92,6 +101,8 @@ def contenders(
     peers: with the PyTorch model, which needs torch and transformers.
     scan: ours also with loops that are not written out.
     compiled: PyTorch also through `torch.compile`.
+    rounded: both also with products of bfloat16, ours by `model.matmul_dtype`, PyTorch by its autocast. These
+      are not compared with each other: each rounds in its own places.
 
   Raises:
     RunFailedError: if the two models do not compute the same.
@@ -101,6 +112,8 @@ def contenders(
   steps = {OURS: _jax_step(cfg, task)}
   if scan:
     steps[SCANNED] = _jax_step(config.replace(cfg, sleep={"loops": "scan"}), task)
+  if rounded:
+    steps[ROUNDED] = _jax_step(config.replace(cfg, model={"matmul_dtype": "bfloat16"}), task)
   if not peers:
     return steps, found
   chunks = {"window": None, "64": 64}
@@ -108,6 +121,8 @@ def contenders(
     steps[f"PyTorch, chunk = {name}"] = _torch_step(cfg, task, chunk)
   if compiled:
     steps["PyTorch, compiled"] = _torch_step(cfg, task, None, compiled=True)
+  if rounded:
+    steps["PyTorch, autocast to bfloat16"] = _torch_step(cfg, task, None, rounded=True)
   for step in steps.values():
     step()
   return steps, found
@@ -248,7 +263,12 @@ def _jax_step(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
 
 
 def _torch_step(
-  cfg: config.Config, task: train.DeviceTask, chunk: int | None, compiled: bool = False
+  cfg: config.Config,
+  task: train.DeviceTask,
+  chunk: int | None,
+  *,
+  compiled: bool = False,
+  rounded: bool = False,
 ) -> Callable[[], Any]:
   """The PyTorch model as one would train it."""
   import torch
@@ -263,7 +283,8 @@ def _torch_step(
 
   def step():
     batch = torch_model.make_batch(cfg.data, cfg.train.batch_size, generator)
-    loss = loss_of(weights, batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+      loss = loss_of(weights, batch)
     loss.backward()
     optimizer.step()
     optimizer.forget_gradients()
@@ -315,6 +336,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave PyTorch out")
   parser.add_argument("--no-scan", dest="scan", action="store_false", help="leave loops=scan out")
+  parser.add_argument("--rounded", action="store_true", help="ours and PyTorch with products of bfloat16 too")
   parser.add_argument(
     "--compile", action="store_true", help="PyTorch through torch.compile too (needs a C++ compiler)"
   )

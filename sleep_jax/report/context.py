@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 _AT = re.compile(r"loss_at_(\d+)_(\d+)")
-KINDS = {
+GROUPS = {
   "new": "new in the text",
   "near": "seen within L",
   "evicted": "last seen L to 2 L ago",
   "long_evicted": "last seen more than 2 L ago",
+  "evicted_names": "names that only earlier windows had",
 }
 
 
@@ -35,7 +36,7 @@ def table(forms: Mapping[str, Mapping[str, Any]]) -> str:
   one = next(iter(forms.values()))
   keys = [("all tokens", "", "tokens_scored")]
   keys += [(f"after {a:,} - {b - 1:,} tokens", f"_at_{a}_{b}", f"tokens_at_{a}_{b}") for a, b in ranges(one)]
-  keys += [(title, f"_{kind}", f"tokens_{kind}") for kind, title in KINDS.items()]
+  keys += [(title, f"_{kind}", f"tokens_{kind}") for kind, title in GROUPS.items()]
   lines = [
     f"| nats a token (perplexity) | tokens | {' | '.join(forms)} |",
     f"|---|---:|{'---:|' * len(forms)}",

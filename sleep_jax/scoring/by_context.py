@@ -114,7 +114,8 @@ def summary(
     loss (nats a token), perplexity, nats_a_byte, bits_a_byte; exact (share of tokens that are the likeliest
     one) with its 95 % interval `low`, `high`, and const_exact, what the commonest token gets; tokens and
     bytes that were predicted; and `loss_NAME`, `perplexity_NAME` and `tokens_NAME` for each range of
-    positions (`at_0_512`: after 0 .. 511 tokens of the text) and each of `KINDS`; None where no token is.
+    positions (`at_0_512`: after 0 .. 511 tokens of the text), each of `KINDS`, and `evicted_names`; None
+    where no token is.
   """
   of = {name: np.stack([row[name] for row in described]) for name in described[0]}
   asked = of["loss_mask"] > 0
@@ -135,6 +136,7 @@ def summary(
   before = of["position"] - 1
   groups = {f"at_{a}_{b}": (before >= a) & (before < b) for a, b in buckets(length, window)}
   groups |= {name: of["kind"] == i for i, name in enumerate(KINDS)}
+  groups["evicted_names"] = of["evicted_name"]
   for name, where in groups.items():
     members = asked & where
     found = int(members.sum())

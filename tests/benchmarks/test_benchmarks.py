@@ -169,9 +169,9 @@ class TrainingTest(parameterized.TestCase):
   def test_runs(self):
     out = self.enterContext(tempfile.TemporaryDirectory())
     flags = ["--preset=tiny", "--passes=1", "--batch=4", "--rounds=1", "--turn=0", "--product=32"]
-    assert training.main([*flags, "--no-peers", f"--out={out}"]) == 0
+    assert training.main([*flags, "--no-peers", "--rounded", f"--out={out}"]) == 0
     rows = csv_rows(found(out, "training_tiny_*.csv"))
-    assert [row["model"] for row in rows] == [training.OURS, training.SCANNED]
+    assert [row["model"] for row in rows] == [training.OURS, training.SCANNED, training.ROUNDED]
 
 
 class ScalingTest(parameterized.TestCase):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -93,15 +94,27 @@ class TestFiles:
 class TestTokens:
   @pytest.mark.parametrize("text", [TEXT, "🙂" * 5, " ", "é\n" * 9, "ship" * 100])
   def test_bytes_add_up_to_the_text(self, tokenizer, text):
-    ids, sizes = tokens.Tokenizer(tokenizer).encode(text)
+    ids, sizes, _ = tokens.Tokenizer(tokenizer).encode(text)
     assert len(ids) == len(sizes)
     assert sizes.min() >= 0
     assert sizes.sum() == len(text.encode())
 
   def test_a_plain_word_has_its_own_bytes(self, tokenizer):
     known = tokens.Tokenizer(tokenizer)
-    ids, sizes = known.encode("a harbour, a ship.")
+    ids, sizes, _ = known.encode("a harbour, a ship.")
     assert [len(known._backend.decode([i]).encode()) for i in ids] == sizes.tolist()
+
+  def test_names_are_capitalised_words_each_with_its_number(self, tokenizer):
+    text = "Anne met Mary. I saw anne, ANNE and Anne-Mary in Łódź, Éva2 or 船Mary; A ship."
+    ids, _, names = tokens.Tokenizer(tokenizer).encode(text)
+    known = {"Anne": 1, "Mary": 2, "ANNE": 3, "Łódź": 4, "Éva": 5}  # 船Mary is one word, without a capital
+    spans = tokens.Tokenizer(tokenizer)._backend.encode(text).offsets
+    assert len(names) == len(ids)
+    found = [m for m in re.finditer(r"[A-Za-zŁódźÉ船]{2,}", text) if m[0] in known]
+    for (start, end), name in zip(spans, names, strict=True):
+      over = [known[m[0]] for m in found if m.start() < end and start < m.end()]
+      assert name == (over[0] if over else 0), text[start:end]
+    assert set(names.tolist()) == set(range(6))
 
   def test_the_same_texts_give_the_same_tokenizer(self, tmp_path, tokenizer):
     tokens.train([TEXT * 20, "a harbour, a ship. " * 50], 320, tmp_path / "again.json")
@@ -133,7 +146,7 @@ class TestCorpus:
     texts = [text for path in paths for text in files.documents(path, "text")]
     assert found.sizes == tuple(len(text.encode()) for text in texts)
     for i, text in enumerate(texts):
-      ids, sizes = known.encode(text)
+      ids, sizes, names = known.encode(text)
       assert found.counts[i] == len(ids)
       for start, stop in (
         (0, len(ids)),
@@ -144,6 +157,7 @@ class TestCorpus:
         got = found.read(i, start, stop)
         np.testing.assert_array_equal(got[0], ids[start:stop])
         np.testing.assert_array_equal(got[1], sizes[start:stop])
+        np.testing.assert_array_equal(got[2], names[start:stop])
 
   def test_is_made_once_and_again_where_it_is_damaged(self, tmp_path, paths, tokenizer):
     said, folder = [], tmp_path / "cache"
@@ -182,7 +196,7 @@ class FakeCorpus:
 
   def read(self, document, start, stop):
     at = np.arange(start, stop, dtype=np.int32)
-    return 1000 * document + at, np.full(len(at), 1 + document, np.int32)
+    return 1000 * document + at, np.full(len(at), 1 + document, np.int32), np.zeros(len(at), np.int32)
 
 
 class TestRows:
@@ -250,6 +264,23 @@ class TestRows:
       )
     assert [rows.KINDS[k] for k in rows._kinds(ids, 8)] == expected
     assert set(expected) == set(rows.KINDS)
+
+  def test_evicted_names_by_the_definition(self):
+    rng, window = np.random.default_rng(1), 5
+    words = [(number, int(rng.integers(1, 4))) for number in rng.integers(0, 7, 200)]
+    expected, names, last = [], [], {}  # last: name -> place of its last token
+    for number, size in words:
+      if names and number and names[-1] == number:
+        continue  # the same word twice in a row is read as one
+      start = len(names)
+      begins = max(start - 1, 0) // window * window  # of the window whose tokens can be seen
+      gone = number != 0 and number in last and last[number] < begins
+      expected += [gone] * size
+      names += [number] * size
+      last[number] = len(names) - 1
+    found = rows._evicted(np.asarray(names, np.int32), window)
+    assert found.tolist() == expected[1:]
+    assert 20 < sum(expected) < len(expected) - 20
 
   def test_texts_shorter_than_a_window(self):
     with pytest.raises(ConfigError, match="^data.held_out: has 3 tokens to read, fewer than a window"):

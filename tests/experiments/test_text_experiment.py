@@ -145,6 +145,7 @@ def test_a_summary_by_hand():
       "targets": np.array([5, 6, 5, 0]), "loss_mask": np.array([1.0, 1, 1, 0]),
       "bytes": np.array([2, 1, 5, 9]),
       "position": np.array([1, 2, 3, 0]), "kind": np.array([0, 0, 3, 0]),
+      "evicted_name": np.array([False, True, True, True]),
     }
   ]  # fmt: skip
   nats, right = np.array([[1.0, 2.0, 6.0, 99.0]]), np.array([[True, False, False, True]])
@@ -156,6 +157,7 @@ def test_a_summary_by_hand():
   assert (row["loss_at_0_2"], row["tokens_at_0_2"]) == (1.5, 2)
   assert (row["loss_at_2_4"], row["loss_new"], row["loss_long_evicted"]) == (6.0, 1.5, 6.0)
   assert (row["loss_near"], row["tokens_near"]) == (None, 0)
+  assert (row["loss_evicted_names"], row["tokens_evicted_names"]) == (4.0, 2)
   assert "1.5" in context.table({"N = 1": row, "N = 2": row}).replace("1.500", "1.5")
   assert context.line(row).startswith("3.000 nats a token, perplexity 20.09")
 
@@ -215,7 +217,7 @@ def test_window_only_sees_its_window_alone():
       self.ids = np.concatenate([ids[:4], np.arange(5, dtype=np.int32)])
 
     def read(self, document, start, stop):
-      return self.ids[start:stop], np.ones(stop - start, np.int32)
+      return self.ids[start:stop], np.ones(stop - start, np.int32), np.zeros(stop - start, np.int32)
 
   forms = {
     name: (how, s, forget) for name, how, s, forget in by_context.forms(cfg, config.SleepConfig(), [2], 8)

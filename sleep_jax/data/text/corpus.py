@@ -24,14 +24,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from sleep_jax.config import ConfigError, check
 from sleep_jax.data.text import files, tokens
 
-FORMAT = 1
+FORMAT = 2  # of the cache; 1 had no names
 RECORD = 1 << 16  # tokens
-CACHED = 64  # records that a process holds, half a MB each
+CACHED = 64  # records that a process holds, 0.8 MB each
 
 
 def digest(paths: Sequence[pathlib.Path], field: str) -> str:
   """Which texts these are: a hash of the contents of all files, in order, and of how they are read."""
-  sums = hashlib.sha256(f"text {FORMAT} {field!r}\n".encode())
+  sums = hashlib.sha256(f"text 1 {field!r}\n".encode())
   for path in paths:
     kind = f"{'lines' if files.is_lines(path) else 'whole'} {'gz' if path.name.endswith('.gz') else 'plain'}"
     sums.update(f"{kind} {files.digest(path)}\n".encode())
@@ -54,12 +54,16 @@ class Corpus:
   sizes: tuple[int, ...]
   first: tuple[int, ...]
 
-  def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `start` .. `stop` - 1 of a document and the bytes that each stands for: [n] int32 each."""
+  def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens `start` .. `stop` - 1 of a document, and the bytes and the name that each stands for.
+
+    Returns:
+      [n] int32 each, as `tokens.Tokenizer.encode` gives them.
+    """
     records = range(self.first[document] + start // RECORD, self.first[document] + (stop - 1) // RECORD + 1)
-    ids, sizes = np.concatenate([_record(self.path, i) for i in records], axis=1)
+    ids, sizes, names = np.concatenate([_record(self.path, i) for i in records], axis=1)
     at = slice(start % RECORD, start % RECORD + stop - start)
-    return ids[at], sizes[at]
+    return ids[at], sizes[at], names[at]
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,8 +73,8 @@ def _source(path: str) -> Any:
 
 @functools.lru_cache(maxsize=CACHED)
 def _record(path: str, index: int) -> np.ndarray:
-  """Tokens and their bytes: [2, n] int32."""
-  return np.frombuffer(_source(path)[index], "<i4").reshape(2, -1)
+  """Tokens, their bytes and their names: [3, n] int32."""
+  return np.frombuffer(_source(path)[index], "<i4").reshape(3, -1)
 
 
 def open_corpus(
@@ -106,7 +110,7 @@ def open_corpus(
   if found := _whole(record, index, name):
     return found
   if index.exists():
-    report(f"{index}: the cache is damaged, it is made again")
+    report(f"{index}: the cache is damaged or of an older form, it is made again")
   folder.mkdir(parents=True, exist_ok=True)
   mark = f".{socket.gethostname()}.{os.getpid()}.tmp"
   temporary = record.with_name(f".{record.name}{mark}")
@@ -152,10 +156,10 @@ def _write(
   with contextlib.closing(ArrayRecordWriter(str(record), "group_size:1")) as writer:
     for path in paths:
       for text in files.documents(path, field):
-        both = np.stack(known.encode(text)).astype("<i4")
-        documents.append([both.shape[1], int(both[1].sum()), records])
-        for at in range(0, both.shape[1], RECORD):
-          writer.write(np.ascontiguousarray(both[:, at : at + RECORD]).tobytes())
+        encoded = np.stack(known.encode(text)).astype("<i4")
+        documents.append([encoded.shape[1], int(encoded[1].sum()), records])
+        for at in range(0, encoded.shape[1], RECORD):
+          writer.write(np.ascontiguousarray(encoded[:, at : at + RECORD]).tobytes())
           records += 1
   return {"documents": documents}
 

@@ -23,6 +23,7 @@ from sleep_jax.data import limits
 from sleep_jax.data.text.corpus import Corpus
 
 KINDS = ("new", "near", "evicted", "long_evicted")
+DESCRIPTION = ("bytes", "position", "kind", "evicted_name")  # of a row, for evaluations alone
 MOST_VOCAB = 1 << 18
 
 
@@ -137,27 +138,29 @@ class Rows:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """`inputs`, `targets`, `loss_mask`, `valid` and `begins`, as in `windows.Batch`, each [T]."""
-    return {name: x for name, x in self.described(index).items() if name not in ("bytes", "position", "kind")}
+    return {name: x for name, x in self.described(index).items() if name not in DESCRIPTION}
 
   def described(self, index: int) -> dict[str, np.ndarray]:
-    """The row with what an evaluation needs beside: of each target [T] its `bytes`, `position` and `kind`.
+    """The row with what an evaluation needs beside: of each target [T] the `DESCRIPTION`.
 
     `position`: tokens of the piece that were read before the target. `kind`, an index of `KINDS`: whether
     the piece had the same token before (else `new`), and how many tokens ago: at most L (`near`: attention
-    may still reach it), at most 2 L (`evicted`), or more (`long_evicted`).
+    may still reach it), at most 2 L (`evicted`), or more (`long_evicted`). `evicted_name`: part of a
+    capitalised word (`tokens.names_of`) that the piece had in an earlier window and not yet in this one.
     """
-    names = ("inputs", "targets", "bytes", "position", "kind")
-    row: dict[str, Any] = {name: np.zeros(self.length, np.int32) for name in names}
+    fields = ("inputs", "targets", "bytes", "position", "kind")
+    row: dict[str, Any] = {field: np.zeros(self.length, np.int32) for field in fields}
     row["loss_mask"] = np.zeros(self.length, np.float32)
-    row |= {name: np.zeros(self.length, bool) for name in ("valid", "begins")}
+    row |= {field: np.zeros(self.length, bool) for field in ("valid", "begins", "evicted_name")}
     at = 0
     for piece in self.pieces[index]:
-      ids, sizes = self.corpus.read(piece.document, piece.start, piece.start + piece.size + 1)
+      ids, sizes, names = self.corpus.read(piece.document, piece.start, piece.start + piece.size + 1)
       here = slice(at, at + piece.size)
       row["inputs"][here], row["targets"][here], row["bytes"][here] = ids[:-1], ids[1:], sizes[1:]
       row["loss_mask"][here], row["valid"][here], row["begins"][at] = 1, True, True
       row["position"][here] = np.arange(1, piece.size + 1)
       row["kind"][here] = _kinds(ids, self.window)
+      row["evicted_name"][here] = _evicted(names, self.window)
       at += -(-piece.size // self.window) * self.window
     return row
 
@@ -190,3 +193,22 @@ def _kinds(ids: np.ndarray, window: int) -> np.ndarray:
   ago[order[1:][same]] = (order[1:] - order[:-1])[same]
   kinds = np.select([ago == 0, ago <= window, ago <= 2 * window], [0, 1, 2], 3)
   return kinds[1:].astype(np.int32)
+
+
+def _evicted(names: np.ndarray, window: int) -> np.ndarray:
+  """Whether each token but the first is part of a name that an earlier window had, and its own not yet.
+
+  The window of a token is the one from which it is predicted: that of the token before it. All tokens of a
+  word count as its first one does.
+  """
+  new = np.flatnonzero((names != 0) & (names != np.concatenate([[0], names[:-1]])))  # first tokens of words
+  found = np.zeros(len(names), bool)
+  seen: dict[int, int] = {}  # name -> window of its last token
+  for start in new.tolist():
+    name, stop = int(names[start]), start + 1
+    while stop < len(names) and names[stop] == name:
+      stop += 1
+    here = max(start - 1, 0) // window
+    found[start:stop] = seen.get(name, here) < here
+    seen[name] = (stop - 1) // window
+  return found[1:]

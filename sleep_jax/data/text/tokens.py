@@ -1,7 +1,8 @@
 """The tokens of a text: by any tokenizer.json, or by byte-level BPE that is trained here."""
 
 import pathlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ except ImportError:
 from sleep_jax.config import ConfigError, check
 
 LEAST_VOCAB, MOST_VOCAB = 257, 1 << 18
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"  # words with the space before them, digits, runs of marks
 
 
@@ -69,22 +71,50 @@ class Tokenizer:
       raise ConfigError(f"data.tokenizer: {str(path)!r} is no tokenizer.json: {reason}") from e
     self.highest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
-  def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a document, nothing added, and the bytes of the text that each stands for.
+  def encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of a document, nothing added; the bytes of the text, and the name, that each stands for.
 
     Where several tokens make one character, the first has its bytes. Bytes that belong to no token, such as
     spaces that a tokenizer drops, count to the token before them, so that all of them add up to the text.
 
     Returns:
-      Two arrays [n] int32.
+      Three arrays [n] int32. The last one has the number of the name that a token is a part of (see
+      `names_of`), 0 for none.
     """
     encoded = self._backend.encode(text, add_special_tokens=False)
-    ends = np.asarray([end for _, end in encoded.offsets], np.int64)
-    if not len(ends):
-      return np.zeros(0, np.int32), np.zeros(0, np.int32)
-    ends = np.maximum.accumulate(ends)
+    if not encoded.offsets:
+      return (np.zeros(0, np.int32),) * 3
+    names = names_of(text, encoded.offsets)
+    ends = np.maximum.accumulate(np.asarray([end for _, end in encoded.offsets], np.int64))
     ends[-1] = len(text)
     characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (characters >= 0x80).astype(np.int64) + (characters >= 0x800) + (characters >= 0x10000)
     before = np.concatenate([[0], np.cumsum(widths)])
-    return np.asarray(encoded.ids, np.int32), np.diff(before[ends], prepend=0).astype(np.int32)
+    return np.asarray(encoded.ids, np.int32), np.diff(before[ends], prepend=0).astype(np.int32), names
+
+
+def names_of(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+  """The number of the name that each span of a text has a part of, 0 for none: [n] int32.
+
+  A name is a word of two letters or more that begins with a capital one, wherever it stands in a sentence.
+  Names are numbered from 1 on in the order in which they first occur; the same word has the same number.
+
+  Args:
+    spans: start and end of each token, in characters.
+
+  >>> names_of("Is Emma in? No, Emma is out", [(0, 2), (2, 5), (5, 7), (7, 11), (11, 15), (15, 20), (20, 27)])
+  array([1, 2, 2, 0, 3, 2, 0], dtype=int32)
+  """
+  found = [m for m in _WORD.finditer(text) if m[0][0].isupper()]
+  names = np.zeros(len(spans), np.int32)
+  if not found or not len(spans):
+    return names
+  known: dict[str, int] = {}
+  numbers = np.asarray([known.setdefault(m[0], len(known) + 1) for m in found], np.int32)
+  starts, ends = (np.asarray([m.span()[i] for m in found]) for i in (0, 1))
+  token_starts, token_ends = np.asarray(spans, np.int64).reshape(-1, 2).T
+  word = np.searchsorted(ends, token_starts, side="right")  # the first one that ends behind a token's start
+  inside = word < len(found)
+  inside[inside] = starts[word[inside]] < token_ends[inside]
+  names[inside] = numbers[word[inside]]
+  return names
