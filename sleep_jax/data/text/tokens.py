@@ -83,7 +83,8 @@ class Tokenizer:
     """
     encoded = self._backend.encode(text, add_special_tokens=False)
     if not encoded.offsets:
-      return (np.zeros(0, np.int32),) * 3
+      nothing = np.zeros(0, np.int32)
+      return nothing, nothing, nothing
     names = names_of(text, encoded.offsets)
     ends = np.maximum.accumulate(np.asarray([end for _, end in encoded.offsets], np.int64))
     ends[-1] = len(text)
