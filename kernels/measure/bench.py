@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--cores", type=flags.count, help="use so many; 1 compares best where others use the machine too"
   )
-  parser.add_argument("--out", type=Path, help="path without suffix: writes .md, .csv and .png")
+  parser.add_argument("--out", type=flags.stem, help="path without suffix: writes .md, .csv and .png")
   options = parser.parse_args(arguments)
 
   if options.cores:  # before JAX and torch count them

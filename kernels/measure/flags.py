@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 USER_MISTAKE = 2  # exit code
@@ -57,6 +59,22 @@ def above_zero(text: str) -> float:
 def from_zero(text: str) -> float:
   """A finite number from 0 on."""
   return _number(text, 0.0, "from 0 on")
+
+
+def stem(text: str) -> Path:
+  """A path without suffix of files to write; its folder is made, so that what is measured can be kept."""
+  path = Path(text)
+  try:
+    if not path.name or "\0" in text or path.is_dir():
+      raise argparse.ArgumentTypeError(f"must be the name of a file without suffix, got {_shown(text)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.parent / f".writable.{os.getpid()}"
+    trial.touch()
+    trial.unlink()
+  except (OSError, ValueError) as e:
+    why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+    raise argparse.ArgumentTypeError(f"cannot write to {_shown(text)}: {why}") from e
+  return path
 
 
 def _number(text: str, least: float, what: str) -> float:

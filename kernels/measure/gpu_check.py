@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = flags.Parser("kernels.gpu_check", __doc__)
   parser.add_argument("--shapes", default=",".join(SHAPES), help=", ".join(SHAPES))
   parser.add_argument("--rounds", type=flags.count, default=15)
-  parser.add_argument("--out", type=Path, help="path without suffix: writes .md, _errors.csv and _times.csv")
+  parser.add_argument("--out", type=flags.stem, help="path without suffix: .md, _errors.csv and _times.csv")
   options = parser.parse_args(arguments)
   shapes = options.shapes.split(",")
   if unknown := [name for name in shapes if name not in SHAPES]:

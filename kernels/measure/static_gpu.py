@@ -199,7 +199,7 @@ def markdown(kernels: Sequence[Kernel], memory: Sequence[Memory], facts: dict[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
   parser = flags.Parser("kernels.static_gpu", __doc__)
-  parser.add_argument("--out", type=Path, help="path without suffix: writes .md, .csv and _memory.csv")
+  parser.add_argument("--out", type=flags.stem, help="path without suffix: writes .md, .csv and _memory.csv")
   parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
   parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)

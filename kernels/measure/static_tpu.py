@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   for flag, known in (("devices", TOPOLOGIES), ("widths", SHAPES), ("programs", PROGRAMS)):
     parser.add_argument(f"--{flag}", type=listed(known), default=list(known), help=", ".join(known))
   parser.add_argument("--jobs", type=flags.count, default=1, help="compile so many at a time")
-  parser.add_argument("--out", type=Path, help="path without suffix: writes .md and .csv")
+  parser.add_argument("--out", type=flags.stem, help="path without suffix: writes .md and .csv")
   parser.add_argument("--write-budgets", action="store_true", help=f"into {BUDGETS.name}")
   parser.add_argument("--child", nargs=3, metavar=("DEVICE", "WIDTHS", "PROGRAM"), help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)

@@ -33,7 +33,12 @@ def numbers(path: pathlib.Path) -> dict[str, str]:
   found = {}
   for call in calls(path, "add_argument"):
     kind = next((k.value for k in call.keywords if k.arg == "type"), None)
-    if isinstance(kind, ast.Attribute) and isinstance(kind.value, ast.Name) and kind.value.id == "flags":
+    if (
+      isinstance(kind, ast.Attribute)
+      and isinstance(kind.value, ast.Name)
+      and kind.value.id == "flags"
+      and kind.attr in WRONG
+    ):
       name = call.args[0]
       if isinstance(name, ast.Constant):
         found[name.value] = kind.attr
@@ -42,6 +47,7 @@ def numbers(path: pathlib.Path) -> dict[str, str]:
 
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 WRITERS = [path for path in FILES if "type=command.out" in path.read_text()]
+STEMS = [path for path in FILES if "type=flags.stem" in path.read_text()]
 COMMANDS = {path: numbers(path) for path in FILES if numbers(path)}
 
 
@@ -92,3 +98,25 @@ def test_results_that_cannot_be_written_are_told_before_anything_is_measured(pat
   assert ended.value.code == 2 and said.count("\n") == 1
   assert said.startswith("error: argument --out: ") and "is a file" in said
   assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", STEMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["file/table", ".", "a/../file/b/table", "\0", "x" * 300 + "/table"])
+def test_tables_of_kernels_that_cannot_be_written_are_told_first(path, name, tmp_path, monkeypatch, capsys):
+  (tmp_path / "file").write_text("mine")
+  monkeypatch.chdir(tmp_path)
+  module = importlib.import_module(f"sleep_jax.kernels.measure.{path.stem}")
+  with pytest.raises(SystemExit) as ended:
+    module.main([f"--out={name}"])
+  said = capsys.readouterr().err
+  assert ended.value.code == 2 and said.count("\n") == 1
+  assert said.startswith("error: argument --out: ") and ("cannot write" in said or "must be" in said)
+  assert [p.name for p in tmp_path.iterdir() if p.name != "a"] == ["file"]
+
+
+def test_every_path_of_a_table_of_kernels_is_checked():
+  assert len(STEMS) == 4
+  for path in sorted((ROOT / "kernels/measure").glob("*.py")):
+    for call in calls(path, "add_argument"):
+      if call.args and getattr(call.args[0], "value", None) == "--out":
+        assert [ast.unparse(k.value) for k in call.keywords if k.arg == "type"] == ["flags.stem"], path
