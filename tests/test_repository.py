@@ -45,7 +45,7 @@ ALLOWED = {
   "pretrained": ("config", "data", "runtime", *METHOD),
   "train": _LIBRARY,
   "experiments": (*_LIBRARY, "report", "train"),
-  "benchmarks": (*_LIBRARY, "experiments", "launch.hardware", "report", "train"),
+  "benchmarks": (*_LIBRARY, "experiments", "launch.aot", "launch.hardware", "report", "train"),
   "launch": (*_LIBRARY, "experiments", "report", "train"),
   "": ("config", "kernels", *METHOD),  # a module of the method
   "names": ("config", "flax_module", "pretrained", "rules"),  # the __init__ of sleep_jax, on demand
