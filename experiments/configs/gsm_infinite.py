@@ -7,9 +7,9 @@
     python -m experiments.figures --runs='work/gsm/*' --figure=4 --out=figures
 
     tiny     2 and 3 operations, 50-100 tokens, L = 36 (the question is always evicted), numbers up to 9, the
-             zoo alone, 2 layers, 1000 steps: 2 min 10 s on two cores, data included. The commonest answers get
-             16.4 %, and the number that a text gives most often 62.1 and 77.7 % at 2 and 3 operations: that is
-             what to compare with. N = 2 came to 60 / 77, 91 / 89 and 95 / 85 % with three seeds
+             zoo alone, 2 layers, 1000 steps: 2 min 10 s on two cores, data included. The commonest answers
+             get 16.4 %, and the number that a text gives most often 62.1 and 77.7 % at 2 and 3 operations:
+             compare with that. N = 2 came to 60 / 77, 91 / 89 and 95 / 85 % with three seeds
              (results/gsm_infinite/tiny_seeds)
     small    2-4 operations, 400-600 tokens, L = 256, 8 layers; for one GPU. Not run yet
     scratch  the paper's settings, from scratch instead of from a pretrained model: 1-8 operations, 2,000 to
