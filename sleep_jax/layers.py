@@ -44,12 +44,12 @@ def dense(
   return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
 
 
-Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+_Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _rounded_product(
-  x: jax.Array, w: jax.Array, dimensions: Dimensions, out_sharding: Any, dtype: str
+  x: jax.Array, w: jax.Array, dimensions: _Dimensions, out_sharding: Any, dtype: str
 ) -> jax.Array:
   """x times w, both rounded to `dtype` and summed in float32; in x's dtype.
 
@@ -67,13 +67,13 @@ def _rounded_product(
 
 
 def _rounded_forward(
-  x: jax.Array, w: jax.Array, dimensions: Dimensions, out_sharding: Any, dtype: str
+  x: jax.Array, w: jax.Array, dimensions: _Dimensions, out_sharding: Any, dtype: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return _rounded_product(x, w, dimensions, out_sharding, dtype), (x, w)
 
 
 def _rounded_backward(
-  dimensions: Dimensions, out_sharding: Any, dtype: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+  dimensions: _Dimensions, out_sharding: Any, dtype: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   del out_sharding
   x, w = kept

@@ -175,6 +175,17 @@ class TestCorpus:
       assert any("tokenized" in line for line in said), path
     assert not [p for p in folder.iterdir() if "tmp" in p.name]
 
+  def test_a_cache_of_an_older_form_is_made_again_of_the_same_texts(
+    self, tmp_path, monkeypatch, paths, tokenizer
+  ):
+    folder, said = tmp_path / "cache", []
+    before, texts = opened(paths, tokenizer, folder).read(0, 0, 9), corpus.digest(paths, "text")
+    monkeypatch.setattr(corpus, "FORMAT", corpus.FORMAT + 1)
+    after = opened(paths, tokenizer, folder, said).read(0, 0, 9)
+    np.testing.assert_array_equal(after, before)
+    assert "of an older form" in said[0] and "tokenized" in said[1]
+    assert corpus.digest(paths, "text") == texts
+
   def test_another_text_or_field_has_another_digest(self, paths):
     before = corpus.digest(paths, "text")
     assert corpus.digest(paths, "body") != before

@@ -31,6 +31,7 @@ CACHED = 64  # records that a process holds, 0.8 MB each
 
 def digest(paths: Sequence[pathlib.Path], field: str) -> str:
   """Which texts these are: a hash of the contents of all files, in order, and of how they are read."""
+  # Not FORMAT: a run that goes on with a newer form of the cache still reads the same texts.
   sums = hashlib.sha256(f"text 1 {field!r}\n".encode())
   for path in paths:
     kind = f"{'lines' if files.is_lines(path) else 'whole'} {'gz' if path.name.endswith('.gz') else 'plain'}"
