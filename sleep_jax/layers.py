@@ -1,6 +1,7 @@
 """Small layers: pure functions of arrays. Norms and convolutions compute in float32 and cast back."""
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -29,8 +30,8 @@ def dense(
     num_in: number of contracted dimensions.
     turned: w is [*outs, *ins], its last `num_in` dimensions are contracted. A transposed w would be copied.
     rounded: a dtype to which both operands are rounded, while products are summed in float32
-      (`ModelConfig.matmul_dtype`). The product that gives the gradient of x is rounded in the same way, the
-      one that gives the gradient of w is not. None: nothing is rounded.
+      (`ModelConfig.matmul_dtype`). The two products that give the gradients are rounded in the same way.
+      None: nothing is rounded.
 
   Returns:
     [..., *outs], in x's dtype.
@@ -80,7 +81,7 @@ def _rounded_backward(
   (x_ins, w_ins), _ = dimensions
   rows = x.ndim - len(x_ins)
   w_outs = tuple(i for i in range(w.ndim) if i not in w_ins)
-  y_rows, y_outs = tuple(range(rows)), tuple(range(rows, dy.ndim))
+  y_outs = tuple(range(rows, dy.ndim))
   dx = jax.lax.dot_general(
     dy.astype(dtype),
     w.astype(dtype),
@@ -88,15 +89,33 @@ def _rounded_backward(
     preferred_element_type=jnp.float32,
     out_sharding=sharding.of(x),
   )
-  turned = w_outs[0] == 0
-  operands = (dy, x) if turned else (x, dy)  # in the order of w's dimensions
-  dw = jax.lax.dot_general(
-    *operands,
-    ((y_rows, y_rows), ((), ())),
-    preferred_element_type=jnp.float32,
-    out_sharding=sharding.of(w),
-  )
+  operands = (dy, x) if w_outs[0] == 0 else (x, dy)  # in the order of w's dimensions
+  dw = _summed_over_rows(*(o.astype(dtype) for o in operands), rows, w)
   return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+def _summed_over_rows(a: jax.Array, b: jax.Array, rows: int, like: jax.Array) -> jax.Array:
+  """The product of a [*rows, *n] and b [*rows, *m] over all rows: [*n, *m] float32, laid out as `like`.
+
+  XLA has fast products of bfloat16 on a CPU where the rows of a are its last dimension, and none where they
+  are its first. It folds a transposition of a into the product, whose form it then does not know; one that
+  is written as a turn of three dimensions stays.
+  """
+
+  def general(a: jax.Array, b: jax.Array) -> jax.Array:
+    over = tuple(range(rows))
+    how: Any = {"preferred_element_type": jnp.float32, "out_sharding": sharding.of(like)}
+    return jax.lax.dot_general(a, b, ((over, over), ((), ())), **how)
+
+  def on_a_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+    count, width = math.prod(a.shape[:rows]), math.prod(a.shape[rows:])
+    turned = a.reshape(count, width // 2, 2).transpose(1, 2, 0).reshape(width, count)
+    product = jnp.matmul(turned, b.reshape(count, -1), preferred_element_type=jnp.float32)
+    return product.reshape(like.shape)
+
+  if sharding.of(like) is not None or math.prod(a.shape[rows:]) % 2:
+    return general(a, b)
+  return jax.lax.platform_dependent(a, b, cpu=on_a_cpu, default=general)
 
 
 _rounded_product.defvjp(_rounded_forward, _rounded_backward)

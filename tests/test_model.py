@@ -1,5 +1,6 @@
 """Plans, loss, what a sleep leaves and FLOPs, each by hand, by definition or by the oracle."""
 
+import functools
 from unittest import mock
 
 import hypothesis
@@ -143,6 +144,27 @@ class MatmulDtypeTest(parameterized.TestCase):
     self.assertNotEqual(float(got[0]), float(exact[0]))
     np.testing.assert_allclose(got[0], exact[0], rtol=0.02)
     hybrids.assert_near(got[1], jax.tree.map(lambda x: np.asarray(x, float), exact[1]), 0.15)
+
+  @parameterized.parameters(  # x, w, contracted dimensions, turned; the last width is odd
+    ((3, 5, 8), (8, 4, 6), 1, False),
+    ((3, 5, 4, 6), (4, 6, 8), 2, False),
+    ((3, 5, 8), (7, 8), 1, True),
+    ((3, 5, 7), (7, 8), 1, False),
+  )
+  def test_a_product_and_its_gradients_are_those_of_the_rounded_operands(self, xs, ws, num_in, turned):
+    kx, kw, ky = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(kx, xs), jax.random.normal(kw, ws)
+    axes = (None,) * (len(xs) + len(ws) - 2 * num_in)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def product(x, w, dy, rounded):
+      y, back = jax.vjp(lambda x, w: layers.dense(x, w, axes, num_in, turned=turned, rounded=rounded), x, w)
+      return y, *back(dy)
+
+    dy = jax.random.normal(ky, layers.dense(x, w, axes, num_in, turned=turned).shape)
+    rounded = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w, dy))
+    for got, expected in zip(product(x, w, dy, "bfloat16"), product(*rounded, None), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters(  # the shapes of what is not rounded: steps a and b, and narrow layers
     ("attn", "gdn", {(12, 2, 2)}),
