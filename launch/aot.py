@@ -92,8 +92,9 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
 
   Returns:
     `seconds` that tracing and compiling took; and if the program fits, bytes a device of `weights`,
-    `optimizer`, `batch and counters`, `temporary`, `program`, and `collectives` a step, kind -> [count, bytes
-    a device]. Otherwise `needed` and `had`, bytes a device, as far as the compiler says them.
+    `optimizer`, `batch and counters`, `temporary`, `program`; `on_host`, bytes a device that it keeps in the
+    host's memory; and `collectives` a step, kind -> [count, bytes a device]. Otherwise `needed` and `had`,
+    bytes a device, as far as the compiler says them.
   """
   begun, cfg = time.monotonic(), asked.cfg
   count = cfg.train.steps_per_dispatch
@@ -114,7 +115,8 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   sizes["temporary"] = memory.temp_size_in_bytes
   sizes["program"] = memory.generated_code_size_in_bytes
   moved = {kind: [n / count, size / count] for kind, (n, size) in hlo.collectives(compiled.as_text()).items()}
-  return {"seconds": time.monotonic() - begun, "bytes": sizes, "collectives": moved}
+  seconds, on_host = time.monotonic() - begun, memory.host_temp_size_in_bytes
+  return {"seconds": seconds, "bytes": sizes, "on_host": on_host, "collectives": moved}
 
 
 def lower(asked: problem.Problem) -> tuple[Any, train.TrainState]:

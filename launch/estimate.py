@@ -6,7 +6,7 @@ every device of the mesh axis `model`: a compiler may need less, and scratch mem
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,10 +19,11 @@ from sleep_jax.launch import aot
 from sleep_jax.launch.hardware import Hardware
 from sleep_jax.launch.problem import Problem, check_division
 
-RECOMPUTED = {"none": 0, "block": 1, "pass": 2, "window": 3}  # forward passes beside the first, at most
+# Forward passes beside the first, at most.
+RECOMPUTED = {"none": 0, "block": 1, "pass": 2, "window": 3, "offload": 2}
 BACKWARD = flops.TRAIN_FACTOR - 1  # of a backward pass, in forward passes
 
-_gradient = functools.cache(footprint.gradient)
+_gradient, _on_host = functools.cache(footprint.gradient), functools.cache(footprint.on_host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +66,28 @@ def bytes_by_kind(asked: Problem, row: Hardware, *, affine: bool = False) -> dic
   parts, state = cfg.train.microbatches, _state(cfg, data, axis)
   weights = aot.shard_bytes(state.params)
   every = cfg.optim.trained == ("*",)
-  first = next((i for i, counts in enumerate(asked.layout) if counts), len(asked.layout) - 1)
-  size = cfg.train.batch_size // parts // data
-  of = functools.partial(_gradient, cfg.model, cfg.sleep, asked.tokens, asked.tokens - first)
-  kept = of(1) + (size - 1) * (of(2) - of(1)) if affine else of(size)
+  kept = _of_part(_gradient, asked, data, affine)
   return {
     "weights": weights,
     "optimizer": aot.shard_bytes(state.opt_state),
     "gradients": weights * (1 if parts == 1 else 2) if every else 0,  # of a part, and the sum
     "kept for the gradient": kept,
   }
+
+
+def bytes_on_host(asked: Problem, row: Hardware) -> int:
+  """Bytes a device that a step keeps in the host's memory (`sleep.remat` = `offload`)."""
+  data, _ = check_division(asked.cfg.mesh, asked.cfg.train, row)
+  return _of_part(_on_host, asked, data, affine=True) if asked.cfg.sleep.remat == "offload" else 0
+
+
+def _of_part(count: Callable[..., int], asked: Problem, data: int, affine: bool) -> int:
+  """What `count` counts for the sequences that a device reads at once, of `data` along the mesh's axis."""
+  cfg = asked.cfg
+  first = next((i for i, counts in enumerate(asked.layout) if counts), len(asked.layout) - 1)
+  size = cfg.train.batch_size // cfg.train.microbatches // data
+  of = functools.partial(count, cfg.model, cfg.sleep, asked.tokens, asked.tokens - first)
+  return of(1) + (size - 1) * (of(2) - of(1)) if affine else of(size)
 
 
 def _state(cfg: Config, data: int, model_axis: int) -> train.TrainState:

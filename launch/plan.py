@@ -50,6 +50,7 @@ def report(plan: planning.Plan) -> str:
     f" (data x model) of {planning.gigabytes(plan.memory)}",
     f"{plan.verdict} ({plan.source})",
     *(f"  {name:24} {planning.gigabytes(size):>10}" for name, size in plan.bytes.items()),
+    *([f"in the host's memory, a device: {planning.gigabytes(plan.on_host)}"] if plan.on_host else []),
     f"a step: {plan.sequences:,} sequences of {plan.tokens:,} tokens, {plan.work.useful / 1e12:,.4g} TFLOP,"
     f" {plan.work.executed / 1e12:,.4g} with what is recomputed",
     f"  at best  {plan.work.least:.3g} s ({plan.work.limit}): {plan.tokens_per_s(1.0):,.0f} tokens/s,"

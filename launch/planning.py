@@ -32,6 +32,7 @@ class Plan:
     memory: bytes that a device has.
     room: those that a step may take of them.
     bytes: the same by kind; empty where the compiler refused.
+    on_host: bytes a device that lie in the host's memory (`sleep.remat` = `offload`).
     source: where that is from.
     work: what a step costs.
     collectives: kind -> [times, bytes a device] a step. None: nothing was compiled.
@@ -48,6 +49,7 @@ class Plan:
   memory: int
   room: int
   bytes: dict[str, int]
+  on_host: int
   source: str
   work: estimate.Work
   collectives: dict[str, Any] | None
@@ -130,6 +132,7 @@ class Planner:
     asked = self._read(changes)
     sizes, source, collectives = estimate.bytes_by_kind(asked, row), "counted from shapes", None
     needed: int | None = sum(sizes.values())
+    on_host = estimate.bytes_on_host(asked, row)
     room = int(ROOM * row.device_memory)
     fits = needed <= room
     least = need.total(asked.cfg, asked.tokens) / row.devices
@@ -143,6 +146,7 @@ class Planner:
         sizes, collectives = found.get("bytes", {}), found.get("collectives")
         room = found.get("had", row.device_memory)
         needed = sum(sizes.values()) if sizes else found.get("needed")
+        on_host = found.get("on_host", on_host)
         fits = bool(sizes) and needed <= room
     return Plan(
       hardware=row,
@@ -155,6 +159,7 @@ class Planner:
       memory=row.device_memory,
       room=room,
       bytes=sizes,
+      on_host=on_host,
       source=source,
       work=estimate.work(asked, row, collectives),
       collectives=collectives,
@@ -192,17 +197,20 @@ class Planner:
     )
 
   def _candidates(self, row: Hardware) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields bytes a device, from shapes, and changes of the config, the fastest first."""
+    """Yields bytes a device, from shapes, and changes of the config, the fastest first.
+
+    What is moved to the host comes last, as no time is counted for moving it.
+    """
     found = []
     for changes in _changes(self.asked.cfg, row):
-      asked = self._read(changes)
       try:
+        asked = self._read(changes)
         size = sum(estimate.bytes_by_kind(asked, row, affine=True).values())
       except ConfigError:
         continue
-      seconds = estimate.work(asked, row).least
-      found.append((seconds, asked.cfg.train.microbatches, len(found), size, changes))
-    for *_, size, changes in sorted(found, key=lambda item: item[:3]):
+      seconds, last = estimate.work(asked, row).least, asked.cfg.sleep.remat == "offload"
+      found.append((last, seconds, asked.cfg.train.microbatches, len(found), size, changes))
+    for *_, size, changes in sorted(found, key=lambda item: item[:4]):
       yield size, changes
 
   def _read(self, changes: Mapping[str, Any]) -> problem.Problem:

@@ -90,9 +90,13 @@ class Parts:
   sleep_cfg: SleepConfig
   valid: jax.Array | None
 
+  def begin(self, h: jax.Array) -> Asleep:
+    """The sleep on the embedded window h [B, L, D] of which nothing is done yet."""
+    return begin(h, self.state, self.cfg, self.sleep_cfg)
+
   def fall(self, h: jax.Array) -> Asleep:
     """The sleep on the embedded window h [B, L, D] before its first pass; runs the blocks in front."""
-    asleep = begin(h, self.state, self.cfg, self.sleep_cfg)
+    asleep = self.begin(h)
     h, after = self._run(self.arranged.prelude, h, self.start)
     first, _ = self.sleep_cfg.looped(len(self.cfg.blocks))
     return dataclasses.replace(asleep, h=h, prelude=after.within(0, first))
@@ -128,12 +132,16 @@ class Parts:
 
   def one_pass(self, asleep: Asleep, number: jax.Array | int) -> Asleep:
     """Makes pass `number`, from 0; an int32 scalar."""
+    return self.read(asleep, number)[1]
+
+  def read(self, asleep: Asleep, number: jax.Array | int) -> tuple[jax.Array, Asleep]:
+    """Makes a pass as `one_pass` does; also h [B, L, D] as the blocks behind the repeated ones read it."""
     kept = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), asleep.kept)
     h, repeated, kept = self.repeat(asleep.h, asleep.repeated, kept)
     every = jax.tree.map(
       lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, 0), asleep.kept, kept
     )
-    return Asleep(self.between(h), asleep.prelude, repeated, every)
+    return h, Asleep(self.between(h), asleep.prelude, repeated, every)
 
   def wake(self, asleep: Asleep) -> State:
     """The state between windows behind the last pass."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, carry, consolidation, fast_weights, layers, looped, params, sharding
+from sleep_jax import blocks, carry, consolidation, fast_weights, layers, looped, offload, params, sharding
 from sleep_jax.config import ModelConfig, SleepConfig
 from sleep_jax.sleep import loop, read_and_sleep, sleep
 from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan
@@ -136,7 +136,7 @@ def _consolidate(
     how: Any = {
       "num_passes": sleep_cfg.num_passes,
       "backprop_passes": sleep_cfg.backprop_passes,
-      "remat": sleep_cfg.remat in ("pass", "window"),
+      "remat": sleep_cfg.remat in ("pass", "window", "offload"),
       "unroll": sleep_cfg.loops == "unroll",
     }
     logits = ()
@@ -317,13 +317,6 @@ def _read_segment(
 ) -> tuple[State, jax.Array | tuple[()]]:
   """The state after the windows of a segment, and their logits [B, M, vocab]; () if nothing is read."""
 
-  def cut(x: jax.Array | None) -> jax.Array | None:
-    """[B, T] -> [count, B, length]."""
-    if x is None:
-      return None
-    part = x[:, segment.start : segment.start + segment.length * segment.count]
-    return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
-
   def one_window(state: State, xs: Any) -> tuple[State, Any]:
     tokens, valid, begins = xs
     with jax.named_scope("window"):
@@ -336,14 +329,57 @@ def _read_segment(
       out, state = _predict(weights, arranged.all, tokens, state, cfg, segment.reads, valid, remat)
       return state, out
 
+  xs = tuple(_cut(x, segment) for x in (batch.inputs, batch.valid, batch.begins))
+  if sleep_cfg.remat == "offload" and segment.asleep:
+    return _offloaded(weights, arranged, xs, state, segment.reads, cfg, sleep_cfg)
   unroll = sleep_cfg.loops == "unroll" or segment.count == 1
   if sleep_cfg.remat == "window":
     one_window = jax.checkpoint(one_window, prevent_cse=unroll)
-  xs = (cut(batch.inputs), cut(batch.valid), cut(batch.begins))
   state, out = loop(one_window, state, xs, length=segment.count, unroll=unroll)
-  if segment.reads:  # [W, B, M/W, vocab] -> [B, M, vocab]
-    out = jnp.moveaxis(out, 0, 1).reshape(out.shape[1], -1, out.shape[-1])
-  return state, out
+  return state, _joined(out) if segment.reads else out
+
+
+def _offloaded(
+  weights: Params,
+  arranged: Arranged,
+  xs: tuple[jax.Array | None, ...],
+  state: State,
+  reads: Sequence[int],
+  cfg: ModelConfig,
+  sleep_cfg: SleepConfig,
+) -> tuple[State, jax.Array | tuple[()]]:
+  """As `_read_segment`, for windows that are slept on under `sleep.remat` = `offload`.
+
+  Args:
+    xs: inputs, valid and begins, each [W, B, L] or None.
+  """
+  tokens, valid, begins = xs
+  with jax.named_scope("asleep"):
+    h, state = offload.read_and_sleep(
+      lambda state, valid: consolidation.parts(weights, arranged, state, cfg, sleep_cfg, valid),
+      lambda ids, valid: embed(weights, ids, cfg, valid),
+      tokens,
+      state,
+      num_passes=sleep_cfg.num_passes,
+      valid=valid,
+      begins=begins,
+      reads=reads,
+    )
+  return state, logits_of(weights, _joined(h), cfg) if reads else ()
+
+
+def _cut(x: jax.Array | None, segment: Segment) -> jax.Array | None:
+  """The windows of a segment: [B, T] -> [count, B, length]."""
+  if x is None:
+    return None
+  part = x[:, segment.start : segment.start + segment.length * segment.count]
+  return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+  """What each window gave, one behind the other: [W, B, M, ...] -> [B, W M, ...]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def loss(

@@ -33,7 +33,10 @@ class SleepConfig:
       had not ended (`sleep_jax/spread.py`). N <= K < L. None or 0: all passes before the next token.
       Training, where no token waits, does not look at it.
     remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`
-      (keep the input of each block), `pass` (and of each pass), `window` (and S at each window).
+      (keep the input of each block), `pass` (and of each pass), `window` (and S at each window). Or
+      `offload`: what each pass began with is kept in the host's memory, so that what the device keeps grows
+      neither with the windows nor with N (`sleep_jax/offload.py`); on a CPU, which is its own host, all stays
+      where it is.
     loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
       compile, faster to run on a CPU.
   """
@@ -48,7 +51,7 @@ class SleepConfig:
   state: Literal["carry", "reset"] = "carry"
   kept: Literal["last", "each"] = "last"
   spread: Natural | None = None
-  remat: Literal["none", "block", "pass", "window"] = "none"
+  remat: Literal["none", "block", "pass", "window", "offload"] = "none"
   loops: Literal["scan", "unroll"] = "scan"
 
   def __post_init__(self):
@@ -73,6 +76,11 @@ class SleepConfig:
       "sleep.num_passes",
       f"must be at most {MOST_PASSES_UNROLLED} where sleep.loops = unroll writes each pass out, got {n}",
     )
+
+    if self.remat == "offload":
+      one_loop = "sleep.remat = offload puts all passes under one loop"
+      check(self.loops == "scan", "sleep.loops", f"must be scan, as {one_loop}, got {self.loops}")
+      check(k is None or k == n, "sleep.backprop_passes", f"must be None, as {one_loop}, got {k}")
 
   def looped(self, num_blocks: int) -> tuple[int, int]:
     """First block that is repeated, and the one behind the last, of a model of `num_blocks` blocks."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sleep_jax import blocks, carry, model, optim, params, windows
 from sleep_jax.config import ModelConfig, OptimConfig, SleepConfig
 
-REMAT = ("none", "block", "pass", "window")
+REMAT = ("none", "block", "pass", "window", "offload")
 
 
 def size(tree: Any) -> int:
@@ -47,12 +47,13 @@ def cache(cfg: ModelConfig, batch: int = 1) -> int:
   return size(jax.eval_shape(lambda: model.open_window(model.init_state(cfg, batch), cfg, batch)[1]))
 
 
-def saved(function: Callable[..., Any], *args: Any) -> int:
+def saved(function: Callable[..., Any], *args: Any, space: jax.memory.Space = jax.memory.Space.Device) -> int:
   """Bytes that the gradient of `function` keeps of its forward pass, beside its arguments.
 
   Args:
     function: of trees of arrays; differentiated by all of them.
     args: shapes.
+    space: where: on the device, or what is moved to the host's memory.
   """
   found = []
 
@@ -60,7 +61,8 @@ def saved(function: Callable[..., Any], *args: Any) -> int:
     out, backward = jax.vjp(function, *args)
     ours = {id(x) for x in jax.tree.leaves(args)}
     kept = {id(x): x for x in jax.tree.leaves(backward) if id(x) not in ours}
-    found.append(size([x for x in kept.values() if hasattr(x, "dtype")]))
+    arrays = [x for x in kept.values() if hasattr(x, "dtype")]
+    found.append(size([x for x in arrays if jax.typeof(x).memory_space == space]))
     return out
 
   jax.eval_shape(run, *args)
@@ -68,7 +70,7 @@ def saved(function: Callable[..., Any], *args: Any) -> int:
 
 
 def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int = 1, batch: int = 1) -> int:
-  """Bytes that a gradient keeps of its forward pass at its peak, weights and gradients aside.
+  """Bytes on the device that a gradient keeps of its forward pass at its peak, weights and gradients aside.
 
   What the outermost recomputation keeps, and on the way back, inside of it, what the recomputation of one
   window, one pass and one block keep in turn.
@@ -79,18 +81,8 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
     answers: last positions of the sequence, which have a loss.
     batch: B.
   """
-  segments = windows.plan([i >= tokens - answers for i in range(tokens)], cfg.window, sleep_cfg)
-  read = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
   slow, remat = weights(cfg), sleep_cfg.remat
-
-  def whole(slow, arranged):
-    zeros = jnp.zeros(read.shape, read.dtype)
-    made = windows.Batch(zeros, zeros, jnp.ones(read.shape, jnp.float32))
-    return model.loss(slow, made, segments, cfg, sleep_cfg, arranged=arranged)[0]
-
-  # Equal blocks run under one loop, over their weights stacked; the stacks count as weights, not as kept.
-  arranged = jax.eval_shape(lambda slow: model.arrange(slow, cfg, sleep_cfg), slow)
-  total = saved(whole, slow, arranged)
+  arranged, total = _of_a_loss(cfg, sleep_cfg, tokens, answers, batch, jax.memory.Space.Device)
   if remat == "none":
     return total
   length = min(cfg.window, tokens)
@@ -106,7 +98,7 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
 
   kinds = {(kind, i in cfg.without_mlp): i for i, kind in enumerate(cfg.blocks)}
   total += max(run(i, i + 1, False) for i in kinds.values())
-  if remat in ("pass", "window"):
+  if remat in ("pass", "window", "offload"):
     total += run(sleep_cfg.first_block, sleep_cfg.last_block, True)
   if remat == "window":
     inner = dataclasses.replace(sleep_cfg, remat="pass")
@@ -117,3 +109,28 @@ def gradient(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int
 
     total += saved(window, slow, arranged, start)
   return total
+
+
+def on_host(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int = 1, batch: int = 1) -> int:
+  """Bytes that a gradient keeps in the host's memory; 0 but for `sleep.remat` = `offload`.
+
+  Args: as of `gradient`.
+  """
+  return _of_a_loss(cfg, sleep_cfg, tokens, answers, batch, jax.memory.Space.Host)[1]
+
+
+def _of_a_loss(
+  cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int, batch: int, space: jax.memory.Space
+) -> tuple[model.Arranged, int]:
+  """The blocks as the model arranges them, and the bytes that the gradient of the loss keeps in a place."""
+  segments = windows.plan([i >= tokens - answers for i in range(tokens)], cfg.window, sleep_cfg)
+
+  def loss(slow, arranged):
+    zeros = jnp.zeros((batch, tokens), jnp.int32)
+    made = windows.Batch(zeros, zeros, jnp.ones(zeros.shape, jnp.float32))
+    return model.loss(slow, made, segments, cfg, sleep_cfg, arranged=arranged)[0]
+
+  # Equal blocks run under one loop, over their weights stacked; the stacks count as weights, not as kept.
+  slow = weights(cfg)
+  arranged = jax.eval_shape(lambda slow: model.arrange(slow, cfg, sleep_cfg), slow)
+  return arranged, saved(loss, slow, arranged, space=space)

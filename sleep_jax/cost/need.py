@@ -155,7 +155,7 @@ def _asleep(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, batch: int) -
   """Bytes that a gradient keeps of every pass it goes through: what the pass began with, h and S."""
   windows = max((tokens - 1) // cfg.window, 0)
   length = min(cfg.window, tokens)
-  passes = sleep_cfg.backprop_passes or sleep_cfg.num_passes
+  passes = 1 if sleep_cfg.remat == "offload" else sleep_cfg.backprop_passes or sleep_cfg.num_passes
   if not windows:
     return 0
   kept = batch * _kept(cfg, sleep_cfg)

@@ -82,6 +82,7 @@ class SweepTest(parameterized.TestCase):
     fig2a = presets.sweep("fig2a", seeds=2)
     self.assertLen(fig2a, 12)
     self.assertEqual({c["data.rollout_steps"] for c in fig2a.values()}, {4, 8, 10, 12, 14, 16})
+    self.assertEqual(presets.sweep("fig2a_cpu", seeds=2), fig2a)
     fig2b = presets.sweep("fig2b")
     self.assertEqual(sorted(c["sleep.num_passes"] for c in fig2b.values()), [1, 2, 3, 4])
 

@@ -38,10 +38,17 @@ def test_a_fine_recomputation_keeps_less_and_only_passes_grow_with_n():
     return footprint.gradient(cfg, config.SleepConfig(num_passes=n, remat=remat), 8 * cfg.window)
 
   sizes = [kept(remat, 4) for remat in footprint.REMAT]
-  assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
+  assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5, sizes
   carry = 4 * (cfg.fast.num_heads * cfg.fast.key_dim * cfg.fast.value_dim + cfg.window * cfg.embed_dim)
   assert kept("pass", 4) - kept("pass", 3) == 7 * carry  # S and h of one more pass in each window asleep
   assert kept("window", 4) - kept("window", 3) == carry  # in one window
+  assert kept("offload", 4) == kept("offload", 3)
+
+  def moved(remat, n):
+    return footprint.on_host(cfg, config.SleepConfig(num_passes=n, remat=remat), 8 * cfg.window)
+
+  assert moved("offload", 4) - moved("offload", 3) == 7 * (carry + footprint.state(cfg))
+  assert moved("window", 4) == 0
 
 
 def test_states_and_caches_of_the_published_sizes():

@@ -13,7 +13,7 @@ from sleep_jax.scoring import stability
 from tests import hybrids
 
 
-def setting(pattern=("attn", "gdn", "hebbian"), **changes):
+def setting(pattern=("gdn", "hebbian"), **changes):
   """Config, weights, batch and plan: two windows asleep, one that answers."""
   cfg = hybrids.model_config(pattern, **changes)
   batch, layout = hybrids.random_batch(12, (10, 11), pads=(0, 3))
@@ -31,7 +31,7 @@ def zeros(cfg, batch, sleep_cfg, count=2):
   )
 
 
-HOW = ({}, {"first_block": 1, "last_block": 2}, {"state": "reset", "first_block": 1})
+HOW = ({}, {"last_block": 1}, {"state": "reset", "first_block": 1})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""`sleep.remat` = `offload`: the numbers of the other forms, and what is kept in the host's memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from sleep_jax import config, model, params, sharding, windows
+from sleep_jax.config import ConfigError, SleepConfig
+from sleep_jax.cost import footprint
+from sleep_jax.kernels.measure import static_tpu
+from sleep_jax.launch import aot
+from tests import hybrids
+
+NEAR = 1e-4  # of the largest entry, as in `test_promises`
+PAIR = ("gdn", "attn")
+DEEP = ("attn", "gdn", "attn", "hebbian")
+
+
+class NumbersTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("sliding, a cache a pass", {"eviction": "sliding"}, {"kept": "each", "last_block": 3}),
+    ("all is read, the middle loops", {}, {"when": "always", "last_block": 3, "num_passes": 2}),
+  )
+  def test_loss_logits_and_gradients_are_those_without(self, changes, how):
+    self.check(DEEP, changes, {"first_block": 1} | how)
+
+  @parameterized.named_parameters(
+    ("hard", PAIR, {}, {}),
+    ("one pass", PAIR, {}, {"num_passes": 1}),
+    ("sliding", PAIR, {"eviction": "sliding"}, {}),
+    ("reset, a norm between passes", DEEP, {"loop_norm": True}, {"state": "reset", "first_block": 1}),
+    ("all is read and slept on", PAIR, {}, {"when": "always"}),
+    (
+      "all is read, sliding",
+      DEEP,
+      {"eviction": "sliding"},
+      {"when": "always", "first_block": 1, "last_block": 3},
+    ),
+  )
+  @pytest.mark.slow
+  def test_they_are_so_in_other_forms(self, pattern, changes, how):
+    self.check(pattern, changes, how)
+
+  def check(self, pattern, changes, how):
+    cfg = hybrids.model_config(pattern, **changes)
+    plain = SleepConfig(**({"num_passes": 3} | how))
+    scored = range(14) if plain.when == "always" else (9, 13)
+    batch, layout = hybrids.random_batch(14, scored, pads=(0, 5))
+    if plain.when == "always":  # the second row's third window begins another text
+      begins = np.zeros((2, 14), bool)
+      begins[1, 8] = True
+      batch = dataclasses.replace(batch, begins=begins)
+    segments, weights = windows.plan(layout, cfg.window, plain), hybrids.random_params(cfg)
+    moved = dataclasses.replace(plain, remat="offload")
+    got, want = (hybrids.program(segments, cfg, how)(weights, batch) for how in (moved, plain))
+    hybrids.assert_near(got, jax.tree.map(lambda x: np.asarray(x, float), want), NEAR)
+
+  @pytest.mark.slow
+  def test_on_a_mesh_of_eight(self):
+    cfg = hybrids.model_config(PAIR, embed_dim=16)
+    weights = model.init(cfg, jax.random.key(0))
+    batch, layout = hybrids.random_batch(14, (9, 13), pads=(0,) * 8)
+    segments = windows.plan(layout, cfg.window)
+    run = hybrids.program(segments, cfg, SleepConfig(num_passes=2, remat="offload"))
+    want = run(weights, batch)
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=4, model=2))):
+      place = lambda axes, x: sharding.constrain(jnp.asarray(x), axes)  # noqa: E731
+      declared = model.declare(cfg)
+      placed = jax.tree.map(lambda w, x: place(w.axes, x), declared, weights, is_leaf=params.is_weight)
+      rows = jax.tree.map(lambda x: place(("batch", "seq"), x), batch)
+      got = hybrids.jit(run.__wrapped__)(placed, rows)
+    hybrids.assert_near(got, jax.tree.map(lambda x: np.asarray(x, float), want), NEAR)
+
+  @parameterized.parameters(
+    ({"loops": "unroll"}, "sleep.loops: must be scan, as sleep.remat = offload"),
+    (
+      {"num_passes": 2, "backprop_passes": 1},
+      "sleep.backprop_passes: must be None, as sleep.remat = offload",
+    ),
+  )
+  def test_what_it_cannot_do_is_refused(self, changes, message):
+    with self.assertRaisesRegex(ConfigError, message):
+      SleepConfig(remat="offload", **changes)
+
+
+@pytest.mark.parametrize(("num_windows", "num_passes"), [(2, 1), (3, 4)])
+def test_of_every_pass_that_alone_is_kept_which_it_began_with(num_windows, num_passes):
+  """h, S as the window and as the pass found it, and the inputs of the window's convolutions."""
+  cfg, sleep_cfg = hybrids.model_config(PAIR), SleepConfig(num_passes=num_passes, remat="offload")
+  batch, layout = hybrids.random_batch(4 * num_windows + 2, (4 * num_windows + 1,))
+  segments, weights = windows.plan(layout, cfg.window), hybrids.random_params(cfg)
+
+  def gradient(w):
+    return jax.vjp(lambda w: model.loss(w, batch, segments, cfg, sleep_cfg)[0], w)[1]
+
+  kept = jax.make_jaxpr(gradient)(weights).out_avals
+  on_host = [x.shape for x in kept if x.memory_space == jax.memory.Space.Host]
+  steps, fast = num_windows * num_passes, jax.eval_shape(lambda: model.init_state(cfg, 2)).fast["0"]
+  begun = ((2, 4, hybrids.WIDTH), fast.S.shape, fast.S.shape, fast.context.shape)
+  assert sorted(on_host) == sorted((steps, *shape) for shape in begun)
+
+
+@pytest.mark.aot
+def test_a_tpu_keeps_no_more_for_more_windows(monkeypatch):
+  """What grows lies in the host's memory: as much as is counted from shapes."""
+  pytest.importorskip("libtpu")
+  for name, value in aot.QUIET.items():
+    monkeypatch.setenv(name, value)
+  chip = topologies.get_topology_desc(platform="tpu", topology_name=static_tpu.TOPOLOGIES["v5e"]).devices[0]
+  fast = config.FastConfig(num_heads=4, key_dim=128, value_dim=128)
+  cfg = config.ModelConfig(vocab_size=128, embed_dim=512, blocks=("gdn",), window=256, fast=fast)
+  sleep_cfg = SleepConfig(num_passes=2, remat="offload")
+
+  def on_chip(shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(chip))
+
+  def compiled(tokens):
+    segments = windows.plan([i == tokens - 1 for i in range(tokens)], cfg.window)
+    ids = on_chip((4, tokens), jnp.int32)
+    batch = windows.Batch(ids, ids, on_chip((4, tokens)))
+    weights = jax.tree.map(lambda x: on_chip(x.shape), footprint.weights(cfg))
+    run = jax.jit(jax.grad(lambda w, b: model.loss(w, b, segments, cfg, sleep_cfg)[0]))
+    return run.lower(weights, batch).compile().memory_analysis()
+
+  few, many = (compiled(n * cfg.window) for n in (5, 17))  # the last one is read awake
+  counted = footprint.on_host(cfg, sleep_cfg, 17 * cfg.window, batch=4)
+  assert counted <= many.host_temp_size_in_bytes < 1.05 * counted
+  grown = many.host_temp_size_in_bytes - few.host_temp_size_in_bytes
+  assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.05 * grown
