@@ -23,17 +23,21 @@ DEEP = ("attn", "gdn", "attn", "hebbian")
 
 
 class NumbersTest(parameterized.TestCase):
-  @parameterized.named_parameters(
-    ("sliding, a cache a pass", {"eviction": "sliding"}, {"kept": "each", "last_block": 3}),
-    ("all is read, the middle loops", {}, {"when": "always", "last_block": 3, "num_passes": 2}),
-  )
-  def test_loss_logits_and_gradients_are_those_without(self, changes, how):
-    self.check(DEEP, changes, {"first_block": 1} | how)
+  def test_loss_logits_and_gradients_are_those_without(self):
+    """All is read and slept on, one block each before the loop, in it and behind it, a cache a pass."""
+    how = {"when": "always", "kept": "each", "first_block": 1, "last_block": 2, "num_passes": 2}
+    self.check(("gdn", "attn", "hebbian"), {"eviction": "sliding"}, how)
 
   @parameterized.named_parameters(
     ("hard", PAIR, {}, {}),
     ("one pass", PAIR, {}, {"num_passes": 1}),
     ("sliding", PAIR, {"eviction": "sliding"}, {}),
+    (
+      "sliding, a cache a pass",
+      DEEP,
+      {"eviction": "sliding"},
+      {"kept": "each", "first_block": 1, "last_block": 3},
+    ),
     ("reset, a norm between passes", DEEP, {"loop_norm": True}, {"state": "reset", "first_block": 1}),
     ("all is read and slept on", PAIR, {}, {"when": "always"}),
     (
@@ -107,8 +111,8 @@ def test_of_every_pass_that_alone_is_kept_which_it_began_with(num_windows, num_p
 
 
 @pytest.mark.aot
-def test_a_tpu_keeps_no_more_for_more_windows(monkeypatch):
-  """What grows lies in the host's memory: as much as is counted from shapes."""
+def test_a_tpu_keeps_in_the_hosts_memory_what_is_counted_from_shapes(monkeypatch):
+  """Of 32 windows the device has less than a third of it."""
   pytest.importorskip("libtpu")
   for name, value in aot.QUIET.items():
     monkeypatch.setenv(name, value)
@@ -128,8 +132,6 @@ def test_a_tpu_keeps_no_more_for_more_windows(monkeypatch):
     run = jax.jit(jax.grad(lambda w, b: model.loss(w, b, segments, cfg, sleep_cfg)[0]))
     return run.lower(weights, batch).compile().memory_analysis()
 
-  few, many = (compiled(n * cfg.window) for n in (5, 17))  # the last one is read awake
-  counted = footprint.on_host(cfg, sleep_cfg, 17 * cfg.window, batch=4)
-  assert counted <= many.host_temp_size_in_bytes < 1.05 * counted
-  grown = many.host_temp_size_in_bytes - few.host_temp_size_in_bytes
-  assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.05 * grown
+  memory, counted = compiled(33 * cfg.window), footprint.on_host(cfg, sleep_cfg, 33 * cfg.window, batch=4)
+  assert counted <= memory.host_temp_size_in_bytes < 1.05 * counted
+  assert memory.temp_size_in_bytes < 0.3 * counted
