@@ -16,6 +16,7 @@ from typing import Any
 
 from sleep_jax.config import ConfigError, nearest, shown
 from sleep_jax.experiments import cli
+from sleep_jax.kernels.common import devices
 from sleep_jax.runtime import files
 from sleep_jax.runtime.files import RunFailedError
 
@@ -37,6 +38,11 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None)
     mistake = e.filename is not None and files.is_mistake(e)
     say(f"{'error' if mistake else 'failed'}: {where}{files.why(e)}")
     return cli.USER_MISTAKE if mistake else cli.FAILED
+  except (RuntimeError, AssertionError) as e:
+    if (found := devices.lacking(e)) is None:
+      raise
+    say(f"{'error' if found.mistake else 'failed'}: {found}")
+    return cli.USER_MISTAKE if found.mistake else cli.FAILED
   except KeyboardInterrupt:
     say("interrupted")
     return cli.FAILED

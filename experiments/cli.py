@@ -23,6 +23,7 @@ from sleep_jax import train
 from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_dict
 from sleep_jax.data.batching import WorkerError
 from sleep_jax.experiments import config_file, fine_tuning, usage
+from sleep_jax.kernels.common import devices
 from sleep_jax.runtime import files, joining, peers, processes, progress, signals, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.files import RunFailedError
@@ -182,8 +183,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
       return _say(f"failed: {e}", FAILED)
     except (ConfigError, WorkdirError, CheckpointError, MetricsError) as e:
       return _say(f"error: {e}", USER_MISTAKE)
-    except PreemptedError as e:
-      return _say(str(e), STOPPED)
+    except PreemptedError as e:  # in all processes alike, so one says it
+      return _say(str(e), STOPPED) if processes.primary() else STOPPED
     except BrokenPipeError:
       return _unread()
     except OSError as e:  # a disk that is full or does not work, which may be that of stdout
@@ -192,6 +193,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         return _say(f"error: {e.filename}: {files.why(e)}", USER_MISTAKE)
       where = "" if e.filename is None else f"{e.filename}: "
       return _say(f"failed: {where}{files.why(e)}", FAILED)
+    except (RuntimeError, AssertionError) as e:
+      if (found := devices.lacking(e)) is None:
+        raise
+      return _say(f"error: {found}", USER_MISTAKE) if found.mistake else _say(f"failed: {found}", FAILED)
     except KeyboardInterrupt:
       return _say(signals.AT_ONCE, FAILED)
 

@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   if options.cores:  # before JAX and torch count them
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
   command = "python -m kernels.bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
-  on_cpu = jax.default_backend() == "cpu"
+  on_cpu = parser.backend() == "cpu"
   shapes = options.shapes or [name for name in SHAPES if name != "L" or not on_cpu]
   limits = {name: getattr(options, name) for name in ("rounds", "seconds", "decay", "dtype", "max_gb")}
   rows: list[Row] = []

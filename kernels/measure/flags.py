@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-USER_MISTAKE = 2  # exit code
+import jax
+
+from sleep_jax.kernels.common import devices
+
+FAILED, USER_MISTAKE = 1, 2  # exit codes
 DIGITS = 8  # a longer number is a slip
 LONGEST = 60  # characters of a value that a message shows
 
@@ -29,6 +33,18 @@ class Parser(argparse.ArgumentParser):
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(USER_MISTAKE)
+
+  def backend(self) -> str:
+    """JAX's platform. Where it has no device that is said on one line, and the process ends with 2 or 1."""
+    try:
+      return jax.default_backend()
+    except (RuntimeError, AssertionError) as e:
+      if (found := devices.lacking(e)) is None:
+        raise
+      if found.mistake:
+        self.error(str(found))
+      print(f"failed: {found}", file=sys.stderr, flush=True)
+      sys.exit(FAILED)
 
 
 def natural(text: str) -> int:

@@ -284,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(f"argument --shapes: {unknown[0]!r} is none of {', '.join(SHAPES)}")
 
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the memory
+  parser.backend()
   if reason := missing():
     print(f"gpu_check: {reason}", file=sys.stderr)
     return 2

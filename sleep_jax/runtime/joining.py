@@ -70,6 +70,8 @@ def join(
   except jax.errors.JaxRuntimeError as e:
     raise RunFailedError(f"--distributed: {' '.join(str(e).split())[:300]}") from e
   except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ImportError, OSError) as e:
+    if "initialize backend" in str(e):  # the machine's fault, not that of what was asked for
+      raise
     told = " ".join(f"{type(e).__name__}: {e}".split())[:300]
     if address is None:
       told = _half_set(os.environ) or (
