@@ -34,7 +34,7 @@ class Arranged:
 def arrange(weights: dict[str, Any], cfg: ModelConfig, sleep_cfg: SleepConfig) -> Arranged:
   """Stacks the weights of equal blocks, as `sleep_cfg.loops` says."""
   first, last = sleep_cfg.looped(len(cfg.blocks))
-  part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops == "scan")
+  part = functools.partial(blocks.arrange, weights["blocks"], cfg, scan=sleep_cfg.loops != "unroll")
   return Arranged(part(0, first), part(first, last), part(last))
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, carry, consolidation, fast_weights, layers, looped, offload, params, sharding
-from sleep_jax.config import ModelConfig, SleepConfig
+from sleep_jax import blocks, carry, consolidation, fast_weights, flat, layers, looped, params, sharding
+from sleep_jax.config import ModelConfig, SleepConfig, check_sleep
 from sleep_jax.sleep import loop, read_and_sleep, sleep
 from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan
 
@@ -299,6 +299,12 @@ def forward(
   check_plan(segments, sleep_cfg)
   arranged = arranged or arrange(weights, cfg, sleep_cfg)
   state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
+  if sleep_cfg.flat:
+    check_sleep(sleep_cfg, cfg)
+    alike = tuple(s for s in segments if s.length == segments[0].length)  # but for a shorter last window
+    parts = lambda state, valid: consolidation.parts(weights, arranged, state, cfg, sleep_cfg, valid)  # noqa: E731
+    h, state = flat.read(parts, lambda *x: embed(weights, x[0], cfg, x[1]), batch, alike, state, sleep_cfg)
+    logits, segments = [logits_of(weights, h, cfg)], segments[len(alike) :]
   for segment in segments:
     state, out = _read_segment(weights, arranged, batch, state, segment, cfg, sleep_cfg)
     if segment.reads:
@@ -329,51 +335,12 @@ def _read_segment(
       out, state = _predict(weights, arranged.all, tokens, state, cfg, segment.reads, valid, remat)
       return state, out
 
-  xs = tuple(_cut(x, segment) for x in (batch.inputs, batch.valid, batch.begins))
-  if sleep_cfg.remat == "offload" and segment.asleep:
-    return _offloaded(weights, arranged, xs, state, segment.reads, cfg, sleep_cfg)
+  xs = tuple(flat.cut(x, (segment,)) for x in (batch.inputs, batch.valid, batch.begins))
   unroll = sleep_cfg.loops == "unroll" or segment.count == 1
   if sleep_cfg.remat == "window":
     one_window = jax.checkpoint(one_window, prevent_cse=unroll)
   state, out = loop(one_window, state, xs, length=segment.count, unroll=unroll)
   return state, _joined(out) if segment.reads else out
-
-
-def _offloaded(
-  weights: Params,
-  arranged: Arranged,
-  xs: tuple[jax.Array | None, ...],
-  state: State,
-  reads: Sequence[int],
-  cfg: ModelConfig,
-  sleep_cfg: SleepConfig,
-) -> tuple[State, jax.Array | tuple[()]]:
-  """As `_read_segment`, for windows that are slept on under `sleep.remat` = `offload`.
-
-  Args:
-    xs: inputs, valid and begins, each [W, B, L] or None.
-  """
-  tokens, valid, begins = xs
-  with jax.named_scope("asleep"):
-    h, state = offload.read_and_sleep(
-      lambda state, valid: consolidation.parts(weights, arranged, state, cfg, sleep_cfg, valid),
-      lambda ids, valid: embed(weights, ids, cfg, valid),
-      tokens,
-      state,
-      num_passes=sleep_cfg.num_passes,
-      valid=valid,
-      begins=begins,
-      reads=reads,
-    )
-  return state, logits_of(weights, _joined(h), cfg) if reads else ()
-
-
-def _cut(x: jax.Array | None, segment: Segment) -> jax.Array | None:
-  """The windows of a segment: [B, T] -> [count, B, length]."""
-  if x is None:
-    return None
-  part = x[:, segment.start : segment.start + segment.length * segment.count]
-  return jnp.moveaxis(part.reshape(x.shape[0], segment.count, segment.length), 1, 0)
 
 
 def _joined(x: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 METHOD = (
   *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
   *("params", "sharding", "optim", "decoding", "generate", "sampling", "session_file", "flax_module"),
-  *("consolidation", "offload", "session", "spread"),
+  *("consolidation", "flat", "session", "spread"),
 )
 
 # What each layer and each room of sleep_jax may import of this repository, beside itself; a name stands for

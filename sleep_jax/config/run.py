@@ -35,10 +35,11 @@ class SleepConfig:
     remat: what is recomputed on the way back; each level includes the ones before it: `none`, `block`
       (keep the input of each block), `pass` (and of each pass), `window` (and S at each window). Or
       `offload`: what each pass began with is kept in the host's memory, so that what the device keeps grows
-      neither with the windows nor with N (`sleep_jax/offload.py`); on a CPU, which is its own host, all stays
-      where it is.
+      neither with the windows nor with N (`sleep_jax/flat.py`, whatever `loops` says); on a CPU, which is its
+      own host, all stays where it is.
     loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
-      compile, faster to run on a CPU.
+      compile, faster to run on a CPU. `flat`: one loop over all passes over all windows but a shorter last
+      one, so that each block is compiled once (`sleep_jax/flat.py`).
   """
 
   PATH: ClassVar[str] = "sleep"
@@ -52,7 +53,7 @@ class SleepConfig:
   kept: Literal["last", "each"] = "last"
   spread: Natural | None = None
   remat: Literal["none", "block", "pass", "window", "offload"] = "none"
-  loops: Literal["scan", "unroll"] = "scan"
+  loops: Literal["scan", "unroll", "flat"] = "scan"
 
   def __post_init__(self):
     check_fields(self)
@@ -72,15 +73,25 @@ class SleepConfig:
       f"must be at least sleep.num_passes = {n}, for one pass a token, or 0, got {self.spread}",
     )
     check(
-      self.loops == "scan" or n <= MOST_PASSES_UNROLLED,
+      self.loops != "unroll" or n <= MOST_PASSES_UNROLLED,
       "sleep.num_passes",
       f"must be at most {MOST_PASSES_UNROLLED} where sleep.loops = unroll writes each pass out, got {n}",
     )
 
-    if self.remat == "offload":
-      one_loop = "sleep.remat = offload puts all passes under one loop"
-      check(self.loops == "scan", "sleep.loops", f"must be scan, as {one_loop}, got {self.loops}")
+    check(
+      self.remat != "window" or self.loops != "flat",
+      "sleep.remat",
+      "must be none, block, pass or offload where sleep.loops = flat, got 'window'",
+    )
+    if self.flat:
+      one_loop = f"all passes are under one loop ({'sleep.loops' if self.loops == 'flat' else 'sleep.remat'})"
+      check(self.loops != "unroll", "sleep.loops", f"must be scan or flat, as {one_loop}, got 'unroll'")
       check(k is None or k == n, "sleep.backprop_passes", f"must be None, as {one_loop}, got {k}")
+
+  @property
+  def flat(self) -> bool:
+    """Whether all passes over all windows are under one loop."""
+    return self.loops == "flat" or self.remat == "offload"
 
   def looped(self, num_blocks: int) -> tuple[int, int]:
     """First block that is repeated, and the one behind the last, of a model of `num_blocks` blocks."""
@@ -248,6 +259,11 @@ def check_sleep(sleep: SleepConfig, model: ModelConfig) -> None:
     "sleep.when",
     f"must be `unread` where model.predict_passes is above 1 (the first pass of a sleep is to be the reading"
     f" awake), got {sleep.when!r} and {model.predict_passes}",
+  )
+  check(
+    not sleep.flat or model.predict_passes == 1,
+    "sleep.loops" if sleep.loops == "flat" else "sleep.remat",
+    f"one loop over all windows reads awake in one pass, and model.predict_passes is {model.predict_passes}",
   )
   check_spread(sleep, model)
 

@@ -1,4 +1,4 @@
-"""`sleep.remat` = `offload`: the numbers of the other forms, and what is kept in the host's memory."""
+"""One loop over all passes over all windows: the numbers of the other forms, and what is kept where."""
 
 import dataclasses
 
@@ -26,11 +26,11 @@ class NumbersTest(parameterized.TestCase):
   def test_loss_logits_and_gradients_are_those_without(self):
     """All is read and slept on, one block each before the loop, in it and behind it, a cache a pass."""
     how = {"when": "always", "kept": "each", "first_block": 1, "last_block": 2, "num_passes": 2}
-    self.check(("gdn", "attn", "hebbian"), {"eviction": "sliding"}, how)
+    self.check(("gdn", "attn", "hebbian"), {"eviction": "sliding"}, how, remat="offload")
 
   @parameterized.named_parameters(
     ("hard", PAIR, {}, {}),
-    ("one pass", PAIR, {}, {"num_passes": 1}),
+    ("one pass", PAIR, {}, {"num_passes": 1, "remat": "block"}),
     ("sliding", PAIR, {"eviction": "sliding"}, {}),
     (
       "sliding, a cache a pass",
@@ -38,7 +38,12 @@ class NumbersTest(parameterized.TestCase):
       {"eviction": "sliding"},
       {"kept": "each", "first_block": 1, "last_block": 3},
     ),
-    ("reset, a norm between passes", DEEP, {"loop_norm": True}, {"state": "reset", "first_block": 1}),
+    (
+      "reset, a norm between passes",
+      DEEP,
+      {"loop_norm": True},
+      {"state": "reset", "last_block": 2, "remat": "pass"},
+    ),
     ("all is read and slept on", PAIR, {}, {"when": "always"}),
     (
       "all is read, sliding",
@@ -49,9 +54,9 @@ class NumbersTest(parameterized.TestCase):
   )
   @pytest.mark.slow
   def test_they_are_so_in_other_forms(self, pattern, changes, how):
-    self.check(pattern, changes, how)
+    self.check(pattern, changes, how, loops="flat")
 
-  def check(self, pattern, changes, how):
+  def check(self, pattern, changes, how, **flat):
     cfg = hybrids.model_config(pattern, **changes)
     plain = SleepConfig(**({"num_passes": 3} | how))
     scored = range(14) if plain.when == "always" else (9, 13)
@@ -61,8 +66,8 @@ class NumbersTest(parameterized.TestCase):
       begins[1, 8] = True
       batch = dataclasses.replace(batch, begins=begins)
     segments, weights = windows.plan(layout, cfg.window, plain), hybrids.random_params(cfg)
-    moved = dataclasses.replace(plain, remat="offload")
-    got, want = (hybrids.program(segments, cfg, how)(weights, batch) for how in (moved, plain))
+    flat = dataclasses.replace(plain, **flat)
+    got, want = (hybrids.program(segments, cfg, how)(weights, batch) for how in (flat, plain))
     hybrids.assert_near(got, jax.tree.map(lambda x: np.asarray(x, float), want), NEAR)
 
   @pytest.mark.slow
@@ -82,15 +87,20 @@ class NumbersTest(parameterized.TestCase):
     hybrids.assert_near(got, jax.tree.map(lambda x: np.asarray(x, float), want), NEAR)
 
   @parameterized.parameters(
-    ({"loops": "unroll"}, "sleep.loops: must be scan, as sleep.remat = offload"),
-    (
-      {"num_passes": 2, "backprop_passes": 1},
-      "sleep.backprop_passes: must be None, as sleep.remat = offload",
-    ),
+    ({"loops": "unroll", "remat": "offload"}, "sleep.loops: must be scan or flat, as all passes are under"),
+    ({"num_passes": 2, "backprop_passes": 1, "loops": "flat"}, "sleep.backprop_passes: must be None, as all"),
+    ({"loops": "flat", "remat": "window"}, "sleep.remat: must be none, block, pass or offload where"),
   )
   def test_what_it_cannot_do_is_refused(self, changes, message):
     with self.assertRaisesRegex(ConfigError, message):
-      SleepConfig(remat="offload", **changes)
+      SleepConfig(**changes)
+
+  def test_a_model_that_reads_awake_in_several_passes_is_refused(self):
+    cfg = hybrids.model_config(("attn", "attn"), predict_passes=2)
+    batch, layout = hybrids.random_batch(14, (9, 13))
+    segments, weights = windows.plan(layout, cfg.window), hybrids.random_params(cfg)
+    with self.assertRaisesRegex(ConfigError, "sleep.loops: .* model.predict_passes is 2"):
+      model.forward(weights, batch, segments, cfg, SleepConfig(loops="flat"))
 
 
 @pytest.mark.parametrize(("num_windows", "num_passes"), [(2, 1), (3, 4)])
