@@ -1,9 +1,11 @@
-"""What one layer of a model costs the compiler of a TPU that need not be there: part by part, form by form.
+"""What a model costs the compiler of a TPU that need not be there: a layer part by part, and the loops.
 
     python -m benchmarks.layer_compile --hardware=v5p:2x2x1 --windows=512 --out=benchmarks/results
+    python -m benchmarks.layer_compile --of=loops --windows=512 --out=benchmarks/results
 
-The gradient of a loss through one window of Jet-Nemotron 2B's widths, with one block. Needs libtpu, which
-runs on a CPU (`make test-aot` adds it).
+`layers`: the gradient of a loss through one window of Jet-Nemotron 2B's widths, with one block. `loops`: with
+a block of each kind, through four windows, for each way of `sleep.loops` to put windows and passes under
+loops. Needs libtpu, which runs on a CPU (`make test-aot` adds it).
 """
 
 import argparse
@@ -45,6 +47,16 @@ NOTES = (
 )
 
 
+LOOPS = [(when, loops) for when in ("unread", "always") for loops in ("scan", "flat")]
+WINDOWS, PASSES = 4, 4  # of `loops`
+LOOP_NOTES = (
+  f"{WINDOWS} windows, N = {PASSES}, blocks gdn and attn without MLPs, sleep.remat = pass. `unread`: the last"
+  " window is read awake, the others are slept on; `always`: all are read, and all but the last slept on.",
+  "`temporary MB` is what a chip needs beside weights, batch and gradients.",
+  NOTES[1],
+)
+
+
 def one_layer(part: str, window: int) -> ModelConfig:
   """Jet-Nemotron 2B cut down to the block of a row of `PARTS`."""
   kind, kernel, mlp = PARTS[part]
@@ -60,20 +72,44 @@ def one_layer(part: str, window: int) -> ModelConfig:
 
 
 def compiled(part: str, row: Hardware, window: int, batch: int) -> dict[str, Any]:
-  """A row of the table: one program, traced and compiled.
+  """A row of the table of layers: one program, traced and compiled.
 
   Args:
     row: a TPU slice, of which one chip is used.
     batch: sequences, each of one window with a loss at every token.
   """
-  cfg, sleep_cfg = one_layer(part, window), SleepConfig()
-  segments = windows.plan(np.ones(window, bool), window, sleep_cfg)
+  return {"window": window, "block": part} | _compiled(
+    one_layer(part, window), SleepConfig(), np.ones(window, bool), row, batch
+  )
+
+
+def compiled_loops(when: str, loops: str, row: Hardware, window: int, batch: int) -> dict[str, Any]:
+  """A row of the table of loops, as `compiled`.
+
+  Args:
+    when, loops: of the sleep.
+    batch: sequences of `WINDOWS` windows; with `unread` the last token alone has a loss.
+  """
+  cfg = config.replace(one_layer("gdn", window), blocks=("gdn", "attn"), without_mlp=(0, 1))
+  sleep_cfg = SleepConfig(num_passes=PASSES, when=when, loops=loops, remat="pass")
+  layout = np.full(WINDOWS * window, when == "always")
+  layout[-1] = True
+  return {"window": window, "sleep.when": when, "sleep.loops": loops} | _compiled(
+    cfg, sleep_cfg, layout, row, batch
+  )
+
+
+def _compiled(
+  cfg: ModelConfig, sleep_cfg: SleepConfig, layout: np.ndarray, row: Hardware, batch: int
+) -> dict[str, Any]:
+  """What the gradient of a loss at the positions of `layout` costs the compiler."""
+  segments = windows.plan(layout, cfg.window, sleep_cfg)
   mesh = sharding.make_mesh(config.MeshConfig(data=1), list(aot.devices(row))[:1])
   with jax.set_mesh(mesh):
     weights = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-    layout = NamedSharding(mesh, P(sharding.RULES["batch"]))
+    rows = NamedSharding(mesh, P(sharding.RULES["batch"]))
     ids, share, real = (
-      jax.ShapeDtypeStruct((batch, window), jnp.dtype(kind), sharding=layout)
+      jax.ShapeDtypeStruct((batch, len(layout)), jnp.dtype(kind), sharding=rows)
       for kind in ("int32", "float32", "bool")
     )
     gradient = jax.jit(jax.grad(lambda w, b: model.loss(w, b, segments, cfg, sleep_cfg)[0]))
@@ -81,12 +117,12 @@ def compiled(part: str, row: Hardware, window: int, batch: int) -> dict[str, Any
     lowered = gradient.lower(weights, windows.Batch(ids, ids, share, real))
     program = lowered.compile()
     cpu, wall = time.process_time() - began_cpu, time.monotonic() - began
+  memory = program.memory_analysis()
   return {
-    "window": window,
-    "block": part,
     "StableHLO lines": len(lowered.as_text().splitlines()),
     "instructions": program.as_text().count(" = "),
-    "program MB": program.memory_analysis().generated_code_size_in_bytes / 1e6,
+    "program MB": memory.generated_code_size_in_bytes / 1e6,
+    "temporary MB": memory.temp_size_in_bytes / 1e6,
     "CPU s": cpu,
     "wall s": wall,
   }
@@ -102,11 +138,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   facts = tables.machine(("jax", "jaxlib", "libtpu"))
   rows = []
   for window in args.windows:
-    for part in args.parts:
-      rows.append(compiled(part, row, window, args.batch))
-      print(f"{part}, L = {window}: {rows[-1]['CPU s']:.0f} CPU s", file=sys.stderr, flush=True)
-  title = f"The gradient of one layer for {row.name}, batch {args.batch}"
-  tables.save(args.out, "layer_compile", title, {"layers": rows}, tables.finish(facts), NOTES)
+    for case in args.parts if args.of == "layers" else LOOPS:
+      if args.of == "layers":
+        rows.append(compiled(case, row, window, args.batch))
+      else:
+        rows.append(compiled_loops(*case, row, window, args.batch))
+      print(f"{case}, L = {window}: {rows[-1]['CPU s']:.0f} CPU s", file=sys.stderr, flush=True)
+  kind = "one layer" if args.of == "layers" else "two layers under loops"
+  title = f"The gradient of {kind} for {row.name}, batch {args.batch}"
+  name, notes = ("layer_compile", NOTES) if args.of == "layers" else ("loop_compile", LOOP_NOTES)
+  tables.save(args.out, name, title, {args.of: rows}, tables.finish(facts), notes)
   return 0
 
 
@@ -120,6 +161,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = flags.Parser("benchmarks.layer_compile", __doc__)
+  parser.add_argument("--of", choices=("layers", "loops"), default="layers", help="which table")
   parser.add_argument("--hardware", default="v5p:2x2x1", help="a TPU, as for launch.plan")
   parser.add_argument("--windows", type=flags.counts, default=(512,), help="values of L, with commas")
   parser.add_argument("--parts", type=_parts, default=tuple(PARTS), help="of the table, with semicolons")

@@ -32,7 +32,7 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     embed_dim=256, blocks=("attn", "gdn") * 4, window=512, tied_embeddings=True, embed_std=0.0625
   )
   c.model.fast.decay_init = (1 / 16, 1.0)
-  c.sleep.update(when="always", num_passes=2, remat="window")
+  c.sleep.update(when="always", num_passes=2, remat="pass", loops="flat")
   c.optim.update(muon_lr=5e-3, adam_lr=1e-3, warmup_steps=50)
   c.train.update(steps=4000, batch_size=16, steps_per_dispatch=1, eval_every=500, save_every=500)
   c.train.update(eval_sequences=64, eval_batch_size=8)
