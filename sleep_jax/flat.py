@@ -80,7 +80,8 @@ def read(
     Hidden states [B, M, D] at `windows.answer_positions(segments)`, in the activation dtype, before the final
     norm, and the state behind these windows.
   """
-  tokens, valid, begins = (cut(x, segments) for x in (batch.inputs, batch.valid, batch.begins))
+  tokens = cut(batch.inputs, segments)
+  valid, begins = (None if x is None else cut(x, segments) for x in (batch.valid, batch.begins))
   places = _places(segments)
 
   def one_pass(carried: Any, step: Step) -> tuple[Any, tuple[()]]:
@@ -164,10 +165,8 @@ def _in_order(found: jax.Array, segments: Plan) -> jax.Array:
   return jnp.concatenate(parts, axis=1)
 
 
-def cut(x: jax.Array | None, segments: Plan) -> jax.Array | None:
-  """The windows of neighbouring segments of one length: [B, T] -> [W, B, L]; None stays None."""
-  if x is None:
-    return None
+def cut(x: jax.Array, segments: Plan) -> jax.Array:
+  """The windows of neighbouring segments of one length: [B, T] -> [W, B, L]."""
   first, last = segments[0], segments[-1]
   part = x[:, first.start : last.start + last.length * last.count]
   return jnp.moveaxis(part.reshape(x.shape[0], -1, first.length), 1, 0)

@@ -89,8 +89,8 @@ def _rounded_backward(
     preferred_element_type=jnp.float32,
     out_sharding=sharding.of(x),
   )
-  operands = (dy, x) if w_outs[0] == 0 else (x, dy)  # in the order of w's dimensions
-  dw = _summed_over_rows(*(o.astype(dtype) for o in operands), rows, w)
+  left, right = (dy, x) if w_outs[0] == 0 else (x, dy)  # in the order of w's dimensions
+  dw = _summed_over_rows(left.astype(dtype), right.astype(dtype), rows, w)
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -298,7 +298,8 @@ def forward(
     raise ValueError(f"the plan has windows of {longest} tokens, model.window is {cfg.window}")
   check_plan(segments, sleep_cfg)
   arranged = arranged or arrange(weights, cfg, sleep_cfg)
-  state, logits = init_state(cfg, batch.inputs.shape[0], sleep_cfg), []
+  state = init_state(cfg, batch.inputs.shape[0], sleep_cfg)
+  logits: list[Any] = []
   if sleep_cfg.flat:
     check_sleep(sleep_cfg, cfg)
     alike = tuple(s for s in segments if s.length == segments[0].length)  # but for a shorter last window
@@ -335,7 +336,8 @@ def _read_segment(
       out, state = _predict(weights, arranged.all, tokens, state, cfg, segment.reads, valid, remat)
       return state, out
 
-  xs = tuple(flat.cut(x, (segment,)) for x in (batch.inputs, batch.valid, batch.begins))
+  given = (batch.inputs, batch.valid, batch.begins)
+  xs = tuple(None if x is None else flat.cut(x, (segment,)) for x in given)
   unroll = sleep_cfg.loops == "unroll" or segment.count == 1
   if sleep_cfg.remat == "window":
     one_window = jax.checkpoint(one_window, prevent_cse=unroll)

@@ -47,7 +47,7 @@ def cache(cfg: ModelConfig, batch: int = 1) -> int:
   return size(jax.eval_shape(lambda: model.open_window(model.init_state(cfg, batch), cfg, batch)[1]))
 
 
-def saved(function: Callable[..., Any], *args: Any, space: jax.memory.Space = jax.memory.Space.Device) -> int:
+def saved(function: Callable[..., Any], *args: Any, space: Any = jax.memory.Space.Device) -> int:
   """Bytes that the gradient of `function` keeps of its forward pass, beside its arguments.
 
   Args:
@@ -120,7 +120,7 @@ def on_host(cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int 
 
 
 def _of_a_loss(
-  cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int, batch: int, space: jax.memory.Space
+  cfg: ModelConfig, sleep_cfg: SleepConfig, tokens: int, answers: int, batch: int, space: Any
 ) -> tuple[model.Arranged, int]:
   """The blocks as the model arranges them, and the bytes that the gradient of the loss keeps in a place."""
   segments = windows.plan([i >= tokens - answers for i in range(tokens)], cfg.window, sleep_cfg)
