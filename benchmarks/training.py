@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg, task = measure.rule110_config(
       args.preset,
       sleep={"num_passes": num_passes, "loops": "unroll"},
-      train={"batch_size": args.batch or BATCH[args.preset]},
+      train={"batch_size": args.batch or BATCH[args.preset], "microbatches": args.microbatches},
     )
     steps, found = contenders(
       cfg, task, peers=peers, scan=args.scan, compiled=args.compile, rounded=args.rounded
@@ -67,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     f" {work / peak[0] / 1e9:.0f} GFLOP/s on {threads} core(s), "
     f"{work / peak[1] / 1e9:.0f} GFLOP a CPU second (best round)",
     "equality": _worst(differences) if peers else "PyTorch not installed, nothing compared",
-    "batch": f"{cfg.train.batch_size} sequences of {len(task.layout)} tokens; {args.rounds} rounds",
+    "batch": f"{cfg.train.batch_size} sequences of {len(task.layout)} tokens, in {args.microbatches} part(s);"
+    f" {args.rounds} rounds",
   }
-  name = f"training_{args.preset}_{threads}core"
+  other = "" if cfg.train.batch_size == BATCH[args.preset] else f"_batch{cfg.train.batch_size}"
+  name = f"training_{args.preset}_{threads}core{other}"
   title = f"Training speed, Rule 110 preset `{args.preset}`, {threads} core(s)"
   tables.save(args.out, name, title, {"Step times": rows}, facts, NOTES)
   return 0
@@ -278,17 +280,20 @@ def _torch_step(
   net = torch_model.Model(cfg, task.layout, chunk)
   weights = torch_model.from_jax(model.init(cfg.model, jax.random.key(cfg.seed)))
   optimizer = torch_model.Optimizer(cfg, weights)
-  generator = torch.Generator().manual_seed(cfg.seed)
+  generator, parts = torch.Generator().manual_seed(cfg.seed), cfg.train.microbatches
   loss_of = torch.compile(net.loss, dynamic=False) if compiled else net.loss
 
   def step():
     batch = torch_model.make_batch(cfg.data, cfg.train.batch_size, generator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-      loss = loss_of(weights, batch)
-    loss.backward()
+    loss = 0.0
+    for i in range(parts):
+      with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+        mean = loss_of(weights, {name: x[i::parts] for name, x in batch.items()})
+      (mean / parts).backward()  # every sequence has as many targets
+      loss += mean.item() / parts
     optimizer.step()
     optimizer.forget_gradients()
-    return loss.item()
+    return loss
 
   return step
 
@@ -325,6 +330,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--passes", type=flags.counts, default=(1, 2, 4), help="values of N, with commas")
   parser.add_argument(
     "--batch", type=flags.count, help="sequences a step; without it the preset's, 32 for fig2b"
+  )
+  parser.add_argument(
+    "--microbatches", type=flags.count, default=1, help="parts of a step's batch, one after the other"
   )
   parser.add_argument("--rounds", type=flags.count, default=9)
   parser.add_argument(

@@ -79,6 +79,18 @@ class TorchModelTest(parameterized.TestCase):
     )
     np.testing.assert_allclose([padded, split], whole, rtol=1e-5)
 
+  def test_a_step_in_parts_is_the_step(self):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    cfg, task = small()
+    losses = []
+    for parts in (1, 2):
+      parted = config.replace(cfg, train={"microbatches": parts})
+      step = training._torch_step(parted, task, None)
+      losses.append([step() for _ in range(3)])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert len(set(losses[0])) == 3
+
   def test_data_is_the_same_task(self):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
