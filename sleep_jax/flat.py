@@ -71,9 +71,9 @@ def read(
   """Reads sequences, as `model.forward` does.
 
   Args:
-    segments: the first ones of a plan, all of windows of one length.
     parts: (state between windows, valid [B, L]) -> the parts of the sleep on a window that begins with it.
     embed: (tokens [B, L], valid) -> h [B, L, D].
+    segments: the first ones of a plan, all of windows of one length.
     state: at the start of the sequences.
 
   Returns:
