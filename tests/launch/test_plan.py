@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from sleep_jax import model, params
-from sleep_jax.config import ConfigError
+from sleep_jax.config import ConfigError, SleepConfig
 from sleep_jax.cost import footprint
 from sleep_jax.experiments import config_file
 from sleep_jax.launch import aot, estimate, planning, problem
@@ -200,6 +200,33 @@ def test_mistakes_are_one_line(run, arguments, said):
 def test_without_a_compiler_it_says_how_to_install_one(run):
   ended = run(f"--config={TINY}", "--hardware=v5e:2x2")
   assert ended.code == 0 and ended.err == f"{aot.NO_COMPILER}\n" and "counted from shapes" in ended.out
+
+
+@pytest.mark.parametrize(
+  ("loops", "kinds"),
+  [
+    ("scan", ["none", "block", "pass", "window", "offload"]),
+    ("flat", ["none", "block", "pass", "offload"]),
+    ("unroll", ["none", "block", "pass", "window"]),
+  ],
+)
+def test_a_search_tries_what_the_loops_allow_and_moves_to_the_host_last(loops, kinds):
+  planner = planning.Planner(TINY, values(sleep__loops=loops, train__batch_size="1"), minutes=None)
+  tried = [changes.get("sleep.remat", "none") for _, changes in planner._candidates(find("v5e:1x1"))]
+  assert sorted(tried) == sorted(kinds)
+  assert "offload" not in tried or tried[-1] == "offload"
+
+
+def test_what_goes_to_the_host_is_counted_and_told(run):
+  arguments = (f"--config={TINY}", "--hardware=v5e:1x1", "--shapes", "--config.sleep.num_passes=2")
+  ended = run(*arguments, "--config.sleep.remat=offload", cwd=pathlib.Path(__file__).parents[2])
+  [line] = [line for line in ended.out.splitlines() if line.startswith("in the host's memory")]
+  cfg = asked().cfg
+  size = footprint.on_host(
+    cfg.model, SleepConfig(num_passes=2, remat="offload"), len(asked().layout), batch=cfg.train.batch_size
+  )
+  assert line == f"in the host's memory, a device: {planning.gigabytes(size)}" and size > 0
+  assert "host's memory" not in run(*arguments, cwd=pathlib.Path(__file__).parents[2]).out
 
 
 def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch, capsys):
