@@ -151,8 +151,9 @@ def test_blocks_passes_and_windows_have_names_in_the_program():
     assert re.search(rf"[/\"(]{name}[/\")]", text), name
 
 
-def test_a_finished_run_made_longer_ends_as_one_that_was_long_from_the_start(kind, tmp_path):
-  cfg, task = kind
+@pytest.mark.parametrize("made_by", ["device", pytest.param("host", marks=pytest.mark.slow)])
+def test_a_finished_run_made_longer_ends_as_one_that_was_long_from_the_start(made_by, tmp_path):
+  cfg, task = KINDS[made_by]()
   longer = config.replace(cfg, train={"steps": 8, "eval_every": 4})
   ends = {}
   for name, lengths in (("grown", (cfg, longer)), ("whole", (longer,))):

@@ -329,6 +329,7 @@ def test_eight_devices_train_as_one(runs, whole):
   assert rows(folder, "done")
 
 
+@pytest.mark.slow
 class SameNumbersTest(parameterized.TestCase):
   """What changes how, not what, is computed; 5 steps of a run each."""
 
@@ -348,7 +349,6 @@ class SameNumbersTest(parameterized.TestCase):
     ("microbatches_on_a_mesh", {"train__microbatches": 2, "mesh__data": 4, "mesh__model": 2}, 1e-5),
     ("bfloat16", {"model__dtype": "bfloat16"}, 0.03),
   )
-  @pytest.mark.slow
   def test_losses(self, changes, tolerance):
     np.testing.assert_allclose(losses(**changes), self.base, rtol=tolerance)
 
