@@ -107,7 +107,8 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
       if found is None:
         raise
       return {"seconds": time.monotonic() - begun, **found}
-  memory, parts = compiled.memory_analysis(), {"weights": state.params, "optimizer": state.opt_state}
+  memory = compiled.memory_analysis()
+  parts = {"weights": state.params, "optimizer": (state.opt_state, state.average)}
   sizes = {name: shard_bytes(tree) for name, tree in parts.items()}
   others = memory.argument_size_in_bytes - sum(sizes.values())
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results beside the donated state

@@ -69,7 +69,7 @@ def bytes_by_kind(asked: Problem, row: Hardware, *, affine: bool = False) -> dic
   kept = _of_part(_gradient, asked, data, affine)
   return {
     "weights": weights,
-    "optimizer": aot.shard_bytes(state.opt_state),
+    "optimizer": aot.shard_bytes((state.opt_state, state.average)),
     "gradients": weights * (1 if parts == 1 else 2) if every else 0,  # of a part, and the sum
     "kept for the gradient": kept,
   }

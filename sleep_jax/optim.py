@@ -160,6 +160,19 @@ def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
   return x
 
 
+def moved(average: Any, weights: Any, keep: float, step: jax.Array) -> Any:
+  """The exponential moving average of the weights (Polyak and Juditsky, 1992, average evenly) a step later.
+
+  Args:
+    average, weights: of one structure; the weights are those behind the step.
+    keep: how much of the average stays, once there were enough steps.
+    step: its number, from 1; at most (1 + step) / (10 + step) stays.
+  """
+  step = step.astype(jnp.float32)
+  keep = jnp.minimum(keep, (1 + step) / (10 + step))
+  return jax.tree.map(lambda a, w: a + (1 - keep) * (w - a), average, weights)
+
+
 def partition_table(declared: Any, *, every: bool = True) -> str:
   """Which weight goes to which group, as text: one line a kind of weight if `every`, then the totals."""
   kinds: dict[tuple, list[str]] = collections.defaultdict(list)

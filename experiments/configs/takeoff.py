@@ -27,6 +27,7 @@ SETTINGS = {
   "warmup": lambda steps: {"optim.warmup_steps": steps // 8},
   "cosine": lambda steps: {"optim.warmup_steps": steps // 8, "optim.decay_steps": steps // 2},
   "half_rate": lambda steps: {"optim.muon_lr": 5e-3},
+  "average": lambda steps: {"optim.average": 0.99},
   "last_pass": lambda steps: {"sleep.backprop_passes": 1},
   "curriculum": lambda steps: {"data.curriculum_steps": steps // 2},
 }

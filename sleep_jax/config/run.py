@@ -124,6 +124,9 @@ class OptimConfig:
     warmup_steps: the learning rates rise from 0 over so many steps.
     decay_steps: cosine down to `final_scale` over the last so many steps; 0 for a constant rate.
     final_scale: what the learning rates are multiplied by at the end.
+    average: how much of an exponential moving average of the weights a step keeps; the first steps, t from 1,
+      keep at most (1 + t) / (10 + t), so that the start is soon forgotten. Training goes on with the weights
+      themselves; evaluations, and whatever reads the run later, take the average. 0: there is none.
     trained: patterns of the names of weights that are trained, as in a shell (`blocks/2/*`). All others are
       frozen: they have no gradient, no optimizer state and no decay.
   """
@@ -143,6 +146,7 @@ class OptimConfig:
   warmup_steps: Natural = 0
   decay_steps: Natural = 0
   final_scale: NotNegative = 1e-3
+  average: Share = 0.0
   trained: tuple[str, ...] = ("*",)
 
   def __post_init__(self):

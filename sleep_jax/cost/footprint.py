@@ -32,9 +32,13 @@ def weights(cfg: ModelConfig) -> model.Params:
 
 
 def optimizer(cfg: ModelConfig, optim_cfg: OptimConfig) -> int:
-  """Bytes of the optimizer's state: a momentum for a Muon weight, two moments for AdamW's, none if frozen."""
+  """Bytes of the optimizer's state: a momentum for a Muon weight, two moments for AdamW's, none if frozen.
+
+  With the weights' average, if there is one.
+  """
   tx = optim.make(optim_cfg, optim.freeze(optim_cfg, model.declare(cfg)), 1)
-  return size(jax.eval_shape(tx.init, weights(cfg)))
+  average = size(weights(cfg)) if optim_cfg.average else 0
+  return size(jax.eval_shape(tx.init, weights(cfg))) + average
 
 
 def state(cfg: ModelConfig, batch: int = 1, sleep_cfg: SleepConfig | None = None) -> int:

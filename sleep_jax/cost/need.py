@@ -108,12 +108,14 @@ def least(cfg: Config, tokens: int, grouped: int = 1) -> dict[str, int]:
   declared = jax.tree.leaves(model.declare(cfg.model), is_leaf=params.is_weight)
   count = {group: sum(math.prod(w.shape) for w in declared if w.group == group) for group in params.GROUPS}
   every = cfg.optim.trained == ("*",)  # of frozen weights nothing but themselves is held
+  average = sum(count.values()) if cfg.optim.average else 0
   training = _awake(cfg.model, tokens, cfg.train.batch_size // cfg.train.microbatches)
   training += _asleep(cfg.model, cfg.sleep, tokens, cfg.train.batch_size // cfg.train.microbatches)
   testing = _awake(cfg.model, tokens, cfg.train.eval_batch_size) + cfg.train.eval_batch_size * tokens * TOKEN
   return {
     "weights": FLOAT32 * sum(count.values()),
     "gradients and optimizer": FLOAT32 * (2 * count["muon"] + 3 * count["adam"]) if every else 0,
+    "average of the weights": FLOAT32 * average,
     "batch": grouped * cfg.train.batch_size * tokens * TOKEN,
     "activations": max(training, testing),
     "measurements": cfg.train.steps_per_dispatch * 2 * FLOAT32,

@@ -180,14 +180,15 @@ def run_source(run: OpenedRun) -> loading.Source | None:
 
 
 def run_weights(run: OpenedRun, *, step: int | None = None) -> tuple[model.Params, int]:
-  """The weights of an opened run and their step, as `load_run`."""
+  """The weights of an opened run and their step, as `load_run`; their average, if the run has one."""
   wanted = jax.eval_shape(lambda: model.init(run.model, jax.random.key(0)))
+  name = "average" if run.config.optim.average else "params"
   folder, same = run.folder / "checkpoints", _run_config(run.folder)
   with checkpoint.Checkpoints(folder, read_only=True, config=same) as saved:
-    restored = saved.restore({"params": wanted}, subset=True, step=step)
+    restored = saved.restore({name: wanted}, subset=True, step=step)
   if restored is None:
     raise PretrainedError(f"{run.folder}: this run has saved no step yet")
-  return restored[1]["params"], restored[0]
+  return restored[1][name], restored[0]
 
 
 def _run_config(folder: pathlib.Path) -> RunConfig:

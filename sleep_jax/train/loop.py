@@ -107,7 +107,7 @@ def train(
       report(f"eval step {step}: {task.score(row)}")
       return row
 
-    row = evaluate(0, state.params) if done == 0 else {}
+    row = evaluate(0, state.tested) if done == 0 else {}
     if done < cfg.train.steps:
       steps.start(state, recorder.clock, report)
       if stopped := stopped_at(0):
@@ -128,7 +128,7 @@ def train(
         _read(pending, recorder, checkpoints)
         pending = None
       if tests:
-        row = evaluate(done, state.params)
+        row = evaluate(done, state.tested)
       if saves or stopped:
         steps.saved(done, recorder)
         with recorder.clock.paused():
@@ -142,8 +142,8 @@ def train(
         raise PreemptedError(f"stopped by {stopped}; saved step {done}, rerun the same command to go on")
     checkpoints.wait()
     _say_saved(checkpoints, report)
-    row = row or evaluation(state.params)
-    recorder.finished(done, state.params, *steps.sample())
+    row = row or evaluation(state.tested)
+    recorder.finished(done, state.tested, *steps.sample())
     if lost := _lost(run, writer, checkpoints):
       raise LostError(f"{lost}; step {done} was the last")
     return row

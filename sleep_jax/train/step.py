@@ -1,6 +1,5 @@
 """One optimizer step, and the state that it changes."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,19 +25,33 @@ class TrainState:
     key: of the data's stream.
     params: slow weights, float32.
     opt_state: the optimizer's.
+    average: of the slow weights over the steps (`optim.average`). None: there is none.
   """
 
   step: jax.Array
   key: jax.Array
   params: model.Params
   opt_state: Any
+  average: model.Params | None = None
+
+  @property
+  def tested(self) -> model.Params:
+    """The weights that are evaluated: their average, where there is one."""
+    return self.params if self.average is None else self.average
 
 
 def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   """The state before the first step; a function of `cfg.seed`."""
   init_key, data_key = jax.random.split(jax.random.key(cfg.seed))
   weights = model.init(cfg.model, init_key)
-  return TrainState(step=jnp.zeros((), jnp.int32), key=data_key, params=weights, opt_state=tx.init(weights))
+  return _at_start(cfg, tx, data_key, weights)
+
+
+def _at_start(
+  cfg: Config, tx: optax.GradientTransformation, key: jax.Array, weights: model.Params
+) -> TrainState:
+  average = weights if cfg.optim.average else None
+  return TrainState(jnp.zeros((), jnp.int32), key, weights, tx.init(weights), average)
 
 
 def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
@@ -47,16 +60,11 @@ def first_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
   Raises:
     ConfigError: if the checkpoint cannot be read or is another model.
   """
-  start = functools.partial(init_state, cfg, tx)
   if cfg.train.init_from is None:
-    return jax.jit(start, compiler_options=_QUICK)()
-  init_key, _ = jax.random.split(jax.random.key(cfg.seed))
+    return jax.jit(functools.partial(init_state, cfg, tx), compiler_options=_QUICK)()
+  init_key, data_key = jax.random.split(jax.random.key(cfg.seed))
   weights = pretrained.start_weights(cfg.model, cfg.train.init_from, init_key, ignore=cfg.train.init_ignore)
-
-  def put(weights):
-    drawn = start()  # its weights are replaced, and so never computed
-    return dataclasses.replace(drawn, params=weights, opt_state=tx.init(weights))
-
+  put = functools.partial(_at_start, cfg, tx, data_key)
   return jax.jit(put, compiler_options=_QUICK, donate_argnums=0)(weights)
 
 
@@ -113,7 +121,10 @@ def train_step(
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   weights = optax.apply_updates(state.params, updates)
-  return dataclasses.replace(state, step=state.step + 1, params=weights, opt_state=opt_state), measured
+  average = state.average
+  if average is not None:
+    average = optim.moved(average, weights, cfg.optim.average, state.step + 1)
+  return TrainState(state.step + 1, state.key, weights, opt_state, average), measured
 
 
 def gradients(

@@ -35,12 +35,15 @@ def run(name, sleep=None, **changes):
   return config.replace(made, train=sizes | changes.pop("train", {}), **changes)
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_and_optimizer_are_those_that_the_run_makes(name):
-  cfg = run(name)
+def test_weights_and_optimizer_are_those_that_the_run_makes(name, average):
+  cfg = run(name, optim={"average": average})
   state = jax.eval_shape(lambda: train.init_state(cfg, train.optimization(cfg)[1]))
   weights, moments = footprint.size(state.params), footprint.size(state.opt_state)
   counted = need.least(cfg, 100)
+  assert counted["average of the weights"] == footprint.size(state.average) == bool(average) * weights
+  assert footprint.optimizer(cfg.model, cfg.optim) == moments + footprint.size(state.average)
   assert counted["weights"] == need.weights(cfg.model) == weights
   assert 0 <= weights + moments - counted["gradients and optimizer"] < 64  # the counters of steps
 
