@@ -130,10 +130,14 @@ def without_pads(x: jax.Array, valid: jax.Array | None) -> jax.Array:
   return x if valid is None else jnp.where(jnp.expand_dims(valid, tuple(range(2, x.ndim))), x, 0)
 
 
-def norm(x: jax.Array, w: jax.Array, cfg: ModelConfig) -> jax.Array:
-  """The RMSNorm of a model, on the residual stream and on queries and keys; see `rms_norm`."""
+def norm(x: jax.Array, w: jax.Array, cfg: ModelConfig, eps: float | None = None) -> jax.Array:
+  """The RMSNorm of a model, on the residual stream, on queries and keys and on latents; see `rms_norm`.
+
+  Args:
+    eps: None: the model's.
+  """
   w = 1 + w.astype(jnp.float32) if cfg.norm_zero_centered else w
-  return rms_norm(x, w, cfg.norm_eps, cfg.norm_cast)
+  return rms_norm(x, w, cfg.norm_eps if eps is None else eps, cfg.norm_cast)
 
 
 def rms_norm(x: jax.Array, w: jax.Array, eps: float, cast: str = "last") -> jax.Array:

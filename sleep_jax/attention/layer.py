@@ -50,14 +50,21 @@ class Kept:
 def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
   """The weights of one attention mixer."""
   d, hd, heads, kv_heads = cfg.embed_dim, cfg.head_dim, cfg.attention.num_heads, cfg.num_kv_heads
+  latent, shared, value = cfg.attention.latent_dim, cfg.attention.shared_dim, cfg.value_dim
   into = ("w_embed", "heads", "head_dim")
   queries = hd * (2 if cfg.attention.gate else 1)  # each head's gate behind its query
   weights = {
     "q": params.matrix(d, heads, queries, axes=into),
-    "k": params.matrix(d, kv_heads, hd, axes=into),
-    "v": params.matrix(d, kv_heads, hd, axes=into),
-    "o": params.matrix(heads, hd, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
+    "o": params.matrix(heads, value, d, axes=("heads", "head_dim", "w_embed"), num_in=2),
   }
+  if latent is None:
+    weights |= {name: params.matrix(d, kv_heads, hd, axes=into) for name in "kv"}
+  else:  # to the latent and the channels of keys that all heads share; from the latent to keys and values
+    weights |= {
+      "kv_down": params.matrix(d, latent + shared, axes=("w_embed", None)),
+      "latent_norm": params.scale(latent, zero=cfg.norm_zero_centered),
+      "kv_up": params.matrix(latent, heads, hd - shared + value, axes=(None, "heads", "head_dim")),
+    }
   if cfg.attention.qk_norm:
     for name, count in (("q", heads), ("k", kv_heads)):
       zero, axes = cfg.norm_zero_centered, ("heads", "head_dim")
@@ -261,6 +268,8 @@ def _project(
   axes, rounded = ("batch", "seq", "heads", "head_dim"), None if apart else cfg.rounded
   product = functools.partial(layers.dense, x, axes=axes, rounded=rounded)
   q = product(weights["q"])
+  if cfg.attention.latent_dim is not None:
+    return q, *_from_latent(weights, x, cfg, rounded), None
   if apart:
     k, v = (product(weights[name]) for name in "kv")
   else:
@@ -274,6 +283,26 @@ def _project(
   if cfg.attention.qk_norm:
     q, k = layers.norm(q, weights["q_norm"], cfg), layers.norm(k, weights["k_norm"], cfg)
   return q, k, v, gate
+
+
+def _from_latent(
+  weights: dict[str, jax.Array], x: jax.Array, cfg: ModelConfig, rounded: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Keys and values [B, T, num_heads, head_dim] of multi-head latent attention (arXiv 2405.04434, equations 9
+  to 13, without rotary angles): c = norm(x W_down), (k, v) = c W_up, and behind each k what all heads share.
+
+  Values that are narrower than keys are filled up with zeros, so that every form of attention and every cache
+  takes both as they are; `_out` leaves the zeros away.
+  """
+  said = cfg.attention
+  down = layers.dense(x, weights["kv_down"], ("batch", "seq", None), rounded=rounded)
+  latent, shared = jnp.split(down, [said.latent_dim], axis=-1)
+  latent = layers.norm(latent, weights["latent_norm"], cfg, said.latent_norm_eps)
+  kv = layers.dense(latent, weights["kv_up"], ("batch", "seq", "heads", "head_dim"), rounded=rounded)
+  k, v = jnp.split(kv, [cfg.head_dim - said.shared_dim], axis=-1)
+  if said.shared_dim:
+    k = jnp.concatenate([k, layers.repeated(shared[:, :, None], said.num_heads)], axis=-1)
+  return k, jnp.pad(v, ((0, 0),) * 3 + ((0, cfg.head_dim - cfg.value_dim),))
 
 
 def _rotate(x: jax.Array, at: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -290,11 +319,13 @@ def _out(
   *,
   apart: bool = False,
 ) -> jax.Array:
-  """The output projection: [B, T, num_heads, head_dim] -> [B, T, D].
+  """The output projection: [B, T, num_heads, head_dim], of which `value_dim` channels are values ->
+  [B, T, D].
 
   Args:
     apart: as for `layers.swiglu`.
   """
+  out = out[..., : cfg.value_dim]
   if gate is not None:
     out = out * jax.nn.sigmoid(gate)
   rounded = None if apart else cfg.rounded

@@ -74,6 +74,12 @@ class AttentionConfig:
       queries makes beside them.
     bias: added to queries, keys and values.
     out_bias: added to what the output projection gives.
+    latent_dim: keys and values are made from a normed vector of so many channels, one a token (multi-head
+      latent attention, arXiv 2405.04434), and each head has its own. Blocks of attention must then be `nope`.
+      None: they are made from the input.
+    shared_dim: with a latent, the last channels of every key: all heads have the same, made from the input.
+    value_dim: with a latent, width of a value; at most `head_dim`. None: `head_dim`.
+    latent_norm_eps: epsilon of the latent's RMSNorm.
     swa_window: keys that a query of an `swa` block sees, its own included. Needed where there is one.
     implementation: the form in which scores and values are computed: `dense`, all scores of a window at once;
       `blocked`, a block at a time; `cudnn` on CUDA, `splash` on TPUs. None: chosen for window and platform.
@@ -93,6 +99,10 @@ class AttentionConfig:
   gate: bool = False
   bias: bool = False
   out_bias: bool = False
+  latent_dim: Count | None = None
+  shared_dim: Natural = 0
+  value_dim: Count | None = None
+  latent_norm_eps: Positive = 1e-6
   swa_window: Count | None = None
   implementation: str | None = None
 
@@ -106,9 +116,25 @@ class AttentionConfig:
       f"{self.PATH}.num_kv_heads",
       f"must divide num_heads = {self.num_heads}, got {kv_heads}",
     )
-    check(width is None or width % 2 == 0, f"{self.PATH}.head_dim", f"must be even for RoPE, got {width}")
+    self._check_latent()
+    even = width is None or width % 2 == 0 or self.latent_dim is not None  # a latent has no rotary angles
+    check(even, f"{self.PATH}.head_dim", f"must be even for RoPE, got {width}")
     turned = self.rotary_dim
     check(turned is None or turned % 2 == 0, f"{self.PATH}.rotary_dim", f"must be even, got {turned}")
+
+  def _check_latent(self) -> None:
+    if self.latent_dim is None:
+      for name in ("shared_dim", "value_dim"):
+        check(not getattr(self, name), f"{self.PATH}.{name}", f"needs {self.PATH}.latent_dim")
+      return
+    heads = self.num_kv_heads
+    check(
+      heads in (None, self.num_heads),
+      f"{self.PATH}.num_kv_heads",
+      f"must be num_heads = {self.num_heads} with a latent, got {heads}",
+    )
+    for name in ("qk_norm", "gate", "bias"):
+      check(not getattr(self, name), f"{self.PATH}.{name}", "must be False with a latent (latent_dim)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +317,28 @@ class ModelConfig:
       "model.attention.rotary_dim",
       f"must be at most {self.head_dim} (head_dim), got {turned}",
     )
+    if self.attention.latent_dim is not None:
+      self._check_latent()
+
+  def _check_latent(self) -> None:
+    for i, kind in enumerate(self.blocks):
+      latent = "with a latent (model.attention.latent_dim)"
+      check(
+        kind not in ATTENTION or kind == "nope",
+        f"model.blocks[{i}]",
+        f"must be 'nope' {latent}, got {kind!r}",
+      )
+    shared, value = self.attention.shared_dim, self.value_dim
+    check(
+      shared < self.head_dim,
+      "model.attention.shared_dim",
+      f"must be below {self.head_dim} (head_dim), got {shared}",
+    )
+    check(
+      value <= self.head_dim,
+      "model.attention.value_dim",
+      f"must be at most {self.head_dim} (head_dim), got {value}",
+    )
 
   def _check_passes(self) -> None:
     passes, threshold = self.predict_passes, self.exit_threshold
@@ -322,6 +370,11 @@ class ModelConfig:
   def head_dim(self) -> int:
     """Width of an attention head."""
     return self.attention.head_dim or self.embed_dim // self.attention.num_heads
+
+  @property
+  def value_dim(self) -> int:
+    """Width of a value of an attention head."""
+    return self.attention.value_dim or self.head_dim
 
   @property
   def num_kv_heads(self) -> int:

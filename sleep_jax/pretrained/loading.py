@@ -20,6 +20,7 @@ from sleep_jax.pretrained import (
   dense,
   files,
   jet_nemotron,
+  kimi_linear,
   ouro,
   own_format,
   published,
@@ -38,6 +39,7 @@ ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
   published.QWEN3_5: delta_nets.read_qwen3_5,
   published.QWEN3_5_WITH_IMAGES: delta_nets.read_qwen3_5_with_images,
   published.OLMO_HYBRID: delta_nets.read_olmo_hybrid,
+  published.KIMI_LINEAR: kimi_linear.read_config,
 }
 CONFIG = "config.json"
 # What is added to a model lies beside it, so that the rest stays what was published.

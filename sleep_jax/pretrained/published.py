@@ -15,6 +15,7 @@ LLAMA, SMOLLM3 = "LlamaForCausalLM", "SmolLM3ForCausalLM"
 JET_NEMOTRON, OURO = "JetNemotronForCausalLM", "OuroForCausalLM"
 QWEN3_5, QWEN3_5_WITH_IMAGES = "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"
 OLMO_HYBRID = "OlmoHybridForCausalLM"
+KIMI_LINEAR = "KimiLinearForCausalLM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,34 @@ FAMILIES: dict[str, Family] = {
       "linear_value_head_dim": None,  # 2 linear_key_head_dim
       "linear_conv_kernel_dim": 4,
       "linear_allow_neg_eigval": True,
+    },
+  ),
+  KIMI_LINEAR: Family(
+    "kimi_linear",
+    "transformers 5.23.0, models/kimi_linear/configuration_kimi_linear.py, class KimiLinearConfig",
+    {
+      "vocab_size": 163840,
+      "hidden_size": 2304,
+      "intermediate_size": 9216,
+      "num_hidden_layers": 27,
+      "num_attention_heads": 32,
+      "num_key_value_heads": 32,
+      "hidden_act": "silu",
+      "rms_norm_eps": 1e-5,
+      "tie_word_embeddings": False,
+      "attention_bias": False,
+      "attention_dropout": 0.0,
+      "kv_lora_rank": 512,
+      "q_lora_rank": None,  # none
+      "qk_nope_head_dim": 128,
+      "qk_rope_head_dim": 64,
+      "v_head_dim": 128,
+      "linear_head_dim": 128,
+      "linear_num_heads": 32,
+      "linear_conv_kernel_dim": 4,
+      "layer_types": None,  # attention in every fourth layer, but for the first
+      "mlp_layer_types": None,  # experts in all layers but the first
+      "num_local_experts": 256,
     },
   ),
   JET_NEMOTRON: Family(

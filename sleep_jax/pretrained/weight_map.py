@@ -69,6 +69,18 @@ _QWEN_DELTA_NET = _DELTA_NET | {
   for ours, theirs in [("a", "in_proj_a"), ("b", "in_proj_b"), ("gate", "in_proj_z"), ("out_norm", "norm")]
   + [("o", "out_proj"), ("q", "in_proj_qkv"), ("k", "in_proj_qkv"), ("v", "in_proj_qkv")]
 }
+# Kimi Linear: Kimi Delta Attention, and attention of a latent.
+_KIMI_DELTA = {
+  f"mixer/{ours}": f"self_attn.{theirs}.weight"
+  for ours, theirs in [(f"{x}_conv", f"{x}_conv1d") for x in "qkv"]
+  + [(f"f_{x}", f"f_{x}_proj") for x in "ab"]
+  + [(f"gate_{x}", f"g_{x}_proj") for x in "ab"]
+}
+_LATENT = {
+  "mixer/kv_down": "self_attn.kv_a_proj_with_mqa.weight",
+  "mixer/latent_norm": "self_attn.kv_a_layernorm.weight",
+  "mixer/kv_up": "self_attn.kv_b_proj.weight",
+}
 _VECTORS = ("norm", "bias", "A_log", "conv_b2", "exit_gate/b")  # how the names of our vectors end
 
 
@@ -84,6 +96,7 @@ class Layout:
     split: (end of a name, ends of the pieces): a tensor that files may hold in pieces, one behind the other,
       wherever they are cut.
     beside: tensors of the files that are no part of the model here. They are not read, and written back.
+    axes: of vectors that are not flat in the files, their shapes, with -1 for the vector's length.
   """
 
   root: str = "model."
@@ -92,6 +105,7 @@ class Layout:
   others: tuple[tuple[str, str], ...] = ()
   split: tuple[str, tuple[str, ...]] | None = None
   beside: str = ""
+  axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
   def names(self, name: str) -> list[str]:
     """A tensor's name and the others that it may have."""
@@ -125,6 +139,13 @@ LAYOUTS = {
     split=(".conv1d.weight", tuple(f".{x}_conv1d.weight" for x in "qkv")),
     others=((r"\.post_attention_layernorm\.", ".feedforward_layer_norm."),),
   ),
+  published.KIMI_LINEAR: Layout(
+    attention=_LATENT,
+    fast=_KIMI_DELTA,
+    # When transformers 5 writes a file, it names every MLP as if it had experts.
+    others=((r"\.mlp\.", ".block_sparse_moe."),),
+    axes={"mixer/A_log": (1, 1, -1, 1)},
+  ),
 }
 
 
@@ -145,6 +166,7 @@ class Entry:
       the published ones.
     published: whether it has the published layout; otherwise it lies in the file as it is here.
     first, rows: where in the tensor the weight begins, and how many rows that has. None: it is all of it.
+    axes: of a vector, how it lies in the file, with -1 for its length. None: flat.
   """
 
   name: str
@@ -154,6 +176,7 @@ class Entry:
   published: bool = True
   first: int = 0
   rows: int | None = None
+  axes: tuple[int, ...] | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -187,7 +210,7 @@ class Entry:
     if self._taps:
       return (math.prod(ours[1:]), 1, ours[0])
     if self.path.endswith(_VECTORS):
-      return (math.prod(ours),)
+      return tuple(math.prod(ours) if size == -1 else size for size in self.axes or (-1,))
     return (math.prod(ours[n:]), math.prod(ours[:n]))
 
   @property
@@ -224,7 +247,8 @@ def entries(cfg: ModelConfig, layout: Layout = PLAIN) -> list[Entry]:
     if i in numbers:
       own = layout.attention if cfg.blocks[int(i)] in ATTENTION else layout.fast
       name = own[inner] if inner in own else _BLOCK[inner]
-      found.append(Entry(f"{layout.root}layers.{numbers[i]}.{name}", ours, weight))
+      named = f"{layout.root}layers.{numbers[i]}.{name}"
+      found.append(Entry(named, ours, weight, axes=layout.axes.get(inner)))
       continue
     name = _BLOCK.get(inner, f"self_attn.{inner.rpartition('/')[2]}")
     found.append(Entry(f"memory.layers.{memories[i]}.{name}", ours, weight, True, inner in _BLOCK))

@@ -34,7 +34,7 @@ CONFIGS = {
     task="babi5", depths=(2, 8), lengths=(24, 30), persons=3, objects=2, queries=2
   ),
 }  # fmt: skip
-SIZE = 1024
+SIZE = 512
 
 SOON = {"xla_backend_optimization_level": 0}  # compiles sooner
 

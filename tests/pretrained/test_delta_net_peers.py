@@ -1,4 +1,4 @@
-"""Qwen3.5 and OLMo-Hybrid beside transformers, small and random (`make peers`): defaults, logits, states.
+"""Qwen3.5, OLMo-Hybrid and Kimi Linear beside transformers, small and random: defaults, logits, states.
 
 With fewer heads of keys than of values and with as many, biases, tied heads, no rotary angles.
 """
@@ -17,14 +17,17 @@ from tests.pretrained.test_published_peers import with_config
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 TOKENS = np.random.default_rng(0).integers(0, 23, (2, 9), dtype=np.int32)
 SIZES = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 64}
-SIZES |= {
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "linear_key_head_dim": 6,
-  "linear_value_head_dim": 5,
-}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+WIDTHS = {"linear_key_head_dim": 6, "linear_value_head_dim": 5}
 SIZES |= {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 SIZES |= {"pad_token_id": 0, "eos_token_id": 1}
+
+
+def settings_of(name: str) -> dict:
+  """Of a case; Kimi Linear has one width for keys and values, and a name of its own for it."""
+  return SIZES | ({} if name.startswith("kimi") else WIDTHS) | CASES[name][1]
+
+
 CASES = {
   "qwen3_5": ("Qwen3_5Text", {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16}),
   "qwen3_5 with biases, tied": (
@@ -38,8 +41,17 @@ CASES = {
     {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_allow_neg_eigval": False}
     | {"rope_parameters": {"rope_theta": None, "rope_type": "default"}, "attention_bias": True},
   ),
+  "kimi_linear": (
+    "KimiLinear",
+    {"num_key_value_heads": 4, "kv_lora_rank": 7, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+    | {"v_head_dim": 5, "linear_num_heads": 2, "linear_head_dim": 6, "mlp_layer_types": ["dense"] * 3},
+  ),
 }
-NAMES = {"Qwen3_5Text": published.QWEN3_5, "OlmoHybrid": published.OLMO_HYBRID}
+NAMES = {
+  "Qwen3_5Text": published.QWEN3_5,
+  "OlmoHybrid": published.OLMO_HYBRID,
+  "KimiLinear": published.KIMI_LINEAR,
+}
 NEAR = 2e-5
 
 
@@ -75,9 +87,9 @@ def checkpoint(transformers, request, tmp_path_factory):
   import torch
 
   torch.manual_seed(0)
-  name, settings = CASES[request.param]
+  name, settings = CASES[request.param][0], settings_of(request.param)
   folder = tmp_path_factory.mktemp("peer")
-  peer = class_of(transformers, name)(getattr(transformers, f"{name}Config")(**(SIZES | settings))).eval()
+  peer = class_of(transformers, name)(getattr(transformers, f"{name}Config")(**settings)).eval()
   with torch.no_grad():
     for weight in peer.parameters():
       weight.add_(0.2 * torch.randn_like(weight))
@@ -156,11 +168,12 @@ def test_without_a_field_with_null_and_at_its_default_both_compute_the_same(
       try:
         got, _, _ = our_answer(made)
       except pretrained.PretrainedError as e:  # a size of the defaults that the tensors do not have
-        assert "tensors do not fit config.json" in str(e), (field, e)
+        experts = field == "mlp_layer_types" and "experts are not supported" in str(e)  # its default
+        assert experts or "tensors do not fit config.json" in str(e), (field, e)
         continue
       np.testing.assert_allclose(got, wanted, atol=NEAR * np.abs(wanted).max(), err_msg=field)
       compared.add(field)
-  needed = {"rope_parameters", "hidden_act", "rms_norm_eps", "architectures"}
+  needed = {"hidden_act", "rms_norm_eps", "architectures"} | ({"rope_parameters"} & set(values))
   assert needed <= compared, needed - compared
 
 
@@ -169,7 +182,7 @@ def test_a_model_that_reads_images_has_the_language_model_that_is_read(transform
   import torch
 
   torch.manual_seed(1)
-  inner = SIZES | CASES["qwen3_5"][1]
+  inner = settings_of("qwen3_5")
   vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
   settings = transformers.Qwen3_5Config(text_config=inner, vision_config=vision)
   peer = transformers.Qwen3_5ForConditionalGeneration(settings).eval()

@@ -1,4 +1,4 @@
-"""Qwen3.5 and OLMo-Hybrid: what their configs say, what their files hold, and that they sleep as they are.
+"""Qwen3.5, OLMo-Hybrid, Kimi Linear: what configs say, what files hold, and that they sleep as they are.
 
 `test_delta_net_peers` compares them with transformers.
 """
@@ -23,7 +23,7 @@ from tests.hybrids import assert_near, assert_same
 from tests.pretrained import tiny
 from tests.pretrained.test_published_configs import read, values_of
 
-FAMILIES = ("qwen3_5", "olmo_hybrid")
+FAMILIES = ("qwen3_5", "olmo_hybrid", "kimi_linear")
 TWO = SleepConfig(num_passes=2)
 
 
@@ -39,6 +39,18 @@ TWO = SleepConfig(num_passes=2)
     ("olmo_hybrid", {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}, "gdn nope"),
     ("olmo_hybrid", {"rope_parameters": None}, "gdn attn"),
     ("olmo_hybrid", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "gdn attn"),
+    ("kimi_linear", {}, "kda nope"),
+    (
+      "kimi_linear",
+      {"layer_types": None, "num_hidden_layers": 6, "mlp_layer_types": None, "first_k_dense_replace": 6},
+      "kda kda kda kda nope kda",
+    ),
+    (
+      "kimi_linear",
+      {"linear_attn_config": {"full_attn_layers": [1], "kda_layers": [2], "num_heads": 2, "head_dim": 4}},
+      "nope kda",
+    ),
+    ("kimi_linear", {"mlp_layer_types": None, "num_experts": None}, "kda nope"),
   ],
 )
 def test_what_each_block_is(name, settings, kinds):
@@ -103,6 +115,32 @@ def test_sizes_that_are_derived_from_others():
     ("olmo_hybrid", {"layer_types": ["linear_attention"]}, "layer_types must be a list of 2 names"),
     ("olmo_hybrid", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     ("olmo_hybrid", {"sliding_window": 8}, "unknown field.s. sliding_window"),
+    (
+      "kimi_linear",
+      {"mlp_layer_types": ["dense", "sparse"]},
+      r"mlp_layer_types\[1\] = 'sparse': experts are not supported",
+    ),
+    (
+      "kimi_linear",
+      {"mlp_layer_types": None},
+      "first_k_dense_replace = 1 of 2 blocks: experts are not supported",
+    ),
+    ("kimi_linear", {"q_lora_rank": 8}, "q_lora_rank = 8 is not supported"),
+    ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope = False is not supported"),
+    ("kimi_linear", {"attention_bias": True}, "attention_bias = True is not supported"),
+    ("kimi_linear", {"num_key_value_heads": 1}, "num_key_value_heads = 1 is not supported"),
+    ("kimi_linear", {"v_head_dim": 9}, "v_head_dim must be at most 8, the width of a key, got 9"),
+    ("kimi_linear", {"qk_rope_head_dim": -1}, "qk_rope_head_dim must lie in 0..16777216, got -1"),
+    (
+      "kimi_linear",
+      {"linear_attn_config": {"full_attn_layers": [1, 2], "kda_layers": [2], "num_heads": 2}},
+      "linear_attn_config.full_attn_layers must be a list of numbers of blocks, 1..2, none of them twice",
+    ),
+    (
+      "kimi_linear",
+      {"linear_attn_config": {"full_attn_layers": [1], "kda_layers": []}},
+      "linear_attn_config.kda_layers and full_attn_layers must name all 2 blocks, they name 1",
+    ),
   ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, written, message):

@@ -22,6 +22,7 @@ NAMES = {
   "ouro": published.OURO,
   "qwen3_5": published.QWEN3_5,
   "olmo_hybrid": published.OLMO_HYBRID,
+  "kimi_linear": published.KIMI_LINEAR,
 }
 # What the base class of all configs writes, with its defaults: transformers 4.31.0 and 4.51.3 write all of
 # these when asked to (`to_json_file(use_diff=False)`), 5.23.0 some.
@@ -71,6 +72,11 @@ IN_THE_WILD = {
     "linear_a_log_min": 0.0, "linear_a_log_max": 16.0, "linear_dt_min": 0.001, "linear_dt_max": 0.1,
     "linear_dt_init_floor": 1e-4, "rope_scaling": None,
   },
+  "kimi_linear": {
+    "mla_use_nope": True, "q_lora_rank": None, "rope_scaling": None, "rope_theta": 10000.0, "head_dim": 72,
+    "num_experts": None, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "moe_layer_freq": 1,
+    "use_grouped_topk": True, "model_max_length": 1048576, "routed_scaling_factor": 2.446,
+  },
   "jet": {"use_mrope": False, "max_window_layers": 28, "rope_scaling": None, "attention_dropout": 0.0},
   "ouro": {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 2, "rope_scaling": None},
 }  # fmt: skip
@@ -116,6 +122,11 @@ def test_an_absent_or_null_field_has_the_published_default(name, field):
     values |= {"no_rope_layers": None}
   if name in ("qwen3_5", "olmo_hybrid") and field in ("num_hidden_layers", "full_attention_interval"):
     values |= {"layer_types": None}
+  if name == "kimi_linear":
+    experts = {"layer_types": None, "mlp_layer_types": None, "num_experts": None}
+    values |= experts if field in ("num_hidden_layers", "mlp_layer_types") else {}
+    values |= {"qk_nope_head_dim": 128} if field == "v_head_dim" else {}  # no narrower than its default
+    sizes |= {"num_key_value_heads": 32} if field == "num_attention_heads" else {}
   if name == "olmo_hybrid" and field == "rope_theta":  # null: no rotary angles
     assert read(values | {field: None})["blocks"] == ("gdn", "nope")
     return

@@ -114,6 +114,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
   },
+  "kimi_linear": SIZES
+  | {
+    "architectures": [published.KIMI_LINEAR],
+    "num_hidden_layers": 2,
+    "num_key_value_heads": SIZES["num_attention_heads"],
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "dense"],
+    "kv_lora_rank": 7,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 3,
+    "v_head_dim": 6,
+    "linear_num_heads": 2,
+    "linear_head_dim": 4,
+    "linear_conv_kernel_dim": 3,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+  },
   "llama": SIZES
   | {
     "architectures": [published.LLAMA],
