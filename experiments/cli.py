@@ -154,7 +154,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except ConfigError as e:
       sys.exit(_say(f"error: {e}", USER_MISTAKE))
     except flags.Error as e:
-      sys.exit(_say(f"error: {str(e).strip().splitlines()[0]}", USER_MISTAKE))
+      said = str(e).strip().splitlines()[0]
+      if isinstance(e, flags.UnrecognizedFlagError):
+        meant = usage.fields_named(sys.modules[main.__module__], e.flagname)
+        said += f"; did you mean {' or '.join(f'--config.{field}' for field in meant)}?" if meant else ""
+      sys.exit(_say(f"error: {said}", USER_MISTAKE))
     return left
 
   def beside_others() -> int:

@@ -79,6 +79,38 @@ def presets(module: ModuleType) -> dict[str, str]:
   return found
 
 
+def fields_named(main: ModuleType, flag: str) -> list[str]:
+  """Fields of an experiment's config that a wrong flag may have meant, with their dots.
+
+  Args:
+    main: as for `text`; a module without `FIELDS` has none.
+    flag: `steps`, `train.steps` or `confg.train.steps`: the fields that end with most of its words.
+  """
+  kinds, words = getattr(main, "FIELDS", {}), flag.split(".")
+  fields = list(_fields("", kinds[""], kinds)) if kinds else []
+  for first in range(len(words)):
+    end = words[first:]
+    if found := [field for field in fields if field.split(".")[-len(end) :] == end]:
+      return found
+  return []
+
+
+def _fields(path: str, kind: type, kinds: Mapping[str, type]) -> Iterator[str]:
+  """Dotted names of all fields of a group that are no groups; arguments as for `_groups`."""
+  hints = annotations(kind)
+  inner = {
+    f.name: kinds.get(f"{path}.{f.name}" if path else f.name, hints[f.name]) for f in dataclasses.fields(kind)
+  }
+  if not path:
+    inner |= {name: kinds[name] for name in kinds if name}
+  for name, hint in inner.items():
+    here = f"{path}.{name}" if path else name
+    if dataclasses.is_dataclass(hint):
+      yield from _fields(here, hint, kinds)
+    else:
+      yield here
+
+
 def _config_of(words: Sequence[str]) -> str | None:
   """FILE.py:PRESET of a command line."""
   for word, following in zip(words, [*words[1:], None], strict=False):

@@ -28,7 +28,17 @@ MISTAKES = {
   "value_for_a_group": (("--config.train=3",), "--config.train"),
   "unknown_flag": (("--wordkir=x",), "'wordkir'. Did you mean: workdir"),
   "unknown_field_in_two_words": (("--config.sleep.num_pases", "2"), 'did you mean "num_passes"?'),
-  "unknown_config_flag": (("--confg.seed=1",), "Unknown command line flag 'confg.seed'"),
+  "unknown_config_flag": (
+    ("--confg.seed=1",),
+    "Unknown command line flag 'confg.seed'; did you mean --config.seed?",
+  ),
+  "field_without_its_group": (("--steps=5",), "flag 'steps'; did you mean --config.train.steps?"),
+  "field_of_two_groups": (
+    ("--num_heads=2",),
+    "did you mean --config.model.attention.num_heads or --config.model.fast.num_heads?",
+  ),
+  "field_of_one_of_two_groups": (("--fast.num_heads=2",), "; did you mean --config.model.fast.num_heads?"),
+  "field_of_the_task": (("--rollout_steps=2",), "; did you mean --config.data.rollout_steps?"),
   "extra_argument": (("tiny",), "unexpected argument 'tiny': every option is a flag"),
   "text_for_a_number": (("--config.sleep.num_passes=two",), "--config.sleep.num_passes=two"),
   "fraction_for_a_whole_number": (("--config.sleep.num_passes=1.5",), "--config.sleep.num_passes=1.5"),
