@@ -91,7 +91,8 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   """Compiles the step here, and reads its program.
 
   Returns:
-    `seconds` that tracing and compiling took; and if the program fits, bytes a device of `weights`,
+    `seconds` that tracing and compiling took; `level`, how much the compiler was told to optimize
+    (`JAX_OPTIMIZATION_LEVEL`), None: nothing; and if the program fits, bytes a device of `weights`,
     `optimizer`, `batch and counters`, `temporary`, `program`; `on_host`, bytes a device that it keeps in the
     host's memory; and `collectives` a step, kind -> [count, bytes a device]. Otherwise `needed` and `had`,
     bytes a device, as far as the compiler says them.
@@ -106,7 +107,7 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
       found = read_exhausted(str(e))
       if found is None:
         raise
-      return {"seconds": time.monotonic() - begun, **found}
+      return {"seconds": time.monotonic() - begun, "level": _level(), **found}
   memory = compiled.memory_analysis()
   parts = {"weights": state.params, "optimizer": (state.opt_state, state.average)}
   sizes = {name: shard_bytes(tree) for name, tree in parts.items()}
@@ -117,7 +118,14 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   sizes["program"] = memory.generated_code_size_in_bytes
   moved = {kind: [n / count, size / count] for kind, (n, size) in hlo.collectives(compiled.as_text()).items()}
   seconds, on_host = time.monotonic() - begun, memory.host_temp_size_in_bytes
-  return {"seconds": seconds, "bytes": sizes, "on_host": on_host, "collectives": moved}
+  return {
+    "seconds": seconds, "level": _level(), "bytes": sizes, "on_host": on_host, "collectives": moved
+  }  # fmt: skip
+
+
+def _level() -> str | None:
+  level = jax.config.jax_optimization_level
+  return None if level == "UNKNOWN" else level
 
 
 def lower(asked: problem.Problem) -> tuple[Any, train.TrainState]:

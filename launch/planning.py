@@ -142,7 +142,8 @@ class Planner:
       except aot.CompileError as e:
         say(f"{row.name}: {e}; counted from shapes instead")
       else:
-        source = f"compiled in {found['seconds']:.0f} s"
+        level = f" at JAX_OPTIMIZATION_LEVEL={found['level']}" if found["level"] else ""
+        source = f"compiled in {found['seconds']:.0f} s{level}"
         sizes, collectives = found.get("bytes", {}), found.get("collectives")
         room = found.get("had", row.device_memory)
         needed = sum(sizes.values()) if sizes else found.get("needed")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 
 import jax
 import pytest
@@ -237,6 +238,18 @@ def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch, capsys):
     "v5e:2x2: the compiler was stopped after 0.001 minutes (--compile_minutes); counted from shapes instead\n"
   )
   assert capsys.readouterr().err == said
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("level", [None, "O1"])
+def test_how_much_the_compiler_optimized_is_told(level, monkeypatch):
+  pytest.importorskip("libtpu")
+  monkeypatch.delenv("JAX_OPTIMIZATION_LEVEL", raising=False)
+  if level is not None:
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", level)
+  plan = planning.Planner(TINY, values(), minutes=5).plan(find("v5e:1x1"))
+  said = " at JAX_OPTIMIZATION_LEVEL=O1" if level else ""
+  assert re.fullmatch(rf"compiled in \d+ s{said}", plan.source)
 
 
 @pytest.mark.aot
