@@ -169,8 +169,8 @@ def moved(average: Any, weights: Any, keep: float, step: jax.Array) -> Any:
     step: its number, from 1; at most (1 + step) / (10 + step) stays.
   """
   step = step.astype(jnp.float32)
-  keep = jnp.minimum(keep, (1 + step) / (10 + step))
-  return jax.tree.map(lambda a, w: a + (1 - keep) * (w - a), average, weights)
+  new = 1 - jnp.minimum(keep, (1 + step) / (10 + step))
+  return jax.tree.map(lambda a, w: a + new * (w - a), average, weights)
 
 
 def partition_table(declared: Any, *, every: bool = True) -> str:

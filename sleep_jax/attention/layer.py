@@ -296,7 +296,7 @@ def _from_latent(
   """
   said = cfg.attention
   down = layers.dense(x, weights["kv_down"], ("batch", "seq", None), rounded=rounded)
-  latent, shared = jnp.split(down, [said.latent_dim], axis=-1)
+  latent, shared = jnp.split(down, [len(weights["latent_norm"])], axis=-1)
   latent = layers.norm(latent, weights["latent_norm"], cfg, said.latent_norm_eps)
   kv = layers.dense(latent, weights["kv_up"], ("batch", "seq", "heads", "head_dim"), rounded=rounded)
   k, v = jnp.split(kv, [cfg.head_dim - said.shared_dim], axis=-1)

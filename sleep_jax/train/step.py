@@ -120,7 +120,7 @@ def train_step(
   loss, grads = gradients(loss_of, state.params, batch, cfg.train.microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-  weights = optax.apply_updates(state.params, updates)
+  weights: Any = optax.apply_updates(state.params, updates)
   average = state.average
   if average is not None:
     average = optim.moved(average, weights, cfg.optim.average, state.step + 1)
