@@ -23,6 +23,7 @@ from sleep_jax import config, model, optim, train, windows
 from sleep_jax.benchmarks import command, measure, tables
 from sleep_jax.cost import flops
 from sleep_jax.kernels.measure import flags
+from sleep_jax.runtime import heap
 from sleep_jax.runtime.files import RunFailedError
 
 OURS = "sleep_jax"
@@ -39,6 +40,7 @@ PRODUCT_SIZE = 2048
 def main(argv: Sequence[str] | None = None) -> int:
   args = _arguments(argv)
   threads = measure.pin(args.threads)
+  heap.share_arena()  # as the experiments do; all contenders of this process have it
   peers = args.peers and _have_peers()
   if peers:
     from sleep_jax.benchmarks import torch_model
@@ -255,6 +257,7 @@ def _jax_step(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
   held = [measure.quick(lambda: train.init_state(cfg, tx))()]
   segments = windows.plan(task.layout, cfg.model.window, cfg.sleep)
   dispatch = train.make_dispatch(cfg, task, one_step, segments).lower(held[0]).compile()
+  heap.keep(dispatch.memory_analysis().temp_size_in_bytes)
 
   def step():
     held[0], measured = dispatch(held[0])

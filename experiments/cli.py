@@ -24,7 +24,7 @@ from sleep_jax.config import Config, ConfigError, check, defaults_of, shown, to_
 from sleep_jax.data.batching import WorkerError
 from sleep_jax.experiments import config_file, fine_tuning, usage
 from sleep_jax.kernels.common import devices
-from sleep_jax.runtime import files, joining, peers, processes, progress, signals, workdir
+from sleep_jax.runtime import files, heap, joining, peers, processes, progress, signals, workdir
 from sleep_jax.runtime.checkpoint import CheckpointError
 from sleep_jax.runtime.files import RunFailedError
 from sleep_jax.runtime.metrics import MetricsError
@@ -240,6 +240,7 @@ def train_in_workdir(
     What `train.check_fits`, `check_task`, `workdir.prepare`, `make_task` and `train.train` raise.
   """
   folder = required("workdir", define_workdir_flag().value)
+  heap.share_arena()
   train.check_fits(cfg)
   check_task(cfg)
   cfg, movable = fine_tuning.identified(cfg, folder)

@@ -10,13 +10,12 @@ H, V]`.
 
 import dataclasses
 import functools
-import itertools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import config, layers, params, sharding
+from sleep_jax import config, layers, params, products, sharding
 from sleep_jax.config import FastConfig, ModelConfig
 from sleep_jax.kernels.common import dispatch
 from sleep_jax.rules import RULES, Rule
@@ -162,7 +161,7 @@ def fast_weights(
     state: on entry.
     rule: how S is written, a value of `rules.RULES`.
     valid: [B, T] bool, False for pads, which write nothing. None: all valid.
-    apart: as for `layers.swiglu`.
+    apart: as for `products.dense_each`.
 
   Returns:
     [B, T, D] in x's dtype, and the state after the last token.
@@ -173,17 +172,16 @@ def fast_weights(
   if rule.write == "channel":
     others |= {"e": fast.key_dim, "w": fast.value_dim}
   rounded = None if apart else cfg.rounded
-  joined = _projected(weights, x, ("q", "k", "v", *others), fast, apart, rounded)
-  ends = [*itertools.accumulate((2 * fast.key_dim + fast.value_dim, *others.values()))]
-  qkv, *parts = jnp.split(joined, ends[:-1], axis=-1)
+  q, k, v, *parts = _projected(weights, x, ("q", "k", "v", *others), fast, apart, rounded)
   projected = dict(zip(others, parts, strict=True))
   fused = rule.fused.get(fast.kernel) if fast.kernel and fast.conv_size > 1 else None
   if fused is not None:
-    taps, steps = _taps(weights, fast), _scalars(weights, x, rule)
+    qkv, taps = jnp.concatenate([q, k, v], axis=-1), jnp.concatenate(_taps(weights, fast), axis=-1)
+    steps = _scalars(weights, x, rule)
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
     o, S, context = fused(qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel)
   else:
-    q, k, v, context = _convolved(weights, x, qkv, state, cfg, rule)
+    q, k, v, context = _convolved(weights, x, q, k, v, state, cfg, rule)
     gates = _gates(weights, x, projected, fast, rule)
     o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
@@ -191,7 +189,7 @@ def fast_weights(
   if rule.gate_bias:
     gate = gate + weights["gate_bias"].astype(x.dtype)
   o = (o * rule.read_gate(gate.astype(jnp.float32))).astype(x.dtype)
-  out = layers.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2, rounded=rounded)
+  out = products.dense(o, weights["o"], ("batch", "seq", "embed"), num_in=2, rounded=rounded)
   return out, FastWeights(S, context)
 
 
@@ -202,31 +200,29 @@ def _projected(
   fast: FastConfig,
   apart: bool,
   rounded: str | None,
-) -> jax.Array:
-  """q, k, v and the others of `names` side by side, [B, T, H, K + K + V + ...].
+) -> list[jax.Array]:
+  """q, k, v and the others of `names`, each [B, T, H, K or V].
 
   With fewer heads of queries and keys each of them is there several times, for the heads that it serves.
   """
-  heads, groups = ("batch", "seq", "heads", "head_dim"), _groups(fast)
-  product = functools.partial(layers.dense, x, axes=heads, rounded=rounded)
-  if apart:
-    few, rest = ([product(weights[name]) for name in some] for some in (names[:2], names[2:]))
-  elif groups == 1:
-    return product(_joined(weights, *names))  # one large product, not many
-  else:
-    few, rest = ([product(_joined(weights, *some))] for some in (names[:2], names[2:]))
-  if groups > 1:
-    few = [layers.repeated(part, groups) for part in few]
-  return jnp.concatenate([*few, *rest], axis=-1)
-
-
-def _taps(weights: dict[str, jax.Array], fast: FastConfig) -> jax.Array:
-  """The taps of the short convolutions on q, k and v side by side: [c, H, K + K + V]."""
-  groups, axes = _groups(fast), (None, "heads", "head_dim")
+  groups = _groups(fast)
+  several = functools.partial(
+    products.dense_each, x, axes=("batch", "seq", "heads", "head_dim"), apart=apart, rounded=rounded
+  )
   if groups == 1:
-    return _joined(weights, "q_conv", "k_conv", "v_conv")
-  qk = layers.repeated(_joined(weights, "q_conv", "k_conv"), groups, axes)
-  return jnp.concatenate([qk, weights["v_conv"]], axis=-1)
+    return several([weights[name] for name in names])
+  few, rest = (several([weights[name] for name in some]) for some in (names[:2], names[2:]))
+  return [*(layers.repeated(part, groups) for part in few), *rest]
+
+
+def _taps(weights: dict[str, jax.Array], fast: FastConfig) -> list[jax.Array]:
+  """The taps of the short convolutions on q, k and v: [c, H, K or V] each."""
+  groups, axes = _groups(fast), (None, "heads", "head_dim")
+  q, k = (
+    weights[name] if groups == 1 else layers.repeated(weights[name], groups, axes)
+    for name in ("q_conv", "k_conv")
+  )
+  return [q, k, weights["v_conv"]]
 
 
 def _groups(fast: FastConfig) -> int:
@@ -237,24 +233,26 @@ def _groups(fast: FastConfig) -> int:
 def _convolved(
   weights: dict[str, jax.Array],
   x: jax.Array,
-  qkv: jax.Array,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
   state: FastWeights,
   cfg: ModelConfig,
   rule: Rule,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
   fast = cfg.fast
-  key, both = fast.key_dim, 2 * fast.key_dim
-  if state.context is None:  # no convolution
-    context = None
+  context = state.context
+  if context is None:  # no convolution
+    pass
   elif rule.conv == "dynamic":
-    qk, v = jnp.split(qkv, [both], axis=-1)
-    v, context = layers.dynamic_conv(v, _generated_taps(weights, x), state.context)
-    qkv = jnp.concatenate([qk, v], axis=-1)
+    v, context = layers.dynamic_conv(v, _generated_taps(weights, x), context)
   else:
-    qkv, context = layers.short_conv(qkv, _taps(weights, fast), state.context)
-  q, k, v = jnp.split(jax.nn.silu(qkv), [key, both], axis=-1)
-  return layers.l2_normalize(q) * key**-0.5, layers.l2_normalize(k), v, context
+    before = jnp.split(context, [fast.key_dim, 2 * fast.key_dim], axis=-1)
+    (q, k, v), contexts = zip(*map(layers.short_conv, (q, k, v), _taps(weights, fast), before), strict=True)
+    context = jnp.concatenate(contexts, axis=-1)
+  q, k, v = (jax.nn.silu(y) for y in (q, k, v))
+  return layers.l2_normalize(q) * fast.key_dim**-0.5, layers.l2_normalize(k), v, context
 
 
 def _gates(
@@ -291,26 +289,21 @@ def _scalars(weights: dict[str, jax.Array], x: jax.Array, rule: Rule) -> dict[st
   if not names:
     return {}
   stacked = jnp.stack([weights[name] for name in names], axis=1)  # [D, 1 or 2, H]
-  both = layers.dense(x.astype(jnp.float32), stacked, ("batch", "seq", None, "heads"))
+  both = products.dense(x.astype(jnp.float32), stacked, ("batch", "seq", None, "heads"))
   return dict(zip(names, jnp.moveaxis(both, 2, 0), strict=True))
 
 
 def _through(weights: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
   """x through a narrow layer, no wider than a head: [B, T, H, K or V] in x's dtype."""
-  hidden = layers.dense(x, weights[f"{name}_a"], ("batch", "seq", None))
-  return layers.dense(hidden, weights[f"{name}_b"], ("batch", "seq", "heads", "head_dim"))
+  hidden = products.dense(x, weights[f"{name}_a"], ("batch", "seq", None))
+  return products.dense(hidden, weights[f"{name}_b"], ("batch", "seq", "heads", "head_dim"))
 
 
 def _generated_taps(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
   """Taps of the dynamic convolution, one set a token: [B, T, H, V, c] in x's dtype."""
-  hidden = jax.nn.silu(layers.dense(x, weights["conv_w1"], ("batch", "seq", None)))
-  taps = layers.dense(hidden, weights["conv_w2"], ("batch", "seq", "heads", "head_dim", None))
+  hidden = jax.nn.silu(products.dense(x, weights["conv_w1"], ("batch", "seq", None)))
+  taps = products.dense(hidden, weights["conv_w2"], ("batch", "seq", "heads", "head_dim", None))
   return taps + weights["conv_b2"].astype(x.dtype)
-
-
-def _joined(weights: dict[str, jax.Array], *names: str) -> jax.Array:
-  """Weights side by side along the last axis: the width of a head."""
-  return jnp.concatenate([weights[name] for name in names], axis=-1)
 
 
 @functools.cache

@@ -1,124 +1,14 @@
 """Small layers: pure functions of arrays. Norms and convolutions compute in float32 and cast back."""
 
 import functools
-import math
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sleep_jax import sharding
+from sleep_jax import products, sharding
 from sleep_jax.config import ModelConfig, RopeScaling
-
-
-def dense(
-  x: jax.Array,
-  w: jax.Array,
-  axes: tuple[str | None, ...],
-  num_in: int = 1,
-  *,
-  turned: bool = False,
-  rounded: str | None = None,
-) -> jax.Array:
-  """Contracts the last `num_in` dimensions of x with the first `num_in` of w.
-
-  Args:
-    x: [..., *ins].
-    w: [*ins, *outs], cast to x's dtype.
-    axes: logical names of the result; JAX cannot infer its layout where w is split (FSDP).
-    num_in: number of contracted dimensions.
-    turned: w is [*outs, *ins], its last `num_in` dimensions are contracted. A transposed w would be copied.
-    rounded: a dtype to which both operands are rounded, while products are summed in float32
-      (`ModelConfig.matmul_dtype`). The two products that give the gradients are rounded in the same way.
-      None: nothing is rounded.
-
-  Returns:
-    [..., *outs], in x's dtype.
-  """
-  kept, outs = x.ndim - num_in, w.ndim - num_in
-  ins, out_shape = (range(outs, w.ndim), w.shape[:outs]) if turned else (range(num_in), w.shape[num_in:])
-  dimensions = ((tuple(range(kept, x.ndim)), tuple(ins)), ((), ()))
-  out_sharding = sharding.spec(axes, x.shape[:kept] + out_shape)
-  if rounded is not None:
-    return _rounded_product(x, w, dimensions, out_sharding, rounded)
-  return jax.lax.dot_general(x, w.astype(x.dtype), dimensions, out_sharding=out_sharding)
-
-
-_Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _rounded_product(
-  x: jax.Array, w: jax.Array, dimensions: _Dimensions, out_sharding: Any, dtype: str
-) -> jax.Array:
-  """x times w, both rounded to `dtype` and summed in float32; in x's dtype.
-
-  The gradient is written by hand: that of `dot_general` would multiply a float32 cotangent with rounded
-  weights, and a processor that is fast at products of bfloat16 is not fast at those.
-  """
-  y = jax.lax.dot_general(
-    x.astype(dtype),
-    w.astype(dtype),
-    dimensions,
-    preferred_element_type=jnp.float32,
-    out_sharding=out_sharding,
-  )
-  return y.astype(x.dtype)
-
-
-def _rounded_forward(
-  x: jax.Array, w: jax.Array, dimensions: _Dimensions, out_sharding: Any, dtype: str
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _rounded_product(x, w, dimensions, out_sharding, dtype), (x, w)
-
-
-def _rounded_backward(
-  dimensions: _Dimensions, out_sharding: Any, dtype: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  del out_sharding
-  x, w = kept
-  (x_ins, w_ins), _ = dimensions
-  rows = x.ndim - len(x_ins)
-  w_outs = tuple(i for i in range(w.ndim) if i not in w_ins)
-  y_outs = tuple(range(rows, dy.ndim))
-  dx = jax.lax.dot_general(
-    dy.astype(dtype),
-    w.astype(dtype),
-    ((y_outs, w_outs), ((), ())),
-    preferred_element_type=jnp.float32,
-    out_sharding=sharding.of(x),
-  )
-  left, right = (dy, x) if w_outs[0] == 0 else (x, dy)  # in the order of w's dimensions
-  dw = _summed_over_rows(left.astype(dtype), right.astype(dtype), rows, w)
-  return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-def _summed_over_rows(a: jax.Array, b: jax.Array, rows: int, like: jax.Array) -> jax.Array:
-  """The product of a [*rows, *n] and b [*rows, *m] over all rows: [*n, *m] float32, laid out as `like`.
-
-  XLA has fast products of bfloat16 on a CPU where the rows of a are its last dimension, and none where they
-  are its first. It folds a transposition of a into the product, whose form it then does not know; one that
-  is written as a turn of three dimensions stays.
-  """
-
-  def general(a: jax.Array, b: jax.Array) -> jax.Array:
-    over = tuple(range(rows))
-    how: Any = {"preferred_element_type": jnp.float32, "out_sharding": sharding.of(like)}
-    return jax.lax.dot_general(a, b, ((over, over), ((), ())), **how)
-
-  def on_a_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
-    count, width = math.prod(a.shape[:rows]), math.prod(a.shape[rows:])
-    turned = a.reshape(count, width // 2, 2).transpose(1, 2, 0).reshape(width, count)
-    product = jnp.matmul(turned, b.reshape(count, -1), preferred_element_type=jnp.float32)
-    return product.reshape(like.shape)
-
-  if sharding.of(like) is not None or math.prod(a.shape[rows:]) % 2:
-    return general(a, b)
-  return jax.lax.platform_dependent(a, b, cpu=on_a_cpu, default=general)
-
-
-_rounded_product.defvjp(_rounded_forward, _rounded_backward)
 
 
 def without_pads(x: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -170,12 +60,16 @@ def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+def rope(
+  x: jax.Array, positions: jax.Array | np.ndarray, theta: float, scaling: RopeScaling | None = None
+) -> jax.Array:
   """Rotary position embedding, rotate-half: channel i turns with channel i + d/2.
 
   Args:
     x: [B, T, H, d], d even.
-    positions: [T], whole numbers.
+    positions: [T], whole numbers. Where they are known (NumPy), so are the sines, up to `KNOWN_ANGLES` of
+      them: on a CPU XLA would put their computation into the loop over all of x, which then takes eight
+      times as long.
     theta: base; the angle of pair i is position * theta^(-2 i / d).
     scaling: of the angles. None: as they are.
 
@@ -183,13 +77,35 @@ def rope(x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling 
     [B, T, H, d], in x's dtype; angles and rotation in float32.
   """
   half = x.shape[-1] // 2
+  if isinstance(positions, np.ndarray) and positions.size * half <= KNOWN_ANGLES:
+    cos, sin = _known_angles(tuple(positions.tolist()), half, theta, scaling)
+  else:
+    angles = _angles(jnp.asarray(positions), half, theta, scaling)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+  cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, d/2]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+KNOWN_ANGLES = 2**16  # 256 KiB: of more the program would grow
+
+
+def _angles(positions: jax.Array, half: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+  """[T, d/2] float32, radians."""
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is not None:
     frequencies = scaled(frequencies, scaling)
-  angles = positions.astype(jnp.float32)[:, None] * frequencies
-  cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, d/2]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  return positions.astype(jnp.float32)[:, None] * frequencies
+
+
+@functools.lru_cache(maxsize=64)
+def _known_angles(
+  positions: tuple[int, ...], half: int, theta: float, scaling: RopeScaling | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cosines and sines of `_angles`, computed now and not by the program that is being traced."""
+  with jax.ensure_compile_time_eval():
+    angles = _angles(jnp.asarray(positions, jnp.int32), half, theta, scaling)
+    return np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
 
 
 def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
@@ -210,18 +126,14 @@ def swiglu(
   """(silu(x W_gate) * (x W_up)) W_down, each product with its bias if there is one; x [B, T, D].
 
   Args:
-    apart: multiply with gate and up apart, so that no weight is copied: for a few tokens, whose products take
-      no longer than reading the weights. Otherwise one large product takes both.
-    rounded: as for `dense`.
+    apart: as for `products.dense_each`.
+    rounded: as for `products.dense`.
   """
-  if apart:
-    gate, up = (dense(x, params[name], ("batch", "seq", "mlp"), rounded=rounded) for name in ("gate", "up"))
-  else:
-    both = jnp.stack([params["gate"], params["up"]], axis=1)  # [D, 2, F]
-    gate, up = jnp.moveaxis(dense(x, both, ("batch", "seq", None, "mlp"), rounded=rounded), 2, 0)
+  both = (params["gate"], params["up"])
+  gate, up = products.dense_each(x, both, ("batch", "seq", "mlp"), stacked=True, apart=apart, rounded=rounded)
   if "up_bias" in params:
     gate, up = (y + params[f"{name}_bias"].astype(y.dtype) for name, y in (("gate", gate), ("up", up)))
-  out = dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"), rounded=rounded)
+  out = products.dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"), rounded=rounded)
   return out + params["down_bias"].astype(out.dtype) if "down_bias" in params else out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sleep_jax import attention, blocks, carry, layers
+from sleep_jax import attention, blocks, carry, layers, products
 from sleep_jax.config import ATTENTION, ModelConfig
 
 # The caches of an open window, one dict a pass that has a cache of its own.
@@ -81,7 +81,7 @@ def gate_logits(weights: dict[str, Any], outs: list[jax.Array], cfg: ModelConfig
   """The exit gate after each pass: [U, B, T] float32. Its weights are declared by `exit_gate`."""
   gate = weights["exit_gate"]
   normal = [final_norm(weights, h, cfg) for h in outs]
-  logits = [layers.dense(h, gate["w"], ("batch", "seq", None))[..., 0] for h in normal]
+  logits = [products.dense(h, gate["w"], ("batch", "seq", None))[..., 0] for h in normal]
   return jnp.stack([x.astype(jnp.float32) + gate["b"].astype(jnp.float32) for x in logits])
 
 

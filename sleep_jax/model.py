@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sleep_jax import blocks, carry, consolidation, fast_weights, flat, layers, looped, params, sharding
+from sleep_jax import (
+  blocks,
+  carry,
+  consolidation,
+  fast_weights,
+  flat,
+  layers,
+  looped,
+  params,
+  products,
+  sharding,
+)
 from sleep_jax.config import ModelConfig, SleepConfig, check_sleep
 from sleep_jax.sleep import loop, read_and_sleep, sleep
 from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan
@@ -72,7 +83,7 @@ def logits_of(weights: Params, h: jax.Array, cfg: ModelConfig) -> jax.Array:
   head = weights["embed"] if cfg.tied_embeddings else weights["head"]
   h = looped.final_norm(weights, h, cfg)
   axes, rounded = ("batch", "seq", "vocab"), cfg.rounded if h.shape[1] > 1 else None
-  return layers.dense(h, head, axes, turned=cfg.tied_embeddings, rounded=rounded).astype(jnp.float32)
+  return products.dense(h, head, axes, turned=cfg.tied_embeddings, rounded=rounded).astype(jnp.float32)
 
 
 def consolidate(

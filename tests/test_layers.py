@@ -62,10 +62,10 @@ class RopeTest(parameterized.TestCase):
     np.testing.assert_allclose(llama / frequencies, [1, 1, 1 / 3 + 2 / 3 / 10, 0.1, 0.1], rtol=1e-6)
     np.testing.assert_array_equal(layers.scaled(frequencies, RopeScaling()), frequencies)
 
-  @parameterized.product(theta=(100.0, 10_000.0), start=(0, 7))
-  def test_equals_the_oracle(self, theta, start):
+  @parameterized.product(theta=(100.0, 10_000.0), start=(0, 7), known=(False, True))
+  def test_equals_the_oracle(self, theta, start, known):
     x = normal(2, 5, 3, 8)
-    got = layers.rope(x, start + jnp.arange(5), theta)
+    got = layers.rope(x, start + (np if known else jnp).arange(5), theta)
     exact = np.stack(
       [
         np.stack([oracle.rope(x[:, t, j].astype(float), start + t, theta) for j in range(3)], axis=1)
@@ -74,6 +74,21 @@ class RopeTest(parameterized.TestCase):
       axis=1,
     )
     hybrids.assert_near(got, exact, TOLERANCE)
+
+  def test_known_places_leave_no_sine_to_the_program(self):
+    x, many = normal(1, 5, 1, 8), layers.KNOWN_ANGLES // 4 + 1
+
+    def text(length, places):
+      turned = jax.jit(lambda x: layers.rope(x, places.arange(length), 1e4))
+      return turned.lower(jax.ShapeDtypeStruct((1, length, 1, 8), np.float32)).as_text()
+
+    self.assertNotIn("cosine", text(5, np))
+    self.assertIn("cosine", text(5, jnp))
+    self.assertIn("cosine", text(many, np))  # or the program would hold all of them
+    scaling = RopeScaling("linear", 10.0)
+    for said in (None, scaling):
+      one, other = (layers.rope(x, places.arange(5), 1e4, said) for places in (np, jnp))
+      hybrids.assert_near(one, np.asarray(other, float), TOLERANCE)
 
   def test_products_depend_on_the_distance_alone(self):
     q, k = normal(1, 1, 1, 8, seed=1), normal(1, 1, 1, 8, seed=2)
@@ -92,18 +107,6 @@ class RopeTest(parameterized.TestCase):
 
 
 class ProductTest(parameterized.TestCase):
-  def test_dense_contracts_the_named_number_of_axes(self):
-    x, w = normal(2, 3, 4, 5), normal(5, 6, 7)
-    out = layers.dense(x, w, ("batch", "seq", None, None, None))
-    hybrids.assert_near(out, np.einsum("abci,ijk->abcjk", x.astype(float), w), TOLERANCE)
-    w = normal(4, 5, 6)
-    out = layers.dense(x, w, ("batch", "seq", "embed"), num_in=2)
-    hybrids.assert_near(out, np.einsum("abij,ijk->abk", x.astype(float), w), TOLERANCE)
-
-  def test_dense_computes_in_the_dtype_of_its_input(self):
-    x, w = jnp.asarray(normal(2, 3, 4), jnp.bfloat16), normal(4, 5)
-    self.assertEqual(layers.dense(x, w, ("batch", "seq", "embed")).dtype, jnp.bfloat16)
-
   def test_swiglu(self):
     x = normal(2, 3, 4)
     p = {"gate": normal(4, 6, seed=1), "up": normal(4, 6, seed=2), "down": normal(6, 4)}
@@ -116,45 +119,6 @@ class ProductTest(parameterized.TestCase):
     got = layers.swiglu(p, x, rounded="bfloat16")
     self.assertGreater(hybrids.distance(got, exact), 1e-4)
     hybrids.assert_near(got, np.asarray(exact, float), 2e-2)
-
-
-class RoundedProductTest(parameterized.TestCase):
-  """`dense(rounded=...)` against NumPy products of operands that were rounded first."""
-
-  @parameterized.parameters(
-    ((2, 3, 4), (4, 5), 1, False, "abi,io->abo", "abo,io->abi"),
-    ((2, 3, 4), (4, 5, 6), 1, False, "abi,iop->abop", "abop,iop->abi"),
-    ((2, 3, 4, 5), (4, 5, 6), 2, False, "abij,ijo->abo", "abo,ijo->abij"),
-    ((2, 3, 4), (5, 4), 1, True, "abi,oi->abo", "abo,oi->abi"),
-    # An odd width, for which a CPU has the general form of the gradient of w.
-    ((2, 3, 5), (5, 4), 1, False, "abi,io->abo", "abo,io->abi"),
-  )
-  def test_values_and_gradients(self, x_shape, w_shape, num_in, turned, forward, backward):
-    x, w = normal(*x_shape), normal(*w_shape, seed=1)
-    axes = ("batch", "seq") + (None,) * (len(w_shape) - num_in)
-
-    def product(x, w):
-      return layers.dense(x, w, axes, num_in, turned=turned, rounded="bfloat16")
-
-    y, pull = jax.vjp(product, x, w)
-    dy = normal(*y.shape, seed=2)
-    dx, dw = pull(dy)
-
-    def near(z):
-      return np.asarray(jnp.asarray(z, jnp.bfloat16), float)
-
-    hybrids.assert_near(y, np.einsum(forward, near(x), near(w)), TOLERANCE)
-    hybrids.assert_near(dx, np.einsum(backward, near(dy), near(w)), TOLERANCE)
-    x_axes, w_axes, y_axes = forward.replace("->", ",").split(",")
-    hybrids.assert_near(dw, np.einsum(f"{x_axes},{y_axes}->{w_axes}", near(x), near(dy)), TOLERANCE)
-    self.assertGreater(hybrids.distance(y, np.einsum(forward, x.astype(float), w)), 1e-4)
-
-  @parameterized.parameters(jnp.float32, jnp.bfloat16)
-  def test_dtypes_stay_those_of_input_and_weight(self, dtype):
-    x, w = jnp.asarray(normal(2, 3, 4), dtype), jnp.asarray(normal(4, 5))
-    y, pull = jax.vjp(lambda x, w: layers.dense(x, w, ("batch", "seq", None), rounded="bfloat16"), x, w)
-    dx, dw = pull(y)
-    self.assertEqual((y.dtype, dx.dtype, dw.dtype), (dtype, dtype, jnp.float32))
 
 
 class ShortConvTest(parameterized.TestCase):

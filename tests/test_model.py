@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import parameterized
 from hypothesis import strategies as st
 
-from sleep_jax import blocks, config, layers, model, windows
+from sleep_jax import blocks, config, model, products, windows
 from sleep_jax.cost import flops
 from sleep_jax.scoring import sleep_changes
 from tests import hybrids, oracle
@@ -158,10 +158,10 @@ class MatmulDtypeTest(parameterized.TestCase):
 
     @functools.partial(jax.jit, static_argnums=3)
     def product(x, w, dy, rounded):
-      y, back = jax.vjp(lambda x, w: layers.dense(x, w, axes, num_in, turned=turned, rounded=rounded), x, w)
+      y, back = jax.vjp(lambda x, w: products.dense(x, w, axes, num_in, turned=turned, rounded=rounded), x, w)
       return y, *back(dy)
 
-    dy = jax.random.normal(ky, layers.dense(x, w, axes, num_in, turned=turned).shape)
+    dy = jax.random.normal(ky, products.dense(x, w, axes, num_in, turned=turned).shape)
     rounded = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w, dy))
     for got, expected in zip(product(x, w, dy, "bfloat16"), product(*rounded, None), strict=True):
       np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -175,14 +175,14 @@ class MatmulDtypeTest(parameterized.TestCase):
   def test_all_products_but_those_of_gates_are_rounded(self, mixer, rule, narrow):
     cfg = hybrids.model_config((mixer, rule), matmul_dtype="bfloat16", window=6)
     batch, layout = hybrids.random_batch(12, (10, 11))
-    exact, dense = set(), layers.dense
+    exact, dense = set(), products.dense
 
     def recorded(x, w, *args, rounded=None, **settings):
       if rounded is None:
         exact.add(w.shape)
       return dense(x, w, *args, rounded=rounded, **settings)
 
-    with mock.patch.object(layers, "dense", recorded):
+    with mock.patch.object(products, "dense", recorded):
       weights = model.init(cfg, jax.random.key(0))
       jax.eval_shape(
         lambda w: model.forward(w, batch, windows.plan(layout, 6), cfg, self.sleep_cfg)[0], weights

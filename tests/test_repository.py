@@ -26,7 +26,17 @@ PACKAGES = ("kernels", "sleep_jax", "experiments", "benchmarks", "launch")
 # The method, at the top of sleep_jax, one file or one package each; everything else there is a room.
 METHOD = (
   *("sleep", "windows", "model", "blocks", "looped", "carry", "attention", "fast_weights", "rules", "layers"),
-  *("params", "sharding", "optim", "decoding", "generate", "sampling", "session_file", "flax_module"),
+  *(
+    "products",
+    "params",
+    "sharding",
+    "optim",
+    "decoding",
+    "generate",
+    "sampling",
+    "session_file",
+    "flax_module",
+  ),
   *("consolidation", "flat", "session", "spread"),
 )
 
@@ -36,7 +46,7 @@ _LIBRARY = (*METHOD, "config", "cost", "data", "kernels", "pretrained", "runtime
 ALLOWED = {
   "kernels": (),
   "config": (),
-  "attention": ("config", "kernels", "layers", "params", "sharding"),
+  "attention": ("config", "kernels", "layers", "params", "products", "sharding"),
   "runtime": (),  # knows no model
   "data": ("config", "windows"),
   "report": ("runtime.files", "runtime.metrics", "scoring.intervals"),  # knows no jax

@@ -9,7 +9,7 @@ from absl.testing import parameterized
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax import layers, model, params, sharding, windows
+from sleep_jax import model, params, products, sharding, windows
 from sleep_jax.config import AttentionConfig, ConfigError, FastConfig, MeshConfig, ModelConfig, SleepConfig
 from sleep_jax.data import rule110
 
@@ -168,7 +168,7 @@ class WeightsTest(parameterized.TestCase):
     axes = ("batch", "seq", "heads", "head_dim")
 
     def gradients(x, w, rounded):
-      y, pull = jax.vjp(lambda x, w: layers.dense(x, w, axes, rounded=rounded), x, w)
+      y, pull = jax.vjp(lambda x, w: products.dense(x, w, axes, rounded=rounded), x, w)
       return y, *pull(y)
 
     with jax.set_mesh(four_by_two()):

@@ -1,13 +1,13 @@
 """The attention mixer: projections and rotary angles, the cache of an open window, what eviction keeps."""
 
 import dataclasses
-import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sleep_jax import layers, params, sharding
+from sleep_jax import layers, params, products, sharding
 from sleep_jax.attention.blocked import MASKED
 from sleep_jax.attention.forms import allowed, attend
 from sleep_jax.config import ModelConfig
@@ -92,7 +92,7 @@ def init_cache(
   cache = KVCache(k=k, v=k, valid=valid, length=jnp.asarray(before, jnp.int32))
   if kept is None:
     return cache
-  k = _rotate(kept.k, jnp.arange(before), cfg) if rotated else kept.k
+  k = _rotate(kept.k, np.arange(before), cfg) if rotated else kept.k
   return _append(dataclasses.replace(cache, length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
 
 
@@ -134,7 +134,7 @@ def read_window(
     [B, T, D] in x's dtype.
   """
   q, k, v, gate = _project(weights, layers.without_pads(x, valid), cfg)
-  at = jnp.arange(x.shape[1])
+  at = np.arange(x.shape[1])
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, at, cfg)
   out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
@@ -167,7 +167,7 @@ def read_behind(
     valid = sharding.constrain(jnp.ones((batch, length), bool), ("batch", "seq"))
   k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
   kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
-  at, keys_at = cfg.window - 1 + jnp.arange(length), jnp.arange(k.shape[1])
+  at, keys_at = cfg.window - 1 + np.arange(length), np.arange(k.shape[1])
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
   reach = min(reach or cfg.window, cfg.window)
@@ -263,18 +263,13 @@ def _project(
   gate on what the heads give, like queries, before its sigmoid.
 
   Args:
-    apart: as for `layers.swiglu`.
+    apart: as for `products.dense_each`.
   """
   axes, rounded = ("batch", "seq", "heads", "head_dim"), None if apart else cfg.rounded
-  product = functools.partial(layers.dense, x, axes=axes, rounded=rounded)
-  q = product(weights["q"])
+  q = products.dense(x, weights["q"], axes, rounded=rounded)
   if cfg.attention.latent_dim is not None:
     return q, *_from_latent(weights, x, cfg, rounded), None
-  if apart:
-    k, v = (product(weights[name]) for name in "kv")
-  else:
-    kv = product(jnp.concatenate([weights["k"], weights["v"]], axis=-1))
-    k, v = jnp.split(kv, 2, axis=-1)
+  k, v = products.dense_each(x, [weights[name] for name in "kv"], axes, apart=apart, rounded=rounded)
   if cfg.attention.bias:
     q, k, v = (y + weights[f"{name}_bias"].astype(y.dtype) for name, y in (("q", q), ("k", k), ("v", v)))
   gate = None
@@ -295,17 +290,17 @@ def _from_latent(
   takes both as they are; `_out` leaves the zeros away.
   """
   said = cfg.attention
-  down = layers.dense(x, weights["kv_down"], ("batch", "seq", None), rounded=rounded)
+  down = products.dense(x, weights["kv_down"], ("batch", "seq", None), rounded=rounded)
   latent, shared = jnp.split(down, [len(weights["latent_norm"])], axis=-1)
   latent = layers.norm(latent, weights["latent_norm"], cfg, said.latent_norm_eps)
-  kv = layers.dense(latent, weights["kv_up"], ("batch", "seq", "heads", "head_dim"), rounded=rounded)
+  kv = products.dense(latent, weights["kv_up"], ("batch", "seq", "heads", "head_dim"), rounded=rounded)
   k, v = jnp.split(kv, [cfg.head_dim - said.shared_dim], axis=-1)
   if said.shared_dim:
     k = jnp.concatenate([k, layers.repeated(shared[:, :, None], said.num_heads)], axis=-1)
   return k, jnp.pad(v, ((0, 0),) * 3 + ((0, cfg.head_dim - cfg.value_dim),))
 
 
-def _rotate(x: jax.Array, at: jax.Array, cfg: ModelConfig) -> jax.Array:
+def _rotate(x: jax.Array, at: jax.Array | np.ndarray, cfg: ModelConfig) -> jax.Array:
   width = cfg.attention.rotary_dim
   turned = layers.rope(x[..., :width], at, cfg.attention.rope_theta, cfg.attention.rope_scaling)
   return turned if width is None else jnp.concatenate([turned, x[..., width:]], axis=-1)
@@ -323,13 +318,13 @@ def _out(
   [B, T, D].
 
   Args:
-    apart: as for `layers.swiglu`.
+    apart: as for `products.dense_each`.
   """
   out = out[..., : cfg.value_dim]
   if gate is not None:
     out = out * jax.nn.sigmoid(gate)
   rounded = None if apart else cfg.rounded
-  out = layers.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2, rounded=rounded)
+  out = products.dense(out, weights["o"], ("batch", "seq", "embed"), num_in=2, rounded=rounded)
   return out + weights["o_bias"].astype(out.dtype) if cfg.attention.out_bias else out
 
 

@@ -363,7 +363,7 @@ class ModelConfig:
 
   @property
   def rounded(self) -> str | None:
-    """The dtype to which products with weights round their operands (`layers.dense`); None: they do not."""
+    """The dtype to which products with weights round their operands (`products.dense`); None: they do not."""
     return None if self.matmul_dtype == "same" else self.matmul_dtype
 
   @property

@@ -16,7 +16,7 @@ from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_position
 from sleep_jax.train.recorder import Load, Recorder
 from sleep_jax.train.step import TrainState, shard
-from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compiling
+from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compile_step
 
 TRACED_SEQUENCES = 64  # held-out sequences on which the work of sleep is recorded at the end
 
@@ -102,9 +102,8 @@ class DeviceSteps(contextlib.nullcontext):
 
   def start(self, state: TrainState, clock: progress.Clock, report: Callable[[str], None]) -> None:
     """See `task.Steps`."""
-    with compiling("the step", clock, report):
-      traced = make_dispatch(self._cfg, self._task, self._one_step, self._segments)
-      self._dispatch = traced.lower(state).compile()
+    dispatch = make_dispatch(self._cfg, self._task, self._one_step, self._segments)
+    self._dispatch = compile_step(dispatch, (state,), "the step", clock, report)
 
   def __call__(self, state: TrainState) -> tuple[TrainState, Measured, list[Load]]:
     """See `task.Steps`."""

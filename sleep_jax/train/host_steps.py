@@ -21,7 +21,7 @@ from sleep_jax.data import batching
 from sleep_jax.runtime import progress
 from sleep_jax.scoring import by_group
 from sleep_jax.train.recorder import Load, Recorder
-from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compiling
+from sleep_jax.train.task import Measured, OneStep, Row, against_constant, compile_step
 
 AHEAD = 2  # batches on the device that no step has taken yet
 TRACED_SEQUENCES = 16  # held-out sequences on which the work of sleep is recorded at the end
@@ -214,9 +214,8 @@ class HostSteps:
     self._before = now
     if planned.bucket not in self._compiled:
       shape = f"the step for {segments[-1].start + segments[-1].length * segments[-1].count} tokens"
-      with compiling(shape, self._clock, self._report):
-        traced = jax.jit(lambda s, b: self._one_step(s, b, segments=segments), donate_argnums=0)
-        self._compiled[planned.bucket] = traced.lower(state, batch).compile()
+      step = jax.jit(lambda s, b: self._one_step(s, b, segments=segments), donate_argnums=0)
+      self._compiled[planned.bucket] = compile_step(step, (state, batch), shape, self._clock, self._report)
     state, measured = self._compiled[planned.bucket](state, batch)
     return state, jax.tree.map(lambda x: x[None], measured), [load]
 

@@ -18,7 +18,7 @@ from sleep_jax.data import batching
 from sleep_jax.runtime import progress
 from sleep_jax.train.host_steps import AHEAD, TRACED_SEQUENCES, Prefetch
 from sleep_jax.train.recorder import Load, Recorder
-from sleep_jax.train.task import Measured, OneStep, Row, compiling
+from sleep_jax.train.task import Measured, OneStep, Row, compile_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,8 @@ class RowSteps:
     self._clock, self._before = clock, clock.wall_s
     self._batches = Prefetch(self._made(int(state.step)), AHEAD)
     first, _ = self._placed(0)
-    with compiling("the step", clock, report):
-      traced = jax.jit(lambda s, b: self._one_step(s, b, segments=self._segments), donate_argnums=0)
-      self._compiled = traced.lower(state, first).compile()
+    step = jax.jit(lambda s, b: self._one_step(s, b, segments=self._segments), donate_argnums=0)
+    self._compiled = compile_step(step, (state, first), "the step", clock, report)
 
   def __call__(self, state: Any) -> tuple[Any, Measured, list[Load]]:
     """See `task.Steps`. Takes one step."""

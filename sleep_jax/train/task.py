@@ -4,16 +4,15 @@
 neither.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import jax
 
 from sleep_jax import model, windows
 from sleep_jax.config import Config
-from sleep_jax.runtime import progress, signals
+from sleep_jax.runtime import heap, progress, signals
 from sleep_jax.train.recorder import Load, Recorder
 
 Row = dict[str, Any]
@@ -83,14 +82,23 @@ class Task(Protocol):
     ...
 
 
-@contextlib.contextmanager
-def compiling(what: str, clock: progress.Clock, report: Callable[[str], None]) -> Iterator[None]:
-  """Says that something is compiled, and then how long it took; the clock stands meanwhile."""
+def compile_step(
+  step: jax.stages.Wrapped, args: tuple, what: str, clock: progress.Clock, report: Callable[[str], None]
+) -> jax.stages.Compiled:
+  """Compiles a step for its arguments, and says so before and behind; the clock stands meanwhile.
+
+  On a CPU the process from then on keeps the memory that such a step takes, if its command line asked for
+  that (`runtime.heap`).
+  """
   report(f"compiling {what} (usually 20 s, longer for large models)")
   begun = time.monotonic()
   with clock.paused(), signals.until(f"{what} is compiled"):
-    yield
+    compiled = step.lower(*args).compile()
   report(f"compiled {what} in {progress.duration(time.monotonic() - begun)}")
+  need = compiled.memory_analysis()
+  if need is not None and jax.default_backend() == "cpu":
+    heap.keep(need.temp_size_in_bytes)
+  return compiled
 
 
 def against_constant(row: Row) -> str:
