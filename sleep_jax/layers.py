@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def rope(
   if isinstance(positions, np.ndarray) and positions.size * half <= KNOWN_ANGLES:
     cos, sin = _known_angles(tuple(positions.tolist()), half, theta, scaling)
   else:
-    angles = _angles(jnp.asarray(positions), half, theta, scaling)
+    angles = jnp.asarray(positions).astype(jnp.float32)[:, None] * _frequencies(half, theta, scaling)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
   cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, d/2]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -90,33 +91,31 @@ def rope(
 KNOWN_ANGLES = 2**16  # 256 KiB: of more the program would grow
 
 
-def _angles(positions: jax.Array, half: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-  """[T, d/2] float32, radians."""
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if scaling is not None:
-    frequencies = scaled(frequencies, scaling)
-  return positions.astype(jnp.float32)[:, None] * frequencies
+def _frequencies(half: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+  """[d/2] float32, radians a token."""
+  plain = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
+  return plain if scaling is None else scaled(plain, scaling)
 
 
 @functools.lru_cache(maxsize=64)
 def _known_angles(
   positions: tuple[int, ...], half: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines of `_angles`, computed now and not by the program that is being traced."""
-  with jax.ensure_compile_time_eval():
-    angles = _angles(jnp.asarray(positions, jnp.int32), half, theta, scaling)
-    return np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
+  """Cosines and sines [T, d/2] float32; the angles are rounded as where the program computes them."""
+  angles = np.asarray(positions, np.float32)[:, None] * _frequencies(half, theta, scaling)
+  wide = angles.astype(np.float64)
+  return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
 
 
-def scaled(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-  """Frequencies of rotary angles, in radians a token, as `scaling` stretches them."""
+def scaled(frequencies: Any, scaling: RopeScaling) -> Any:
+  """Frequencies of rotary angles, in radians a token, as `scaling` stretches them; of JAX or of NumPy."""
   if scaling.kind == "none":
     return frequencies
   slow = frequencies / scaling.factor
   if scaling.kind == "linear":
     return slow
-  turns = scaling.original * frequencies / (2 * jnp.pi)
-  kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+  turns = scaling.original * frequencies / (2 * np.pi)
+  kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clip(0.0, 1.0)
   return kept * frequencies + (1 - kept) * slow
 
 
