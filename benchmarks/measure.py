@@ -7,10 +7,12 @@ a disturbance meets all of them; medians over the rounds are compared, and CPU t
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import connection
 from typing import Any
 
 import jax
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 from sleep_jax import config, train
 from sleep_jax.data import rule110
 from sleep_jax.experiments.configs import rule110 as presets
+from sleep_jax.runtime import heap
+from sleep_jax.runtime.files import RunFailedError
 
 # What is not timed is compiled in a quarter of the time, and computes the same.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -95,25 +99,91 @@ def interleave(
     rounds: turns of each; every round begins with another contender.
     least_s: a turn repeats its call until about so much time is filled, after one call that is not timed.
   """
-  calls = {name: max(1, math.ceil(least_s / _once(call))) for name, call in contenders.items()}
+  calls = {name: max(1, math.ceil(least_s / _timed(call, 1)[0])) for name, call in contenders.items()}
   wall: dict[str, list[float]] = {name: [] for name in contenders}
   cpu: dict[str, list[float]] = {name: [] for name in contenders}
   order = list(contenders)
   for i in range(rounds):
     for name in order[i % len(order) :] + order[: i % len(order)]:
       contenders[name]()
-      wall_0, cpu_0 = time.perf_counter(), time.process_time()
-      for _ in range(calls[name]):
-        contenders[name]()
-      wall[name].append((time.perf_counter() - wall_0) / calls[name])
-      cpu[name].append((time.process_time() - cpu_0) / calls[name])
+      spent = _timed(contenders[name], calls[name])
+      wall[name].append(spent[0])
+      cpu[name].append(spent[1])
   return {name: Times(tuple(wall[name]), tuple(cpu[name])) for name in contenders}
 
 
-def _once(call: Callable[[], Any]) -> float:
-  begin = time.perf_counter()
-  call()
-  return max(time.perf_counter() - begin, 1e-6)
+def _timed(call: Callable[[], Any], calls: int) -> tuple[float, float]:
+  """Wall and CPU seconds a call: of the process in which it is made."""
+  if isinstance(call, Elsewhere):
+    return call.timed(calls)
+  wall_0, cpu_0 = time.perf_counter(), time.process_time()
+  for _ in range(calls):
+    call()
+  return max((time.perf_counter() - wall_0) / calls, 1e-6), (time.process_time() - cpu_0) / calls
+
+
+class Elsewhere:
+  """A contender in a process of its own, whose heap no other one takes apart. It waits until it is called.
+
+  Args:
+    make: of a module; (*args) -> the call that is timed. It is called once in that process.
+    args: that can be pickled.
+
+  Raises:
+    RunFailedError: where that process fails, here or later.
+  """
+
+  def __init__(self, make: Callable[..., Callable[[], Any]], *args: Any):
+    context = multiprocessing.get_context("spawn")
+    self._pipe, theirs = context.Pipe()
+    self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+    self._process.start()
+    theirs.close()
+    self._answer()
+
+  def __call__(self) -> None:
+    """One call that nobody times."""
+    self.timed(1)
+
+  def timed(self, calls: int) -> tuple[float, float]:
+    """Wall and CPU seconds a call, of that process."""
+    self._pipe.send(calls)
+    return self._answer()
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.kill()
+    self._process.join()
+    self._pipe.close()
+
+  def _answer(self) -> Any:
+    try:
+      failed, answer = self._pipe.recv()
+    except EOFError:
+      self._process.join()
+      raise RunFailedError(f"a contender's process ended with code {self._process.exitcode}") from None
+    if failed:
+      raise RunFailedError(f"a contender failed: {answer}")
+    return answer
+
+
+def _serve(pipe: connection.Connection, make: Callable[..., Callable[[], Any]], args: tuple) -> None:
+  """What the process of `Elsewhere` does: it makes the call, then times as many as it is asked for.
+
+  It keeps the memory that it frees, whoever the contender is, as a process of an experiment does.
+  """
+  heap.share_arena()
+  heap.keep(0)
+  try:
+    call = make(*args)
+    call()
+    pipe.send((False, None))
+    while True:
+      pipe.send((False, _timed(call, pipe.recv())))
+  except EOFError:
+    return  # nobody asks any more
+  except Exception as e:
+    pipe.send((True, f"{type(e).__name__}: {e}"))
 
 
 def matrix_product(size: int) -> tuple[Callable[[], Any], float]:

@@ -122,11 +122,11 @@ def training_cases(given: Context) -> Cases:
     cfg, task = measure.rule110_config(
       preset, sleep={"num_passes": passes, "loops": "unroll"}, train={"batch_size": batch}
     )
-    steps, found = training.contenders(cfg, task, peers=given.peers, scan=False)
     product, work = measure.matrix_product(given.size.product)
-    times = measure.interleave(
-      steps | {training.PRODUCT: product}, given.size.rounds, least_s=given.size.turn_s
-    )
+    with training.contenders(cfg, task, peers=given.peers, scan=False) as (steps, found):
+      times = measure.interleave(
+        steps | {training.PRODUCT: product}, given.size.rounds, least_s=given.size.turn_s
+      )
     found_rows = training.table(cfg, task, times, work)
     ours = next(r for r in found_rows if r["model"] == training.OURS)
     worst = f"{max(found.values()):.0e}" if found else ""

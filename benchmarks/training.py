@@ -9,10 +9,11 @@ Nothing is timed before the PyTorch model was shown to compute the same loss, gr
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +41,6 @@ PRODUCT_SIZE = 2048
 def main(argv: Sequence[str] | None = None) -> int:
   args = _arguments(argv)
   threads = measure.pin(args.threads)
-  heap.share_arena()  # as the experiments do; all contenders of this process have it
   peers = args.peers and _have_peers()
   if peers:
     from sleep_jax.benchmarks import torch_model
@@ -55,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       sleep={"num_passes": num_passes, "loops": "unroll"},
       train={"batch_size": args.batch or BATCH[args.preset], "microbatches": args.microbatches},
     )
-    steps, found = contenders(
-      cfg, task, peers=peers, scan=args.scan, compiled=args.compile, rounded=args.rounded
-    )
-    differences.append(found)
     product, work = measure.matrix_product(args.product)
-    times = measure.interleave(steps | {PRODUCT: product}, args.rounds, least_s=args.turn)
+    chosen = {"peers": peers, "scan": args.scan, "compiled": args.compile, "rounded": args.rounded}
+    with contenders(cfg, task, **chosen) as (steps, found):
+      times = measure.interleave(steps | {PRODUCT: product}, args.rounds, least_s=args.turn)
+    differences.append(found)
     products.append(times[PRODUCT])
     rows += table(cfg, task, times, work)
   peak = min(t.median("wall") for t in products), min(t.median("cpu") for t in products)
@@ -90,6 +89,7 @@ NOTES = (
 )
 
 
+@contextlib.contextmanager
 def contenders(
   cfg: config.Config,
   task: train.DeviceTask,
@@ -98,8 +98,8 @@ def contenders(
   scan: bool = True,
   compiled: bool = False,
   rounded: bool = False,
-) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-  """One training step each, compiled and called once; and how far PyTorch's numbers are from ours.
+) -> Iterator[tuple[dict[str, Callable[[], Any]], dict[str, float]]]:
+  """One training step each, in a process of its own; and how far PyTorch's numbers are from ours.
 
   Args:
     peers: with the PyTorch model, which needs torch and transformers.
@@ -113,23 +113,25 @@ def contenders(
   """
   found = differences(cfg, task) if peers else {}
   require_equal(found)
-  steps = {OURS: _jax_step(cfg, task)}
+  makers: dict[str, tuple] = {OURS: (_jax_step, cfg, task)}
   if scan:
-    steps[SCANNED] = _jax_step(config.replace(cfg, sleep={"loops": "scan"}), task)
+    makers[SCANNED] = (_jax_step, config.replace(cfg, sleep={"loops": "scan"}), task)
   if rounded:
-    steps[ROUNDED] = _jax_step(config.replace(cfg, model={"matmul_dtype": "bfloat16"}), task)
-  if not peers:
-    return steps, found
-  chunks = {"window": None, "64": 64}
-  for name, chunk in chunks.items():
-    steps[f"PyTorch, chunk = {name}"] = _torch_step(cfg, task, chunk)
-  if compiled:
-    steps["PyTorch, compiled"] = _torch_step(cfg, task, None, compiled=True)
-  if rounded:
-    steps["PyTorch, autocast to bfloat16"] = _torch_step(cfg, task, None, rounded=True)
-  for step in steps.values():
-    step()
-  return steps, found
+    makers[ROUNDED] = (_jax_step, config.replace(cfg, model={"matmul_dtype": "bfloat16"}), task)
+  if peers:
+    makers |= {
+      "PyTorch, chunk = window": (_torch_step, cfg, task, None),
+      "PyTorch, chunk = 64": (_torch_step, cfg, task, 64),
+    }
+    if compiled:
+      makers["PyTorch, compiled"] = (_torch_step, cfg, task, None, True)
+    if rounded:
+      makers["PyTorch, autocast to bfloat16"] = (_torch_step, cfg, task, None, False, True)
+  with contextlib.ExitStack() as stack:
+    steps = {}
+    for name, (make, *args) in makers.items():
+      steps[name] = stack.enter_context(contextlib.closing(measure.Elsewhere(make, *args)))
+    yield steps, found
 
 
 def require_equal(found: dict[str, float]) -> None:
@@ -271,15 +273,15 @@ def _torch_step(
   cfg: config.Config,
   task: train.DeviceTask,
   chunk: int | None,
-  *,
   compiled: bool = False,
   rounded: bool = False,
 ) -> Callable[[], Any]:
-  """The PyTorch model as one would train it."""
+  """The PyTorch model as one would train it, on as many threads as this process has cores."""
   import torch
 
   from sleep_jax.benchmarks import torch_model
 
+  torch_model.set_up(measure.pin(None))
   net = torch_model.Model(cfg, task.layout, chunk)
   weights = torch_model.from_jax(model.init(cfg.model, jax.random.key(cfg.seed)))
   optimizer = torch_model.Optimizer(cfg, weights)

@@ -251,7 +251,7 @@ def _convolved(
     before = jnp.split(context, [fast.key_dim, 2 * fast.key_dim], axis=-1)
     (q, k, v), contexts = zip(*map(layers.short_conv, (q, k, v), _taps(weights, fast), before), strict=True)
     context = jnp.concatenate(contexts, axis=-1)
-  q, k, v = (jax.nn.silu(y) for y in (q, k, v))
+  q, k, v = (layers.silu(y) for y in (q, k, v))
   return layers.l2_normalize(q) * fast.key_dim**-0.5, layers.l2_normalize(k), v, context
 
 
@@ -301,7 +301,7 @@ def _through(weights: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Arra
 
 def _generated_taps(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
   """Taps of the dynamic convolution, one set a token: [B, T, H, V, c] in x's dtype."""
-  hidden = jax.nn.silu(products.dense(x, weights["conv_w1"], ("batch", "seq", None)))
+  hidden = layers.silu(products.dense(x, weights["conv_w1"], ("batch", "seq", None)))
   taps = products.dense(hidden, weights["conv_w2"], ("batch", "seq", "heads", "head_dim", None))
   return taps + weights["conv_b2"].astype(x.dtype)
 

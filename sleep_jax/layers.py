@@ -119,6 +119,29 @@ def scaled(frequencies: Any, scaling: RopeScaling) -> Any:
   return kept * frequencies + (1 - kept) * slow
 
 
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+  """x sigmoid(x), in x's dtype. The gradient holds x alone and computes the sigmoid again, in float32.
+
+  It takes that of -x: otherwise XLA would see that the forward pass has computed it, and would have written
+  it to memory.
+  """
+  return jax.nn.silu(x)
+
+
+def _silu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return jax.nn.silu(x), x
+
+
+def _silu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+  wide = x.astype(jnp.float32)
+  rest = jax.nn.sigmoid(-wide)
+  return ((dy.astype(jnp.float32) * (1 - rest) * (1 + wide * rest)).astype(x.dtype),)
+
+
+silu.defvjp(_silu_forward, _silu_backward)
+
+
 def swiglu(
   params: dict[str, jax.Array], x: jax.Array, *, apart: bool = False, rounded: str | None = None
 ) -> jax.Array:
@@ -132,7 +155,7 @@ def swiglu(
   gate, up = products.dense_each(x, both, ("batch", "seq", "mlp"), stacked=True, apart=apart, rounded=rounded)
   if "up_bias" in params:
     gate, up = (y + params[f"{name}_bias"].astype(y.dtype) for name, y in (("gate", gate), ("up", up)))
-  out = products.dense(jax.nn.silu(gate) * up, params["down"], ("batch", "seq", "embed"), rounded=rounded)
+  out = products.dense(silu(gate) * up, params["down"], ("batch", "seq", "embed"), rounded=rounded)
   return out + params["down_bias"].astype(out.dtype) if "down_bias" in params else out
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 
-from sleep_jax import config
+from sleep_jax import config, layers
 from sleep_jax.kernels.conv_gated_delta import conv_gated_delta
 from sleep_jax.kernels.delta import delta
 from sleep_jax.kernels.gated_delta import gated_delta
@@ -55,7 +55,7 @@ class Rule:
   decay: Literal["none", "head", "channel"] = "head"
   write: Literal["scalar", "channel"] = "scalar"
   conv: Literal["short", "dynamic"] = "short"
-  read_gate: Callable[[jax.Array], jax.Array] = jax.nn.silu
+  read_gate: Callable[[jax.Array], jax.Array] = layers.silu
   narrow_gate: bool = False
   gate_bias: bool = False
   fused: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)

@@ -107,6 +107,18 @@ class RopeTest(parameterized.TestCase):
 
 
 class ProductTest(parameterized.TestCase):
+  @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  def test_silu_and_its_gradient(self, dtype):
+    x = jnp.asarray(np.linspace(-30, 30, 121), dtype)
+    y, pull = jax.vjp(layers.silu, x)
+    exact = np.asarray(x, float)
+    sigmoid = 1 / (1 + np.exp(-exact))
+    tolerance = 2e-6 if dtype == jnp.float32 else 1e-2
+    hybrids.assert_near(y, exact * sigmoid, tolerance)
+    hybrids.assert_near(pull(jnp.ones_like(y))[0], sigmoid * (1 + exact * (1 - sigmoid)), tolerance)
+    self.assertEqual((y.dtype, pull(y)[0].dtype), (dtype, dtype))
+    self.assertEqual([leaf.shape for leaf in jax.tree.leaves(pull)], [x.shape])  # x is all that is held
+
   def test_swiglu(self):
     x = normal(2, 3, 4)
     p = {"gate": normal(4, 6, seed=1), "up": normal(4, 6, seed=2), "down": normal(6, 4)}

@@ -1,8 +1,10 @@
 """The benchmarks time what they say: the rival computes the same, tables hold what was measured."""
 
+import contextlib
 import csv
 import getpass
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -29,6 +31,7 @@ from sleep_jax.benchmarks import (
 from sleep_jax.cost import flops
 from sleep_jax.data import rule110
 from sleep_jax.pretrained.tokenizer import Tokenizer
+from sleep_jax.runtime.files import RunFailedError
 
 
 def small(num_passes=2, **changes):
@@ -113,6 +116,29 @@ class TorchModelTest(parameterized.TestCase):
       torch_model.check_config(cfg)
 
 
+def _sleeper(seconds):
+  return lambda: time.sleep(seconds)
+
+
+def _failing(how):
+  """A maker that fails as `how` says, at once or at the second call."""
+  calls = []
+
+  def fail():
+    if how.startswith("dies"):
+      os._exit(7)
+    raise ValueError("not today")
+
+  def call():
+    calls.append(how)
+    if len(calls) > 1:
+      fail()
+
+  if "later" not in how:
+    fail()
+  return call
+
+
 class MeasureTest(parameterized.TestCase):
   def test_turns(self):
     seen = []
@@ -124,6 +150,19 @@ class MeasureTest(parameterized.TestCase):
   def test_cpu_time_leaves_waiting_out(self):
     t = measure.interleave({"wait": lambda: time.sleep(0.02)}, 3, least_s=0.0)["wait"]
     assert t.least("wall") >= 0.02 > 2 * t.median("cpu")
+
+  def test_a_contender_in_a_process_of_its_own(self):
+    with contextlib.closing(measure.Elsewhere(_sleeper, 0.02)) as contender:
+      t = measure.interleave({"there": contender, "here": lambda: None}, 2, least_s=0.0)["there"]
+    assert t.least("wall") >= 0.02 > 2 * t.median("cpu")
+
+  @parameterized.parameters(("raises", "ValueError: not today"), ("dies", "ended with code 7"))
+  def test_a_contender_that_fails_is_a_failure(self, how, said):
+    with pytest.raises(RunFailedError, match=said):
+      measure.Elsewhere(_failing, how)
+    with contextlib.closing(measure.Elsewhere(_failing, f"{how} later")) as contender:
+      with pytest.raises(RunFailedError, match=said):
+        contender()
 
   def test_too_many_cores_is_the_users_mistake(self):
     with pytest.raises(config.ConfigError, match="--threads"):
