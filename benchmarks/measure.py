@@ -180,7 +180,7 @@ def _serve(pipe: connection.Connection, make: Callable[..., Callable[[], Any]], 
     pipe.send((False, None))
     while True:
       pipe.send((False, _timed(call, pipe.recv())))
-  except EOFError:
+  except (EOFError, BrokenPipeError):
     return  # nobody asks any more
   except Exception as e:
     pipe.send((True, f"{type(e).__name__}: {e}"))

@@ -12,8 +12,10 @@ import argparse
 import contextlib
 import importlib.util
 import math
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -111,7 +113,10 @@ def contenders(
   Raises:
     RunFailedError: if the two models do not compute the same.
   """
-  found = differences(cfg, task) if peers else {}
+  found = {}
+  if peers:  # in a process of its own, which gives back what both models take
+    with futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+      found = pool.submit(differences, cfg, task).result()
   require_equal(found)
   makers: dict[str, tuple] = {OURS: (_jax_step, cfg, task)}
   if scan:
