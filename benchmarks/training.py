@@ -44,10 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _arguments(argv)
   threads = measure.pin(args.threads)
   peers = args.peers and _have_peers()
-  if peers:
-    from sleep_jax.benchmarks import torch_model
-
-    torch_model.set_up(threads)
   facts = tables.machine(("jax", "jaxlib", *(("torch", "transformers") if peers else ())))
   rows, differences, products = [], [], []
   for num_passes in args.passes:
@@ -113,10 +109,7 @@ def contenders(
   Raises:
     RunFailedError: if the two models do not compute the same.
   """
-  found = {}
-  if peers:  # in a process of its own, which gives back what both models take
-    with futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-      found = pool.submit(differences, cfg, task).result()
+  found = compared(cfg, task) if peers else {}
   require_equal(found)
   makers: dict[str, tuple] = {OURS: (_jax_step, cfg, task)}
   if scan:
@@ -125,13 +118,13 @@ def contenders(
     makers[ROUNDED] = (_jax_step, config.replace(cfg, model={"matmul_dtype": "bfloat16"}), task)
   if peers:
     makers |= {
-      "PyTorch, chunk = window": (_torch_step, cfg, task, None),
-      "PyTorch, chunk = 64": (_torch_step, cfg, task, 64),
+      "PyTorch, chunk = window": (_torch_alone, cfg, task, None),
+      "PyTorch, chunk = 64": (_torch_alone, cfg, task, 64),
     }
     if compiled:
-      makers["PyTorch, compiled"] = (_torch_step, cfg, task, None, True)
+      makers["PyTorch, compiled"] = (_torch_alone, cfg, task, None, True)
     if rounded:
-      makers["PyTorch, autocast to bfloat16"] = (_torch_step, cfg, task, None, False, True)
+      makers["PyTorch, autocast to bfloat16"] = (_torch_alone, cfg, task, None, False, True)
   with contextlib.ExitStack() as stack:
     steps = {}
     for name, (make, *args) in makers.items():
@@ -144,6 +137,12 @@ def require_equal(found: dict[str, float]) -> None:
   wrong = {name: value for name, value in found.items() if not value <= TOLERANCE[name]}
   if wrong:
     raise RunFailedError(f"the PyTorch model differs from ours: {wrong}, tolerated is {TOLERANCE}")
+
+
+def compared(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:
+  """`differences`, found in a process of its own, which gives back what both models take."""
+  with futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    return pool.submit(differences, cfg, task).result()
 
 
 def differences(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:
@@ -274,6 +273,14 @@ def _jax_step(cfg: config.Config, task: train.DeviceTask) -> Callable[[], Any]:
   return step
 
 
+def _torch_alone(*args: Any) -> Callable[[], Any]:
+  """`_torch_step` in a process of its own: a thread for each of its cores, subnormal numbers are zero."""
+  from sleep_jax.benchmarks import torch_model
+
+  torch_model.set_up(measure.pin(None))
+  return _torch_step(*args)
+
+
 def _torch_step(
   cfg: config.Config,
   task: train.DeviceTask,
@@ -281,12 +288,11 @@ def _torch_step(
   compiled: bool = False,
   rounded: bool = False,
 ) -> Callable[[], Any]:
-  """The PyTorch model as one would train it, on as many threads as this process has cores."""
+  """The PyTorch model as one would train it."""
   import torch
 
   from sleep_jax.benchmarks import torch_model
 
-  torch_model.set_up(measure.pin(None))
   net = torch_model.Model(cfg, task.layout, chunk)
   weights = torch_model.from_jax(model.init(cfg.model, jax.random.key(cfg.seed)))
   optimizer = torch_model.Optimizer(cfg, weights)

@@ -39,7 +39,7 @@ def test_a_ratio_is_the_rival_s_time_over_ours():
 
 def test_a_training_step_that_differs_is_never_timed(monkeypatch, no_clock):
   wrong = {"loss": 1e-7, "grad_norm": 1e-7, "gradient": 0.5, "update": 1e-4}
-  monkeypatch.setattr(training, "differences", lambda cfg, task: wrong)
+  monkeypatch.setattr(training, "compared", lambda cfg, task: wrong)
   (line,) = report.collect(["training"], given(peers=True))
   assert line["state"].startswith("failed: the PyTorch model differs from ours")
   assert line["ours ms"] is None and line["ratio"] is None
