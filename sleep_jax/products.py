@@ -1,7 +1,7 @@
 """Products with weights: in which form they are fast, and their gradients.
 
-What is computed is the same on every platform; which of several products becomes one is not. The gradients are
-written by hand: there is reverse mode, also of itself, and no forward mode (`jax.jvp` is a TypeError).
+What is computed is the same on every platform; which of several products becomes one is not. The gradients
+are written by hand: there is reverse mode, also of itself, and no forward mode (`jax.jvp` is a TypeError).
 """
 
 import dataclasses
