@@ -7,6 +7,7 @@ for it again: a tenth to a quarter of the time of a step.
 
 import ctypes
 import os
+import pathlib
 import sys
 
 # Of mallopt(3): the number of each parameter, as its C header has it.
@@ -15,7 +16,7 @@ _NEVER = -1
 # Freed memory is not always found whole again: up to twice of what a step takes was held. Of this share of
 # the machine's memory twice can be afforded.
 SHARE = 0.25
-
+CONTAINER = pathlib.Path("/sys/fs/cgroup/memory.max")  # bytes, or "max"
 
 _DEFAULTS = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 * 1024}
 
@@ -57,11 +58,16 @@ def keep(size: int) -> bool:
 
 
 def _physical() -> int:
-  """Bytes of memory of this machine; 0 where the system does not tell."""
+  """Bytes of memory of this machine, or of the container if it has less; 0 where the system does not say."""
   try:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   except (AttributeError, ValueError, OSError):
     return 0
+  try:
+    limit = CONTAINER.read_text().strip()
+  except OSError:
+    return total
+  return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def _mallopt(parameter: int, value: int) -> bool:

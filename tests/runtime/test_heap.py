@@ -52,3 +52,13 @@ def test_elsewhere_nothing_happens(monkeypatch):
   monkeypatch.setattr(heap, "_largest", None)
   assert not heap.share_arena()
   assert not heap.keep(1)
+
+
+@pytest.mark.parametrize(("text", "bounded"), [("4096\n", True), ("max\n", False), (None, False)])
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch, text, bounded):
+  from sleep_jax.runtime import heap
+
+  monkeypatch.setattr(heap, "CONTAINER", tmp_path / "memory.max")
+  if text is not None:
+    heap.CONTAINER.write_text(text)
+  assert heap._physical() == (4096 if bounded else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
