@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -91,7 +92,8 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   """Compiles the step here, and reads its program.
 
   Returns:
-    `seconds` that tracing and compiling took; `level`, how much the compiler was told to optimize
+    `seconds` that tracing and compiling took, `cpu_seconds` of this process and `host_bytes`, the most memory
+    that it had; `level`, how much the compiler was told to optimize
     (`JAX_OPTIMIZATION_LEVEL`), None: nothing; and if the program fits, bytes a device of `weights`,
     `optimizer`, `batch and counters`, `temporary`, `program`; `on_host`, bytes a device that it keeps in the
     host's memory; and `collectives` a step, kind -> [count, bytes a device]. Otherwise `needed` and `had`,
@@ -107,7 +109,7 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
       found = read_exhausted(str(e))
       if found is None:
         raise
-      return {"seconds": time.monotonic() - begun, "level": _level(), **found}
+      return _spent(begun) | found
   memory = compiled.memory_analysis()
   parts = {"weights": state.params, "optimizer": (state.opt_state, state.average)}
   sizes = {name: shard_bytes(tree) for name, tree in parts.items()}
@@ -117,10 +119,19 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   sizes["temporary"] = memory.temp_size_in_bytes
   sizes["program"] = memory.generated_code_size_in_bytes
   moved = {kind: [n / count, size / count] for kind, (n, size) in hlo.collectives(compiled.as_text()).items()}
-  seconds, on_host = time.monotonic() - begun, memory.host_temp_size_in_bytes
+  found = {"bytes": sizes, "on_host": memory.host_temp_size_in_bytes, "collectives": moved}
+  return _spent(begun) | found
+
+
+def _spent(begun: float) -> dict[str, Any]:
+  """What compiling took; `begun`: when it began, by `time.monotonic`."""
+  usage = resource.getrusage(resource.RUSAGE_SELF)
   return {
-    "seconds": seconds, "level": _level(), "bytes": sizes, "on_host": on_host, "collectives": moved
-  }  # fmt: skip
+    "seconds": time.monotonic() - begun,
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    "host_bytes": 1024 * usage.ru_maxrss,
+    "level": _level(),
+  }
 
 
 def _level() -> str | None:

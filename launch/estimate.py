@@ -31,8 +31,8 @@ class Work:
   """What a step computes and moves, and the least time that this takes.
 
   Attributes:
-    useful: FLOPs of a step, without recomputation.
-    executed: with it.
+    useful: FLOPs of a step, without recomputation and pads.
+    executed: with both.
     seconds: limit -> the least seconds a step: `arithmetic`, `memory` (weights read for every pass of every
       part of the batch, and updated once), `links` (what the collectives of the compiled program move).
   """
@@ -108,7 +108,10 @@ def work(asked: Problem, row: Hardware, collectives: Mapping[str, Any] | None = 
   """
   cfg = asked.cfg
   model_axis = check_division(cfg.mesh, cfg.train, row)[1]
-  once = flops.per_sequence(asked.segments, cfg.model, cfg.sleep) * cfg.train.batch_size
+  useful, once = (
+    flops.per_sequence(segments, cfg.model, cfg.sleep) * cfg.train.batch_size
+    for segments in (asked.segments, asked.read)
+  )
   again = RECOMPUTED[cfg.sleep.remat]
   executed = once.train + once.asleep * again + once.awake * min(again, 1)
   reads = _reads(asked) * cfg.train.microbatches * (1 + BACKWARD / 2 + again) / model_axis
@@ -120,7 +123,7 @@ def work(asked: Problem, row: Hardware, collectives: Mapping[str, Any] | None = 
   if collectives is not None:
     moved = sum(size for _, size in collectives.values())
     seconds["links"] = moved * row.chip.devices / row.chip.link
-  return Work(once.train, executed, seconds)
+  return Work(useful.train, executed, seconds)
 
 
 def _reads(asked: Problem) -> float:
@@ -132,7 +135,7 @@ def _reads(asked: Problem) -> float:
   whole = params.count(model.declare(cfg.model))
   first, last = cfg.sleep.looped(len(kinds))
   total = 0.0
-  for segment in asked.segments:
+  for segment in asked.read:
     passes = sum(sizes) + (cfg.sleep.num_passes - 1) * sum(sizes[first:last])
     once = passes if segment.asleep else cfg.model.predict_passes * sum(sizes)
     total += segment.count * (once + (whole - sum(sizes) if segment.reads else 0))

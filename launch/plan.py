@@ -129,9 +129,8 @@ def main() -> int:
           cells.append((row, n, planner.plan(row, {"sleep.num_passes": n})))
         except ConfigError as e:
           cells.append((row, n, str(e)))
-    text = table(cells)
-    print(text)
-    _write(text, [_cell(*cell) for cell in cells])
+        _write(table(cells), [_cell(*cell) for cell in cells])  # each may take minutes: none is lost
+    print(table(cells))
     return cli.DONE
   (row,) = rows
   plan = planner.search(row) if SEARCH.value else planner.plan(row)

@@ -34,6 +34,8 @@ class Plan:
     bytes: the same by kind; empty where the compiler refused.
     on_host: bytes a device that lie in the host's memory (`sleep.remat` = `offload`).
     source: where that is from.
+    compiling: what compiling took, `seconds` by the clock, `cpu_seconds` and `host_bytes`, the most memory of
+      this machine. None: nothing was compiled.
     work: what a step costs.
     collectives: kind -> [times, bytes a device] a step. None: nothing was compiled.
     changes: of the config, by dotted key.
@@ -51,6 +53,7 @@ class Plan:
   bytes: dict[str, int]
   on_host: int
   source: str
+  compiling: dict[str, float] | None
   work: estimate.Work
   collectives: dict[str, Any] | None
   changes: dict[str, Any]
@@ -131,6 +134,7 @@ class Planner:
     changes = dict(changes or {})
     asked = self._read(changes)
     sizes, source, collectives = estimate.bytes_by_kind(asked, row), "counted from shapes", None
+    compiling: dict[str, float] | None = None
     needed: int | None = sum(sizes.values())
     on_host = estimate.bytes_on_host(asked, row)
     room = int(ROOM * row.device_memory)
@@ -143,7 +147,9 @@ class Planner:
         say(f"{row.name}: {e}; counted from shapes instead")
       else:
         level = f" at JAX_OPTIMIZATION_LEVEL={found['level']}" if found["level"] else ""
-        source = f"compiled in {found['seconds']:.0f} s{level}"
+        compiling = {name: found[name] for name in ("seconds", "cpu_seconds", "host_bytes")}
+        memory = gigabytes(found["host_bytes"])
+        source = f"compiled in {found['seconds']:.0f} s with {memory} of memory here{level}"
         sizes, collectives = found.get("bytes", {}), found.get("collectives")
         room = found.get("had", row.device_memory)
         needed = sum(sizes.values()) if sizes else found.get("needed")
@@ -162,6 +168,7 @@ class Planner:
       bytes=sizes,
       on_host=on_host,
       source=source,
+      compiling=compiling,
       work=estimate.work(asked, row, collectives),
       collectives=collectives,
       changes=changes,

@@ -37,6 +37,11 @@ class Problem:
   def segments(self) -> windows.Plan:
     return windows.plan(self.layout, self.cfg.model.window, self.cfg.sleep)
 
+  @property
+  def read(self) -> windows.Plan:
+    """The windows as the program reads them: under one loop all are of one length (`sleep_jax/flat.py`)."""
+    return windows.whole_windows(self.segments) if self.cfg.sleep.flat else self.segments
+
   def changed(self, **groups: Mapping[str, Any]) -> "Problem":
     """The same with other fields, by group.
 

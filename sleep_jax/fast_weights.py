@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sleep_jax import config, layers, params, products, sharding
 from sleep_jax.config import FastConfig, ModelConfig
-from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.common import dispatch, pads
 from sleep_jax.rules import RULES, Rule
 
 
@@ -181,7 +181,7 @@ def fast_weights(
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
     o, S, context = fused(qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel)
   else:
-    q, k, v, context = _convolved(weights, x, q, k, v, state, cfg, rule)
+    q, k, v, context = _convolved(weights, x, q, k, v, state, cfg, rule, valid)
     gates = _gates(weights, x, projected, fast, rule)
     o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
@@ -239,20 +239,33 @@ def _convolved(
   state: FastWeights,
   cfg: ModelConfig,
   rule: Rule,
+  valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-  """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution."""
+  """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution.
+
+  Pads in front of the tokens are not there for the convolution: the first token's has the context before it.
+  """
   fast = cfg.fast
   context = state.context
   if context is None:  # no convolution
     pass
   elif rule.conv == "dynamic":
+    context, v = _next_to(context, v, valid)
     v, context = layers.dynamic_conv(v, _generated_taps(weights, x), context)
   else:
-    before = jnp.split(context, [fast.key_dim, 2 * fast.key_dim], axis=-1)
+    split = jnp.split(context, [fast.key_dim, 2 * fast.key_dim], axis=-1)
+    before, (q, k, v) = zip(
+      *(_next_to(*pair, valid) for pair in zip(split, (q, k, v), strict=True)), strict=True
+    )
     (q, k, v), contexts = zip(*map(layers.short_conv, (q, k, v), _taps(weights, fast), before), strict=True)
     context = jnp.concatenate(contexts, axis=-1)
   q, k, v = (layers.silu(y) for y in (q, k, v))
   return layers.l2_normalize(q) * fast.key_dim**-0.5, layers.l2_normalize(k), v, context
+
+
+def _next_to(context: jax.Array, x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """`pads.next_to`, where there may be pads."""
+  return (context, x) if valid is None else pads.next_to(context, x, valid)
 
 
 def _gates(

@@ -1,8 +1,9 @@
-"""One loop over all passes over all windows of one length: each block is in the program once.
+"""One loop over all passes over all windows: each block is in the program once.
 
 With `sleep.loops` = `scan` the windows that are slept on and those that are read awake are programs of their
 own. Here what belongs to a window's first or last pass alone (embedding, prelude, coda, what is read) happens
-under a condition, and the passes are one loop. That compiles sooner.
+under a condition, and the passes are one loop. That compiles sooner. A shorter last window is padded on its
+left to the length of the others, which changes no number and costs the passes over the pads.
 
 With `sleep.remat` = `offload` what each pass began with is moved to the host's memory and fetched again on
 the way back, so that what a device keeps grows neither with the windows nor with the passes. JAX cannot move
@@ -73,7 +74,7 @@ def read(
   Args:
     parts: (state between windows, valid [B, L]) -> the parts of the sleep on a window that begins with it.
     embed: (tokens [B, L], valid) -> h [B, L, D].
-    segments: the first ones of a plan, all of windows of one length.
+    segments: a plan of windows of one length (`windows.whole_windows`).
     state: at the start of the sequences.
 
   Returns:

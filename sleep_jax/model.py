@@ -28,7 +28,7 @@ from sleep_jax import (
 )
 from sleep_jax.config import ModelConfig, SleepConfig, check_sleep
 from sleep_jax.sleep import loop, read_and_sleep, sleep
-from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan
+from sleep_jax.windows import Batch, Plan, Segment, answer_positions, check_plan, with_whole_windows
 
 Params = dict[str, Any]
 State = carry.State
@@ -310,13 +310,13 @@ def forward(
   check_plan(segments, sleep_cfg)
   arranged = arranged or arrange(weights, cfg, sleep_cfg)
   state = init_state(cfg, batch.inputs.shape[0], sleep_cfg)
-  logits: list[Any] = []
   if sleep_cfg.flat:
     check_sleep(sleep_cfg, cfg)
-    alike = tuple(s for s in segments if s.length == segments[0].length)  # but for a shorter last window
+    batch, segments = with_whole_windows(batch, segments)
     parts = lambda state, valid: consolidation.parts(weights, arranged, state, cfg, sleep_cfg, valid)  # noqa: E731
-    h, state = flat.read(parts, lambda *x: embed(weights, x[0], cfg, x[1]), batch, alike, state, sleep_cfg)
-    logits, segments = [logits_of(weights, h, cfg)], segments[len(alike) :]
+    h, state = flat.read(parts, lambda *x: embed(weights, x[0], cfg, x[1]), batch, segments, state, sleep_cfg)
+    return logits_of(weights, h, cfg), state
+  logits: list[Any] = []
   for segment in segments:
     state, out = _read_segment(weights, arranged, batch, state, segment, cfg, sleep_cfg)
     if segment.reads:

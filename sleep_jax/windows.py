@@ -1,12 +1,15 @@
 """Windows of a sequence: which are slept on and which answer. Planned before anything is traced."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from sleep_jax import sharding
 from sleep_jax.config import ConfigError, SleepConfig
 
 
@@ -88,17 +91,74 @@ def plan(layout: Sequence[bool] | np.ndarray, window: int, sleep_cfg: SleepConfi
   if not asked.any():
     raise ConfigError("loss_mask: no position has a loss, so there is nothing to learn")
   always = sleep_cfg is not None and sleep_cfg.when == "always" and sleep_cfg.num_passes > 1
-  segments: list[Segment] = []
+  segments = []
   for start in range(0, len(asked), window):
     part = asked[start : start + window]
     reads = tuple(int(i) for i in np.flatnonzero(part))
     asleep = start + window < len(asked) if always else not reads
-    last = segments[-1] if segments else None
-    if last and (last.length, last.reads, last.asleep) == (len(part), reads, asleep):
-      segments[-1] = dataclasses.replace(last, count=last.count + 1)
+    segments.append(Segment(start, len(part), 1, reads, asleep))
+  return _merged(segments)
+
+
+def _merged(segments: Iterable[Segment]) -> Plan:
+  """The same windows, with one segment for neighbours that are alike in all but their place."""
+  found: list[Segment] = []
+  for segment in segments:
+    last = found[-1] if found else segment
+    if found and dataclasses.replace(segment, start=last.start, count=last.count) == last:
+      found[-1] = dataclasses.replace(last, count=last.count + segment.count)
     else:
-      segments.append(Segment(start, len(part), 1, reads, asleep))
-  return tuple(segments)
+      found.append(segment)
+  return tuple(found)
+
+
+def whole_windows(segments: Plan) -> Plan:
+  """The plan where a shorter last window is padded on its left to the length of the others.
+
+  >>> whole_windows(plan([False] * 4 + [False, True], window=4))[-1]
+  Segment(start=4, length=4, count=1, reads=(3,), asleep=False)
+  """
+  *before, last = segments
+  missing = segments[0].length - last.length
+  reads = tuple(missing + i for i in last.reads)
+  return _merged((*before, dataclasses.replace(last, length=last.length + missing, reads=reads)))
+
+
+def with_whole_windows(batch: Batch, segments: Plan) -> tuple[Batch, Plan]:
+  """The batch as the plan `whole_windows` reads it.
+
+  Pads in front of a window's tokens are not there for the model, so all that it computes stays the same.
+
+  Args:
+    batch: B sequences of T tokens.
+    segments: for the same T.
+
+  Returns:
+    Both for T' >= T tokens, a multiple of the first window's length; as they are if they are so already.
+  """
+  last = segments[-1]
+  missing = segments[0].length - last.length
+  if not missing:
+    return batch, segments
+
+  def filled(x: jax.Array, value: Any) -> jax.Array:
+    """x [B, T] with `value`, a scalar or [B, 1], in front of the last window."""
+    pads = jnp.broadcast_to(jnp.asarray(value, x.dtype), (x.shape[0], missing))
+    parts = (x[:, : last.start], pads, x[:, last.start :])
+    return jnp.concatenate([sharding.constrain(part, ("batch", "seq")) for part in parts], axis=1)
+
+  begins = batch.begins
+  if begins is not None:  # what is said of the first token stands at the window's first place
+    begins = filled(begins, begins[:, last.start : last.start + 1])
+  valid = jnp.ones_like(batch.inputs, bool) if batch.valid is None else batch.valid
+  whole = Batch(
+    inputs=filled(batch.inputs, 0),
+    targets=filled(batch.targets, 0),
+    loss_mask=filled(batch.loss_mask, 0),
+    valid=filled(valid, False),
+    begins=begins,
+  )
+  return whole, whole_windows(segments)
 
 
 def check_plan(segments: Plan, sleep_cfg: SleepConfig) -> None:

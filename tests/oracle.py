@@ -82,10 +82,10 @@ def rms_norm(x: Array, weight: Array, eps: float = NORM_EPS) -> Array:
 
 
 def rope(x: Array, position: int, theta: float) -> Array:
-  """Rotates one head at one position, [B, hd]: channels (i, i + hd/2) by position * theta^(-2i/hd). [rope]"""
+  """Turns a head [..., hd] at one position: channels (i, i + hd/2) by position * theta^(-2i/hd). [rope]"""
   half = x.shape[-1] // 2
   angle = position * theta ** (-2.0 * np.arange(half) / x.shape[-1])
-  x1, x2 = x[:, :half], x[:, half:]
+  x1, x2 = x[..., :half], x[..., half:]
   return np.concatenate(
     [x1 * np.cos(angle) - x2 * np.sin(angle), x2 * np.cos(angle) + x1 * np.sin(angle)], axis=-1
   )
@@ -131,8 +131,10 @@ def short_convolution(x: Array, taps: Array, context: Array) -> tuple[Array, Arr
   """
   size, length = taps.shape[0], x.shape[1]
   seen = np.concatenate([context, x], axis=1)
-  y = [sum(taps[w] * seen[:, t + w] for w in range(size)) for t in range(length)]
-  return np.stack(y, axis=1), seen[:, length:]
+  y = np.zeros(x.shape, np.result_type(x, taps, context))
+  for t in range(length):
+    y[:, t] = sum(taps[w] * seen[:, t + w] for w in range(size))
+  return y, seen[:, length:]
 
 
 def fast_weights(
@@ -140,7 +142,8 @@ def fast_weights(
 ) -> tuple[Array, Array, Tree]:
   """The fast-weight layer, [B, L, D] -> [B, L, D], with S [B, H, K, V] and the convolutions' contexts. [gdn]
 
-  In this order: project; zero at pads; convolve (context: {"q", "k", "v"}, empty without convolution);
+  In this order: project; zero at pads; convolve (context: {"q", "k", "v"}, empty without convolution; pads
+  in front of a row's first token are no inputs of it);
   SiLU; l2-normalise q and k, q scaled by K^-1/2; run the rule; RMSNorm, gate, output projection.
   A pad (keep False) leaves S as it was and reads zero.
   """
@@ -149,7 +152,14 @@ def fast_weights(
   for name in ("q", "k", "v"):
     y = np.einsum("btd,dhw->bthw", x, p[name]) * keep[:, :, None, None]
     if f"{name}_conv" in p:
-      y, left[name] = short_convolution(y, p[f"{name}_conv"], context[name])
+      rows = []
+      for row in range(len(x)):
+        pads = int(np.argmax([*keep[row], True]))
+        out, after = short_convolution(
+          y[row : row + 1, pads:], p[f"{name}_conv"], context[name][row : row + 1]
+        )
+        rows.append((np.concatenate([np.zeros_like(y[row : row + 1, :pads]), out], axis=1), after))
+      y, left[name] = (np.concatenate(part) for part in zip(*rows, strict=True))
     streams[name] = silu(y)
   q, k, v = (streams[name] for name in ("q", "k", "v"))
   q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + L2_EPS) for y in (q, k))
@@ -247,7 +257,8 @@ def forward(
     inputs: tokens [B, T].
     loss_mask: [B, T], nonzero where a position is scored. Only its layout matters here.
     pattern: the mixer of each block, "attn" or a name in `oracle_rules.RULES`.
-    valid: [B, T], False at pads (meant for the left; elsewhere a pad is a zero to the convolution).
+    valid: [B, T], False at pads (meant for the left of a window's tokens; elsewhere a pad is a zero to the
+      convolution).
     qk_norm: None asks the parameters; a bool is checked against them.
     conv_context: "carry" or "reset" (zeros left of every window).
     looped: (first, last): in a sleep blocks [0, first) run once, [first, last) num_passes times and

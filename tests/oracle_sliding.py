@@ -1,7 +1,8 @@
 """Sleep under sliding eviction in plain NumPy: the judge of `sleep_jax.eviction` for any N.
 
 Nothing is ever shifted, cut or stacked here: a cache is the history of *all* tokens, a token sees those less
-than `window` positions back, and RoPE turns by absolute positions. Layers are those of `tests.oracle`.
+than `window` positions back, and RoPE turns by absolute positions. Pads have no position: the tokens of a row
+are counted. Layers are those of `tests.oracle`.
 """
 
 from collections.abc import Sequence
@@ -100,13 +101,14 @@ def _attention(
     q = x @ p["q"][:, j]
     if "q_norm" in p:
       q = oracle.rms_norm(q, p["q_norm"])
-    keys = np.stack([oracle.rope(k[:, s, i], s, theta) for s in range(k.shape[1])], axis=1)
-    read = []
-    for t in range(offset, k.shape[1]):
-      near = slice(max(t - window + 1, 0), t + 1)
-      scores = np.einsum("bd,bsd->bs", oracle.rope(q[:, t - offset], t, theta), keys[:, near])
-      scores = np.where(keep[:, near], scores / np.sqrt(q.shape[-1]), -1e300)
-      o = np.einsum("bs,bsd->bd", oracle.softmax(scores), v[:, near, i])
-      read.append(np.where(keep[:, t, None], o, 0))
-    out = out + np.stack(read, axis=1) @ p["o"][j]
+    read = np.zeros((*x.shape[:2], v.shape[-1]), np.result_type(q, k, v))
+    for row, real in enumerate(keep):
+      tokens = np.flatnonzero(real)
+      keys = [oracle.rope(k[row, s, i], at, theta) for at, s in enumerate(tokens)]
+      for at, t in enumerate(tokens):
+        if t >= offset:
+          near = slice(max(at - window + 1, 0), at + 1)
+          scores = np.stack(keys[near]) @ oracle.rope(q[row, t - offset], at, theta) / np.sqrt(q.shape[-1])
+          read[row, t - offset] = oracle.softmax(scores) @ v[row, tokens[near], i]
+    out = out + read @ p["o"][j]
   return out, (k, v)

@@ -201,7 +201,7 @@ class StateTest(parameterized.TestCase):
     none = np.zeros((2, LENGTH), bool)
     _, after = compiled(cfg)(weights, x, state, none)
     np.testing.assert_array_equal(after.S, state.S)
-    np.testing.assert_array_equal(after.context, 0)  # and to the convolution they are zeros
+    np.testing.assert_array_equal(after.context, state.context)
 
     valid = np.arange(LENGTH) >= np.array([[2], [5]])
     other = jnp.where(valid[..., None], x, 1e3 * x + 7)  # it does not matter what a pad is

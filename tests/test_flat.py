@@ -70,6 +70,21 @@ class NumbersTest(parameterized.TestCase):
     got, want = (hybrids.program(segments, cfg, how)(weights, batch) for how in (flat, plain))
     hybrids.assert_near(got, jax.tree.map(lambda x: np.asarray(x, float), want), NEAR)
 
+  @parameterized.parameters("hard", "sliding")
+  def test_a_shorter_last_window_is_in_the_same_loop(self, eviction):
+    """The program is no longer than that of whole windows, but for what puts the pads there."""
+    cfg = hybrids.model_config(PAIR, eviction=eviction)
+    sleep_cfg, weights = SleepConfig(num_passes=2, loops="flat"), hybrids.random_params(cfg)
+
+    def loops(length):
+      batch, layout = hybrids.random_batch(length, (length - 1,))
+      segments = windows.plan(layout, cfg.window)
+      traced = jax.make_jaxpr(lambda w: model.loss(w, batch, segments, cfg, sleep_cfg)[0])(weights)
+      return [eqn.params["length"] for eqn in traced.eqns if eqn.primitive.name == "scan"]
+
+    self.assertEqual(loops(14), [3 * 2 + 1])
+    self.assertEqual(loops(14), loops(16))
+
   @pytest.mark.slow
   def test_on_a_mesh_of_eight(self):
     cfg = hybrids.model_config(PAIR, embed_dim=16)
@@ -105,7 +120,10 @@ class NumbersTest(parameterized.TestCase):
 
 @pytest.mark.parametrize(("num_windows", "num_passes"), [(2, 1), (3, 4)])
 def test_of_every_pass_that_alone_is_kept_which_it_began_with(num_windows, num_passes):
-  """h, S as the window and as the pass found it, and the inputs of the window's convolutions."""
+  """h, S as the window and as the pass found it, and the inputs of the window's convolutions.
+
+  The last window, of two tokens, is read awake in one pass of the same loop.
+  """
   cfg, sleep_cfg = hybrids.model_config(PAIR), SleepConfig(num_passes=num_passes, remat="offload")
   batch, layout = hybrids.random_batch(4 * num_windows + 2, (4 * num_windows + 1,))
   segments, weights = windows.plan(layout, cfg.window), hybrids.random_params(cfg)
@@ -115,7 +133,7 @@ def test_of_every_pass_that_alone_is_kept_which_it_began_with(num_windows, num_p
 
   kept = jax.make_jaxpr(gradient)(weights).out_avals
   on_host = [x.shape for x in kept if x.memory_space == jax.memory.Space.Host]
-  steps, fast = num_windows * num_passes, jax.eval_shape(lambda: model.init_state(cfg, 2)).fast["0"]
+  steps, fast = num_windows * num_passes + 1, jax.eval_shape(lambda: model.init_state(cfg, 2)).fast["0"]
   begun = ((2, 4, hybrids.WIDTH), fast.S.shape, fast.S.shape, fast.context.shape)
   assert sorted(on_host) == sorted((steps, *shape) for shape in begun)
 

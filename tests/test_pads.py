@@ -78,6 +78,52 @@ def test_asleep_and_awake(pattern, eviction):
     np.testing.assert_array_equal(got[0]["embed"][PAD], 0)
 
 
+@pytest.mark.parametrize(
+  ("pattern", "eviction", "how"),
+  [
+    (("attn", "gdn"), "hard", {}),
+    (("attn", "jet"), "sliding", {"kept": "each"}),
+    *(
+      pytest.param(x, y, how, marks=pytest.mark.slow)
+      for x in (HEAD, CHANNEL)
+      for y in ("hard", "sliding")
+      for how in ({}, {"when": "always", "state": "reset"})
+    ),
+  ],
+)
+def test_pads_in_front_of_a_window_are_as_if_they_were_not_there(pattern, eviction, how):
+  """In any window, not only at the start: what came before stands next to the first token."""
+  cfg, sleep_cfg = model_config(pattern, eviction), config.SleepConfig(**({"num_passes": 2} | how))
+  tokens = np.random.default_rng(0).integers(0, PAD, (2, 10), dtype=np.int32)
+  scored = np.zeros((2, 10), np.float32)
+  scored[:, -2:] = 1
+  padded = lambda x, value: np.concatenate([x[:, :8], np.full((2, 2), value, x.dtype), x[:, 8:]], 1)  # noqa: E731
+  plain = windows.Batch(tokens, tokens, scored)
+  batch = windows.Batch(
+    padded(tokens, PAD), padded(tokens, 0), padded(scored, 0), padded(scored == scored, False)
+  )
+  weights = model.init(cfg, jax.random.key(0))
+
+  def run(batch):
+    segments = windows.plan(batch.loss_mask[0] > 0, cfg.window, sleep_cfg)
+
+    def loss(weights):
+      logits, state = model.forward(weights, batch, segments, cfg, sleep_cfg)
+      where = windows.answer_positions(segments)
+      nats = model.cross_entropy(logits, batch.targets[:, where], batch.loss_mask[:, where])
+      return nats + sum(jnp.sum(x**2) for x in jax.tree.leaves(state.fast)), (logits, state)
+
+    return hybrids.jit(jax.grad(loss, has_aux=True))(weights)
+
+  (want, (logits, state)), (got, (padded_logits, padded_state)) = run(plain), run(batch)
+  hybrids.assert_near((padded_logits, padded_state.fast), (logits, state.fast), 1e-5)
+  hybrids.assert_near(got, want, 1e-4)
+  seen = lambda kept: jax.tree.map(lambda x: jnp.where(kept.valid[..., None, None], x, 0), (kept.k, kept.v))  # noqa: E731
+  for i, kept in state.kept.items():
+    np.testing.assert_array_equal(padded_state.kept[i].valid, kept.valid)
+    hybrids.assert_near(seen(padded_state.kept[i]), seen(kept), 1e-5)
+
+
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_read_piece_by_piece(eviction):
   """A window that is open: its cache holds no pad."""

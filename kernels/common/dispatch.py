@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sleep_jax.kernels.common import target
+from sleep_jax.kernels.common import pads, target
 from sleep_jax.kernels.common.op import Function, Op
 
 # Implementations that can be named, by platform. kernels/README.md has what was measured.
@@ -153,16 +153,18 @@ def _without_pads(op: Op, run: Function) -> Function:
 
   Operands count as `op.at_pads` there, so S stays exactly as it was, and no gradient reaches them. o is 0
   there, so no gradient comes from there either: what the caller makes of a pad may be NaN, and NaN times 0
-  would be NaN.
+  would be NaN. What came before stands next to the first token.
   """
 
   def masked(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
     *operands, S, mask = arrays
-    kept = [
-      _where(mask, x, op.at_pads.get(name, 0)) if "T" in op.axes(name) else x
+    kept = {
+      name: _where(mask, x, op.at_pads.get(name, 0)) if "T" in op.axes(name) else x
       for name, x in zip(op.operands, operands, strict=True)
-    ]
-    o, S = run(*kept, S)
+    }
+    for name, before in op.before.items():
+      kept[before], kept[name] = pads.next_to(kept[before], kept[name], mask)
+    o, S = run(*kept.values(), S)
     return _where(mask, o, 0), S
 
   return masked

@@ -48,6 +48,8 @@ class Op:
     same_dtype: operand -> the operand whose dtype it shares.
     log_decay: the operand that is the log of a decay, at most 0. None: the op has none.
     at_pads: operand -> what it counts as at a pad. 0 where nothing is said.
+    before: operand of tokens -> the operand that holds the last tokens before it, whose axes but the second
+      are the same. Pads in front do not part the two.
     derived: the axes whose size follows from others'.
     step: the function for one token: the operands without the axis T, and S. None: the op has none.
 
@@ -62,6 +64,7 @@ class Op:
   same_dtype: Mapping[str, str] = dataclasses.field(default_factory=dict)
   log_decay: str | None = None
   at_pads: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  before: Mapping[str, str] = dataclasses.field(default_factory=dict)
   derived: Mapping[str, Derived] = dataclasses.field(default_factory=dict)
   step: Function | None = None
 
@@ -73,11 +76,13 @@ class Op:
         raise ValueError(f"{self.name}: {name} has axes [{', '.join(axes)}], needs B, T as the first two")
     log_decay = () if self.log_decay is None else (self.log_decay,)
     same_dtype = (*self.same_dtype, *self.same_dtype.values())
+    before = (*self.before, *self.before.values())
     for field, names in (
       ("float32", self.float32),
       ("same_dtype", same_dtype),
       ("log_decay", log_decay),
       ("at_pads", self.at_pads),
+      ("before", before),
     ):
       for name in names:
         if name not in self.operands:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sleep_jax.kernels.common import dispatch
+from sleep_jax.kernels.common import dispatch, pads
 from sleep_jax.kernels.conv_gated_delta.spec import SPEC
 
 
@@ -28,7 +28,7 @@ def conv_gated_delta(
       S <- exp(g) S;  S <- S + k (b (v - S^T k))^T;  o = S^T q
 
   "pallas_tpu_fused" does all of it in one kernel a direction. What it shares with the other rules stands in
-  `sleep_jax.kernels`: dtypes, mask, gradients, meshes, errors. At a pad x counts as 0.
+  `sleep_jax.kernels`: dtypes, mask, gradients, meshes, errors. At a pad behind a token x counts as 0.
 
   >>> import jax.numpy as jnp
   >>> x, taps, gate = jnp.ones((1, 5, 2, 12)), jnp.ones((4, 2, 12)), jnp.ones((1, 5, 2))
@@ -55,8 +55,6 @@ def conv_gated_delta(
   """
   arrays = (x, taps, context, a, b, A_log, dt_bias, S)
   o, S = dispatch.call(SPEC, *arrays, mask=mask, implementation=implementation)
-  kept = context.shape[1]
-  last = x[:, -kept:]
   if mask is not None:
-    last = jnp.where(mask[:, -kept:, None, None], last, 0)
-  return o, S, jnp.concatenate([context, last], 1)[:, -kept:]
+    context, x = pads.next_to(context, jnp.where(mask[..., None, None], x, 0), mask)
+  return o, S, jnp.concatenate([context, x], 1)[:, x.shape[1] :]

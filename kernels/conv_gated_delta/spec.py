@@ -24,6 +24,7 @@ SPEC = Op(
   float32=("taps", "a", "b", "A_log", "dt_bias"),
   same_dtype={"context": "x"},
   at_pads={"a": CLOSED, "b": CLOSED},
+  before={"x": "context"},
   implementations={
     "xla": "sleep_jax.kernels.conv_gated_delta.xla:conv_gated_delta",
     "reference": "sleep_jax.kernels.conv_gated_delta.reference:conv_gated_delta",

@@ -11,6 +11,7 @@ from sleep_jax import layers, params, products, sharding
 from sleep_jax.attention.blocked import MASKED
 from sleep_jax.attention.forms import allowed, attend
 from sleep_jax.config import ModelConfig
+from sleep_jax.kernels.common import pads
 
 
 @flax.struct.dataclass
@@ -159,13 +160,17 @@ def read_behind(
     rotated: as for `read_window`.
 
   Returns:
-    [B, T, D] in x's dtype, and what is kept after the window.
+    [B, T, D] in x's dtype, and what is kept after the window. Pads in front of the tokens do not part them
+    from what was kept: they count neither as places nor as keys.
   """
   batch, length, _ = x.shape
   q, k, v, gate = _project(weights, layers.without_pads(x, valid), cfg)
+  order = None if valid is None else _pads_first(pads.in_front(valid), cfg.window - 1, length)
   if valid is None:
     valid = sharding.constrain(jnp.ones((batch, length), bool), ("batch", "seq"))
   k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
+  if order is not None:
+    k, v, valid = (_reordered(y, *order) for y in (k, v, valid))
   kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
   at, keys_at = cfg.window - 1 + np.arange(length), np.arange(k.shape[1])
   if rotated:
@@ -173,6 +178,44 @@ def read_behind(
   reach = min(reach or cfg.window, cfg.window)
   out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
   return _out(weights, out, gate, cfg), kept
+
+
+def _pads_first(count: jax.Array, kept: int, length: int) -> tuple[jax.Array, jax.Array]:
+  """How rows of keys, kept ones and then a window's, are put with the window's first pads in front of all.
+
+  Args:
+    count: of those pads, [B] int32.
+    kept, length: rows that were kept, and of the window.
+
+  Returns:
+    The row that goes to each place, and the place that each row goes to: [B, kept + length] int32.
+  """
+  at, count = jnp.arange(kept + length), count[:, None]
+  moved = at < kept + count
+  return (
+    jnp.where(moved, jnp.where(at < count, at + kept, at - count), at),
+    jnp.where(moved, jnp.where(at < kept, at + count, at - kept), at),
+  )
+
+
+@jax.custom_vjp
+def _reordered(x: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
+  """x [B, S, ...] with row rows[b, s] at s. Its gradient takes rows too, where that of a gather adds."""
+  del places
+  return jnp.take_along_axis(x, jnp.expand_dims(rows, tuple(range(2, x.ndim))), axis=1)
+
+
+def _reordered_fwd(
+  x: jax.Array, rows: jax.Array, places: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  return _reordered(x, rows, places), (places, rows)
+
+
+def _reordered_bwd(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, None, None]:
+  return _reordered(g, *kept), None, None
+
+
+_reordered.defvjp(_reordered_fwd, _reordered_bwd)
 
 
 def decode(

@@ -38,8 +38,8 @@ class SleepConfig:
       neither with the windows nor with N (`sleep_jax/flat.py`, whatever `loops` says); on a CPU, which is its
       own host, all stays where it is.
     loops: `scan` compiles passes and windows once, `unroll` writes them out: same numbers, slower to
-      compile, faster to run on a CPU. `flat`: one loop over all passes over all windows but a shorter last
-      one, so that each block is compiled once (`sleep_jax/flat.py`).
+      compile, faster to run on a CPU. `flat`: one loop over all passes over all windows, a shorter last one
+      filled up with pads, so that each block is compiled once (`sleep_jax/flat.py`).
   """
 
   PATH: ClassVar[str] = "sleep"

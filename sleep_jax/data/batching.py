@@ -6,9 +6,9 @@ shorter. It alone is padded, on its left, to one of a few lengths.
     windows   prompt[0:L] | prompt[L:2L] | PAD ... rest of the prompt, answer[:-1], PAD to `answer_tokens`
 
 The last token of the prompt stands at a fixed place, `answer_tokens` from the end, and predicts the first
-token of the answer. A shorter answer has pads behind it, which count nowhere. If a regular cut would part
-the prompt's last token from its answer, the cut is made before that token instead, and the window before it
-is padded on its left.
+token of the answer. A shorter answer has pads behind it, which count nowhere; pads in front are as if they
+were not there. If a regular cut would part the prompt's last token from its answer, the cut is made before
+that token instead, and the window before it is padded on its left.
 
 Batches are made globally. The examples of `bucket_batches` batches form a group: they are sorted by length,
 cut into batches, and these are put in an order drawn from the seed. Every host computes the same plan and

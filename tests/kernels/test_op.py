@@ -103,6 +103,7 @@ def test_an_op_without_a_step_says_so():
     ({"float32": ("g",)}, "mine: float32 names 'g', the operands are q, v"),
     ({"log_decay": "g"}, "mine: log_decay names 'g', the operands are q, v"),
     ({"at_pads": {"mask": 0.0}}, "mine: at_pads names 'mask', the operands are q, v"),
+    ({"before": {"q": "context"}}, "mine: before names 'context', the operands are q, v"),
     ({"same_dtype": {"v": "x"}}, "mine: same_dtype names 'x', the operands are q, v"),
   ],
 )

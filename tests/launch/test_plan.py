@@ -86,6 +86,16 @@ def test_the_roofline():
   assert linked.limit == "links" and linked.least == pytest.approx(9e9 / 900e9)
 
 
+def test_pads_of_a_shorter_last_window_are_executed_and_not_useful():
+  """100 tokens in windows of 24: the last one has 4, which are filled up with pads where all is one loop."""
+  row, fig = find("v5e:1x1"), f"{RULE110}:fig2b"
+  scan, flat = (estimate.work(asked(fig, sleep__loops=loops), row) for loops in ("scan", "flat"))
+  assert scan.executed == scan.useful == flat.useful
+  whole = asked(fig, sleep__loops="flat").read
+  assert [s.length for s in whole] == [24, 24] and sum(s.count for s in whole) == 5
+  assert flat.executed == pytest.approx(scan.executed * 120 / 100, rel=0.05)
+
+
 def test_a_preset_for_a_checkpoint_is_planned_without_one():
   jet = asked(f"{GSM}:jet_2b")
   assert jet.cfg.model.blocks == jet_nemotron.config_2b().blocks
@@ -249,7 +259,9 @@ def test_how_much_the_compiler_optimized_is_told(level, monkeypatch):
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", level)
   plan = planning.Planner(TINY, values(), minutes=5).plan(find("v5e:1x1"))
   said = " at JAX_OPTIMIZATION_LEVEL=O1" if level else ""
-  assert re.fullmatch(rf"compiled in \d+ s{said}", plan.source)
+  assert re.fullmatch(rf"compiled in \d+ s with [\d.]+ GB of memory here{said}", plan.source)
+  assert plan.compiling["seconds"] > 0 and plan.compiling["cpu_seconds"] > 0
+  assert 0.1e9 < plan.compiling["host_bytes"] < 8e9
 
 
 @pytest.mark.aot
