@@ -8,6 +8,7 @@
     tiny   6 nodes in one window, k = 1 and 2, 2 layers, 1000 steps: about a minute. N = 2, seed 0 gave 99.6 %
            at k = 1 and 91.6 % at k = 2 (a guess: 16.7 %) after 51 CPU seconds of steps; k = 2 after the same
            tokens: 46.2 % with N = 1, 98.9 % with N = 4 (results/depo)
+    mini   12 nodes in one window, k = 1 to 4, 2 layers, 3000 steps. Not run to its end yet
     small  25 nodes in two windows, 4 layers, k up to 8; for one GPU and under an hour. Not run yet
     paper  75 nodes, T = 360, L = 75, 10 layers of Jet-Nemotron's architecture, D = 512 (68,424,256
            parameters), batch 128, 100 k steps; 1-2 H100-days a run in the paper. Not run yet; the paper:
@@ -32,7 +33,7 @@ from sleep_jax.data import depo
 from sleep_jax.experiments import cli
 
 EXPERIMENT = "sleep_jax.experiments.depo"
-PRESETS = ("smoke", "tiny", "small", "paper")
+PRESETS = ("smoke", "tiny", "mini", "small", "paper")
 JET = (*("jet",) * 5, "attn", "jet", "attn", "jet", "jet")  # after Jet-Nemotron's 28
 
 
@@ -55,7 +56,7 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     c.model.fast.update(num_heads=8, key_dim=64, value_dim=64)
     c.data.update(num_pairs=8, query_length=48)
     c.train.steps = 20_000
-  elif preset in ("tiny", "smoke"):
+  elif preset in ("tiny", "mini", "smoke"):
     c.data.update(max_nodes=6, mini_vocab=8, max_name=1, max_hops=2, test_hops=(1, 2), num_pairs=3)
     c.data.update(context_length=12, query_length=12, sizes="largest")
     c.model.update(embed_dim=64, mlp_dim=128, blocks=("attn", "gdn"), window=12)
@@ -64,7 +65,12 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     c.sleep.update(remat="none", loops="unroll", num_passes=2)
     c.optim.update(muon_lr=1e-2, adam_lr=1e-3, newton_schulz_dtype="float32", weight_decay=0.0)
     c.train.update(steps=1000, steps_per_dispatch=10, eval_every=100, save_every=500)
-    if preset == "smoke":
+    if preset == "mini":
+      c.data.update(max_nodes=12, mini_vocab=16, max_hops=4, test_hops=(1, 2, 4), num_pairs=6)
+      c.data.update(context_length=24, query_length=24)
+      c.model.window = 24
+      c.train.update(steps=3000, eval_every=250)
+    elif preset == "smoke":
       c.model.update(embed_dim=16, mlp_dim=32)
       c.model.attention.update(num_heads=2, head_dim=8)
       c.model.fast.update(key_dim=16, value_dim=16)

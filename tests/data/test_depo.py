@@ -12,6 +12,7 @@ from sleep_jax import windows
 from sleep_jax.config import ConfigError
 from sleep_jax.data import depo
 from sleep_jax.data.depo import DepoConfig
+from tests import hybrids
 from tests.data import depo_reader
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "depo_reference.jsonl"
@@ -19,7 +20,7 @@ SMALL = DepoConfig(
   max_nodes=6, mini_vocab=3, max_hops=8, test_hops=(1, 8), num_pairs=4, context_length=24, query_length=24
 )
 
-compiled = jax.jit(depo.batch, static_argnums=(0, 3, 4))
+compiled = hybrids.jit(depo.batch, static_argnums=(0, 3, 4))
 
 
 def draw(cfg, seed=0, size=64, step=0, hops=None):

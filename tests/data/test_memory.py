@@ -12,6 +12,7 @@ from sleep_jax import windows
 from sleep_jax.config import ConfigError
 from sleep_jax.data import memory
 from sleep_jax.data.memory import MemoryConfig, counting
+from tests import hybrids
 from tests.data import memory_reader as reader
 
 CONFIGS = {
@@ -36,9 +37,7 @@ CONFIGS = {
 }  # fmt: skip
 SIZE = 512
 
-SOON = {"xla_backend_optimization_level": 0}  # compiles sooner
-
-compiled = jax.jit(memory.batch, static_argnums=(0, 3, 4), compiler_options=SOON)
+compiled = hybrids.jit(memory.batch, static_argnums=(0, 3, 4))
 
 
 @functools.cache

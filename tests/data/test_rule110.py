@@ -16,6 +16,7 @@ from sleep_jax.data import rule110
 from sleep_jax.data.rule110 import ASK, Rule110Config
 from sleep_jax.experiments import rule110 as experiment
 from sleep_jax.experiments.configs import rule110 as presets
+from tests import hybrids
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "data" / "rule110_reference.jsonl"
 SMALL = Rule110Config(num_strings=3, num_cells=7, rollout_steps=2)
@@ -44,7 +45,7 @@ def unpacked(bits, num_cells):
   return ["".join(str(int(x) >> i & 1) for i in range(num_cells)) for x in bits]
 
 
-compiled = jax.jit(rule110.batch, static_argnums=(0, 3))
+compiled = hybrids.jit(rule110.batch, static_argnums=(0, 3))
 
 
 def draw(cfg, seed=0, size=16, step=0):
@@ -172,7 +173,7 @@ class StreamTest(parameterized.TestCase):
 
   def test_a_curriculum_asks_for_fewer_steps_of_the_same_strings(self):
     cfg = Rule110Config(num_strings=3, num_cells=7, rollout_steps=3, curriculum_steps=6)
-    lessons = jax.jit(rule110.lessons, static_argnums=(0, 3))
+    lessons = hybrids.jit(rule110.lessons, static_argnums=(0, 3))
     for step, t in enumerate([1, 1, 2, 2, 3, 3, 3, 3]):
       plain = Rule110Config(num_strings=3, num_cells=7, rollout_steps=t)
       got, want = lessons(cfg, jax.random.key(0), step, 16), draw(plain, step=step)
