@@ -96,12 +96,13 @@ def finish(panels: Sequence[Panel]) -> None:
   """Adds a legend for all panels, then each curve's name at its last point."""
   first = panels[0]
   drawing.legend(drawing.figure_of(first.axes), first.drawn, first.levels, HELD_OUT)
+  names = drawing.short_names(c for panel in panels for c in panel.drawn)
   for panel in panels:
     looks = drawing.styles(panel.drawn)
     labels.label_ends(
       panel.axes,
       [
-        (c.x[-1] / panel.scale, c.mean[-1], c.label, k["color"])
+        (c.x[-1] / panel.scale, c.mean[-1], names[c.label], k["color"])
         for c, k in zip(panel.drawn, looks, strict=True)
       ],
     )

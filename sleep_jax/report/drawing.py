@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ OTHER_COLOUR, OTHER_MARKER = "#8a2be2", "X"
 QUIET = "#6b6b6b"
 SIZE = 9.0  # points, of all text but titles
 BROKEN = (0, (4, 3))  # dashes of a baseline
+LONGEST = 32  # characters of a label at a curve's end
+CHARACTER = 0.068  # inches, of a text in 8 points
+MOST_LINES = 4  # of one explanation in a legend
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), "-.")
 
 
@@ -103,6 +107,22 @@ def styles(drawn: Sequence[Curve]) -> list[dict[str, Any]]:
   return [style(n) | {"linestyle": DASHES[passes[:i].count(n) % 4]} for i, n in enumerate(passes)]
 
 
+def short_names(drawn: Iterable[Curve]) -> dict[str, str]:
+  """What stands at the ends of curves, by their labels: the label, or N and a letter where it is too long.
+
+  `legend` says what the letters mean.
+  """
+  passes = {c.label: c.num_passes for c in drawn}
+  long = [label for label in passes if len(label) > LONGEST]
+  letters = {label: f"N = {passes[label]}, {_letter(i)}" for i, label in enumerate(long)}
+  return {label: letters.get(label, label) for label in passes}
+
+
+def _letter(i: int) -> str:
+  """A .. Z, AA, AB, ..."""
+  return (_letter(i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26)
+
+
 def draw_curve(axes: Axes, curve: Curve, scale: float, look: dict[str, Any]) -> None:
   """Draws the band of the interval, a thin line for each seed of several, and the mean over them."""
   x = [at / scale for at in curve.x]
@@ -136,7 +156,8 @@ def legend(
     levels: (text, dashes) of each baseline.
     held_out: what one seed's interval is over.
   """
-  drawn = list(drawn)
+  drawn, width = list(drawn), figure.get_figwidth()
+  names = short_names(drawn)
   several = [c for c in drawn if len(c.runs) > 1]
   entries: list[Any] = []
   if several:
@@ -148,7 +169,9 @@ def legend(
   single = [c for c in drawn if len(c.runs) == 1]
   if single:
     alone = (
-      "one seed" if not several else f"one seed only ({', '.join(dict.fromkeys(c.label for c in single))})"
+      "one seed"
+      if not several
+      else f"one seed only ({', '.join(dict.fromkeys(names[c.label] for c in single))})"
     )
     entries.append(Line2D([], [], color=QUIET, linewidth=2.0, label=alone))
   if any(c.has_interval for c in single):
@@ -156,16 +179,28 @@ def legend(
   entries += [
     Line2D([], [], color=QUIET, linewidth=1.1, linestyle=dashes, label=text) for text, dashes in levels
   ]
+  entries += [
+    Line2D([], [], linestyle="none", label=_explained(label, name, width))
+    for label, name in names.items()
+    if name != label
+  ]
   figure.legend(
     handles=entries, loc="outside lower center", fontsize=8, frameon=False,
-    ncols=_columns([entry.get_label() for entry in entries], figure.get_figwidth()),
+    ncols=_columns([entry.get_label() for entry in entries], width),
     handlelength=1.8, columnspacing=1.6,
   )  # fmt: skip
 
 
+def _explained(label: str, name: str, width: float) -> str:
+  """`A: head_dim 8, ...` in lines that fit a figure of `width` inches."""
+  said = f"{name.rpartition(', ')[2]}: {label.partition(', ')[2]}"
+  line = int((width - 0.8) / CHARACTER)
+  return textwrap.fill(said, line, max_lines=MOST_LINES, placeholder=" ... (all in the CSV file)")
+
+
 def _columns(texts: Sequence[str], width: float) -> int:
   """How many legend entries stand side by side in a figure of `width` inches: all, or else two, or one."""
-  widths = [0.068 * len(text) + 0.5 for text in texts]  # of a text in 8 points, and its line and gap
+  widths = [CHARACTER * max(map(len, text.splitlines())) + 0.5 for text in texts]  # and its line and gap
   if sum(widths) <= width:
     return len(texts)
   return 2 if 2 * max(widths) <= width else 1

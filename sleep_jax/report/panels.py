@@ -88,9 +88,7 @@ def draw(
             _row({column: group.value, "measure": measure.name, "series": baseline}, "baseline", value=level)
           )
       drawn_all += drawn
-      waiting.append(
-        (axes, [(c.x[-1], c.mean[-1], c.label, k["color"]) for c, k in zip(drawn, looks, strict=True)])
-      )
+      waiting.append((axes, drawn, looks))
     line[0].set_ylabel(measure.axis, fontsize=drawing.SIZE)
     line[0].set_ylim(bottom=0, top=measure.top)
   for group, axes in zip(groups, grid[0], strict=True):
@@ -98,8 +96,10 @@ def draw(
   for axes in grid[-1]:
     axes.set_xlabel("training steps", fontsize=drawing.SIZE)
   drawing.legend(figure, drawn_all, list(levels_all.items()), held_out)
-  for axes, ends in waiting:
+  names = drawing.short_names(drawn_all)
+  for axes, drawn, looks in waiting:
     axes.set_xlim(left=0)
+    ends = [(c.x[-1], c.mean[-1], names[c.label], k["color"]) for c, k in zip(drawn, looks, strict=True)]
     labels.label_ends(axes, ends)
   return Drawing(name, figure, f"{title}. At the end: {'; '.join(said)}.", rows)
 

@@ -45,6 +45,31 @@ def seeds(folder: Path, passes: int, points, shifts) -> None:
 # ---- curves --------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error")  # a layout that found no room is one
+def test_runs_that_differ_in_many_settings_get_letters_which_the_legend_explains(tmp_path):
+  many = {
+    "embed_dim": 16,
+    "mlp_dim": 32,
+    "window": 8,
+    "embed_std": 2.5,
+    "norm_eps": 1e-5,
+    "dtype": "bfloat16",
+  }
+  fake_runs.write(tmp_path / "a", 2, TWO)
+  fake_runs.write(tmp_path / "b", 2, ONE, **many)
+  fake_runs.write(tmp_path / "c", 4, FOUR)
+  drawing = accuracy.demo_curves(fake_runs.read(tmp_path / "*"))
+  written = drawing.save(tmp_path)
+  page = drawing.figure.bbox
+  ends = [text for axes in drawing.figure.axes for text in axes.texts]
+  assert sorted(text.get_text() for text in ends) == ["N = 2, A", "N = 2, B", "N = 4, C"]
+  assert all(0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= page.width for text in ends)
+  explained = [text for text in legend(drawing) if text[:3] in ("A: ", "B: ", "C: ")]
+  assert len(explained) == 3 and sum("embed_dim 16" in " ".join(text.split()) for text in explained) == 1
+  assert max(len(line) for text in explained for line in text.splitlines()) < 120
+  assert "N = 2, dtype half, embed_dim 16" in written[2].read_text()  # rows keep all of a label
+
+
 def test_one_seed_is_drawn_as_measured(tmp_path):
   fake_runs.write(tmp_path / "n1", 1, ONE)
   fake_runs.write(tmp_path / "n4", 4, FOUR, per_eval={"low": None})
