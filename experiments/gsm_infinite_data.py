@@ -127,7 +127,8 @@ def report(cfg: GsmInfiniteConfig, seen: Seen) -> str:
         table, found = comparison.against_readings(seen.readings, by)
         parts += [f"## With noise, by {by}: ours / the original's", table, comparison.verdict(found)]
     table, found = comparison.against_facts(seen.readings)
-    parts += ["## The core: ours / the original's", table, comparison.verdict(found)]
+    few = f"Not compared: fewer than {comparison.LEAST} problems of each kind whose original was measured."
+    parts += ["## The core: ours / the original's", *([table, comparison.verdict(found)] if found else [few])]
   return "\n\n".join(parts)
 
 

@@ -280,6 +280,7 @@ def test_a_data_set_on_disk(tmp_path):
 
   done = run(f"--workdir={tmp_path / 'set'}")
   assert done.returncode == 0, done.stderr
+  assert "Not compared: fewer than" in done.stdout and "0 comparisons" not in done.stdout
   manifest = json.loads((tmp_path / "set" / "manifest.json").read_text(encoding="utf-8"))
   assert manifest["texts_in_train_and_held_out"] == 0
   for row in manifest["files"]:

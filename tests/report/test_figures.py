@@ -67,7 +67,7 @@ def test_runs_that_differ_in_many_settings_get_letters_which_the_legend_explains
   explained = [text for text in legend(drawing) if text[:3] in ("A: ", "B: ", "C: ")]
   assert len(explained) == 3 and sum("embed_dim 16" in " ".join(text.split()) for text in explained) == 1
   assert max(len(line) for text in explained for line in text.splitlines()) < 120
-  assert "N = 2, dtype half, embed_dim 16" in written[2].read_text()  # rows keep all of a label
+  assert "N = 2, dtype bfloat16, embed_dim 16" in written[2].read_text()  # rows keep all of a label
 
 
 def test_one_seed_is_drawn_as_measured(tmp_path):
