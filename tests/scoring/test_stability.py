@@ -1,6 +1,7 @@
 """The growth of a gradient against finite differences, and the perturbed loss against the model's own."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,18 +49,24 @@ def test_without_a_perturbation_the_loss_is_the_models(how, loop_norm):
   cfg, weights, batch, segments = setting(loop_norm=loop_norm)
   sleep_cfg = SleepConfig(num_passes=3, **how)
   run = hybrids.jit(lambda z: stability.perturbed_loss(weights, z, batch, segments, cfg, sleep_cfg))
-  want, _, _ = hybrids.program(segments, cfg, sleep_cfg)(weights, batch)
-  np.testing.assert_allclose(run(zeros(cfg, batch, sleep_cfg)), want, rtol=1e-5)
+  plain = hybrids.jit(lambda batch: model.loss(weights, batch, segments, cfg, sleep_cfg)[0])
+  np.testing.assert_allclose(run(zeros(cfg, batch, sleep_cfg)), plain(batch), rtol=1e-5)
+
+
+@functools.cache
+def measured():
+  """A model with a state of two numbers a head, one row, how it sleeps, and the growth of its gradient."""
+  cfg, weights, batch, segments = setting(("gdn",), fast={"num_heads": 1, "key_dim": 2, "value_dim": 2})
+  batch = jax.tree.map(lambda x: x[:1], dataclasses.replace(batch, valid=None))
+  case = (cfg, weights, batch, segments, SleepConfig(num_passes=2))
+  return *case, stability.gradient_growth(weights, batch, segments, cfg, case[-1])
 
 
 def test_norms_are_those_of_finite_differences():
-  """Of a state of two numbers a head and one row, entry by entry."""
-  cfg, weights, batch, segments = setting(("gdn",), fast={"num_heads": 1, "key_dim": 2, "value_dim": 2})
-  batch = jax.tree.map(lambda x: x[:1], dataclasses.replace(batch, valid=None))
-  sleep_cfg = SleepConfig(num_passes=2)
+  """Entry by entry."""
+  cfg, weights, batch, segments, sleep_cfg, growth = measured()
   run = hybrids.jit(lambda z: stability.perturbed_loss(weights, z, batch, segments, cfg, sleep_cfg))
   (by_window, by_pass), step = zeros(cfg, batch, sleep_cfg), 3e-2
-  growth = stability.gradient_growth(weights, batch, segments, cfg, sleep_cfg)
   for window in range(2):
     for n in range(2):
       slopes = []
@@ -80,12 +87,10 @@ def test_factors_are_geometric_means_on_the_way_back():
 
 
 def test_the_total_is_the_norm_of_the_loss_gradient():
-  cfg, weights, batch, segments = setting()
-  sleep_cfg = SleepConfig(num_passes=2)
+  cfg, weights, batch, segments, sleep_cfg, growth = measured()
   _, grads, _ = hybrids.program(segments, cfg, sleep_cfg)(weights, batch)
   want = np.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in jax.tree.leaves(grads)))
-  got = stability.gradient_growth(weights, batch, segments, cfg, sleep_cfg).total
-  np.testing.assert_allclose(got, want, rtol=1e-4)
+  np.testing.assert_allclose(growth.total, want, rtol=1e-4)
 
 
 def test_what_cannot_be_measured_is_refused():
