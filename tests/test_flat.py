@@ -61,9 +61,9 @@ class NumbersTest(parameterized.TestCase):
     plain = SleepConfig(**({"num_passes": 3} | how))
     scored = range(14) if plain.when == "always" else (9, 13)
     batch, layout = hybrids.random_batch(14, scored, pads=(0, 5))
-    if plain.when == "always":  # the second row's third window begins another text
+    if plain.when == "always":  # another text begins: in the first row's last window, in the second's third
       begins = np.zeros((2, 14), bool)
-      begins[1, 8] = True
+      begins[0, 12] = begins[1, 8] = True
       batch = dataclasses.replace(batch, begins=begins)
     segments, weights = windows.plan(layout, cfg.window, plain), hybrids.random_params(cfg)
     flat = dataclasses.replace(plain, **flat)
