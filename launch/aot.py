@@ -1,7 +1,8 @@
-"""Compiles the training step for a TPU slice that is not here, in a process of its own.
+"""Compiles the training step for a TPU slice or GPUs that are not here, in a process of its own.
 
-libtpu has the TPU's compiler and runs it on a CPU (`requirements/aot.txt`, `make test-aot`). A compiler
-cannot be interrupted, a process can: that is how `compile_step` keeps to its time.
+libtpu has the TPU's compiler and runs it on a CPU; JAX's CUDA plugin and ptxas have the GPU's
+(`requirements/aot.txt`, `make test-aot`). A compiler cannot be interrupted, a process can: that is how
+`compile_step` keeps to its time.
 """
 
 import functools
@@ -24,8 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 import sleep_jax
 from sleep_jax import sharding, train, windows
+from sleep_jax.kernels.measure import gpu_target
 from sleep_jax.launch import hlo, problem
-from sleep_jax.launch.hardware import GIB, Hardware, find
+from sleep_jax.launch.hardware import GIB, HOPPER, Hardware, find
 
 MODULE = "sleep_jax.launch.aot"
 NO_COMPILER = (
@@ -40,24 +42,27 @@ class CompileError(Exception):
   """The step was not compiled: the compiler refused it, or took too long."""
 
 
-def available() -> bool:
-  """Whether this machine can compile for a TPU."""
-  return importlib.util.find_spec("libtpu") is not None
+def available(platform: str = "tpu") -> bool:
+  """Whether this machine can compile for TPUs or, on platform `gpu`, for those GPUs that have an `aot`."""
+  return importlib.util.find_spec("libtpu") is not None if platform == "tpu" else gpu_target.available()
 
 
 def devices(row: Hardware) -> Sequence[Any]:
-  """The devices of a TPU slice, for a mesh to compile on; none of them can run anything."""
+  """The devices of some hardware, for a mesh to compile on; none of them can run anything."""
   for name, value in QUIET.items():
     os.environ.setdefault(name, value)
+  if row.chip.platform == "gpu":
+    chip = gpu_target.hopper(HOPPER[row.chip.name], int(row.chip.memory), int(row.chip.bandwidth))
+    return topologies.get_topology_desc(platform="cuda", target_config=chip, topology=row.aot).devices
   return topologies.get_topology_desc(platform="tpu", topology_name=row.name).devices
 
 
 def compile_step(path: str, values: Mapping[str, Any], row: Hardware, *, minutes: float) -> dict[str, Any]:
-  """Compiles the step of a run for TPUs, in a process of its own.
+  """Compiles the step of a run for hardware that has an `aot`, in a process of its own.
 
   Args:
     path, values: as of `problem.read`; JSON can hold the values.
-    row: a TPU slice.
+    row: the hardware.
     minutes: after which the compiler is stopped.
 
   Returns:
@@ -69,6 +74,8 @@ def compile_step(path: str, values: Mapping[str, Any], row: Hardware, *, minutes
   quiet = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
   root = str(Path(sleep_jax.__file__).parents[1])  # from where `sleep_jax` is found, wherever we were called
   search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+  if row.chip.platform == "gpu" and (ptxas := gpu_target.ptxas()) is not None:
+    quiet["PATH"] = f"{ptxas.parent}{os.pathsep}{os.environ.get('PATH', '')}"
   request = json.dumps({"path": path, "values": values, "hardware": row.name})
   try:
     done = subprocess.run(
@@ -104,7 +111,7 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   with jax.set_mesh(sharding.make_mesh(cfg.mesh, list(devices(row)))):
     lowered, state = lower(asked)
     try:
-      compiled = lowered.compile()
+      compiled = lowered.compile(gpu_target.OPTIONS if row.chip.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as e:
       found = read_exhausted(str(e))
       if found is None:

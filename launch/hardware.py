@@ -148,6 +148,8 @@ CHIPS = {
   )
 }
 
+HOPPER = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}  # and `device_kind`
+
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 NODES = ("1", "8", "2x8", "4x8", "8x8", "16x8", "32x8")
@@ -209,8 +211,10 @@ class Hardware:
 
   @property
   def aot(self) -> str | None:
-    """Name of the topology for JAX's compiler without a device; None: there is no such compiler."""
-    return self.name if self.chip.platform == "tpu" else None
+    """Name of the topology for JAX's compiler without a device; None: the compiler does not know the chip."""
+    if self.chip.platform == "tpu":
+      return self.name
+    return f"1x{self.hosts}x{self.chips_per_host}" if self.chip.name in HOPPER else None
 
 
 def names() -> list[str]:
@@ -266,8 +270,7 @@ _KINDS = {  # `jax.Device.device_kind` -> the chip, of whose JAX devices it is o
   "TPU v5": "v5p",
   "TPU v5p": "v5p",
   "TPU v6 lite": "v6e",
-  "NVIDIA H100 80GB HBM3": "h100",
-  "NVIDIA H200": "h200",
+  **{kind: chip for chip, kind in HOPPER.items()},
   "NVIDIA B200": "b200",
 }
 

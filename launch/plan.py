@@ -5,10 +5,10 @@
     python -m launch.plan --config=experiments/configs/rule110.py:fig2b --hardware=v5e:2x2,h200:8 \\
       --table --passes=1,4 --out=work/plan
 
-For a TPU the training step itself is compiled, where libtpu is installed; otherwise, and for GPUs, all is
-counted from shapes. Times are a roofline: no hardware is faster; a run usually gets less (--efficiency).
---search tries other microbatches, remat and meshes until one fits. Exit code: 0 it fits, 1 it does not, 2 a
-mistake, or nothing that was tried fits.
+For a TPU, an H100 or an H200 the training step itself is compiled, where the compiler is installed; otherwise
+all is counted from shapes. Times are a roofline: no hardware is faster; a run usually gets less
+(--efficiency). --search tries other microbatches, remat and meshes until one fits. Exit code: 0 it fits,
+1 it does not, 2 a mistake, or nothing that was tried fits.
 """
 
 import json
@@ -119,7 +119,7 @@ def main() -> int:
   jax.config.update("jax_platforms", "cpu")
   planner = planning.Planner(CONFIG.path, values, minutes=None if SHAPES.value else MINUTES.value)
   planner.check_possible()
-  if not aot.available() and not SHAPES.value and any(row.aot for row in rows):
+  if not (aot.available() or SHAPES.value) and any(row.chip.platform == "tpu" for row in rows):
     planning.say(aot.NO_COMPILER)
   if TABLE.value:
     cells: list[tuple[Hardware, int, planning.Plan | str]] = []

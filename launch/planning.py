@@ -140,7 +140,7 @@ class Planner:
     room = int(ROOM * row.device_memory)
     fits = needed <= room
     least = need.total(asked.cfg, asked.tokens) / row.devices
-    if row.aot and self._minutes is not None and aot.available() and least <= row.device_memory:
+    if self._minutes is not None and _compiler(row) and least <= row.device_memory:
       try:
         found = aot.compile_step(self._path, self._nested(changes), row, minutes=self._minutes)
       except aot.CompileError as e:
@@ -151,7 +151,8 @@ class Planner:
         memory = gigabytes(found["host_bytes"])
         source = f"compiled in {found['seconds']:.0f} s with {memory} of memory here{level}"
         sizes, collectives = found.get("bytes", {}), found.get("collectives")
-        room = found.get("had", row.device_memory)
+        if row.chip.platform == "tpu":  # a GPU's compiler refuses nothing, and knows no scratch memory
+          room = found.get("had", row.device_memory)
         needed = sum(sizes.values()) if sizes else found.get("needed")
         on_host = found.get("on_host", on_host)
         fits = bool(sizes) and needed <= room
@@ -249,6 +250,11 @@ def _changes(cfg: Config, row: Hardware) -> Iterator[dict[str, Any]]:
         "train.microbatches": (parts, cfg.train.microbatches),
       }
       yield {name: new for name, (new, old) in wanted.items() if new != old}
+
+
+def _compiler(row: Hardware) -> bool:
+  """Whether the step can be compiled for the hardware here."""
+  return row.aot is not None and aot.available(row.chip.platform)
 
 
 def gigabytes(size: float) -> str:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from sleep_jax import attention
 from sleep_jax.attention import cudnn, splash
-from sleep_jax.kernels.measure import static_gpu, static_tpu
+from sleep_jax.kernels.measure import gpu_target, static_tpu
 from sleep_jax.launch import aot
 from tests import test_attention_forms as forms
 from tests.kernels import test_target
@@ -143,7 +143,7 @@ def test_cudnn_is_compiled_for_an_h200(with_cudnn, padded, monkeypatch):
   pytest.importorskip("jax_cuda13_plugin")
   (ptxas, *_) = (path for root in sys.path for path in Path(root).glob("nvidia/cu*/bin/ptxas"))
   monkeypatch.setenv("PATH", f"{ptxas.parent}{os.pathsep}{os.environ['PATH']}")
-  topology = topologies.get_topology_desc(platform="cuda", target_config=static_gpu.H200, topology="1x1x1")
+  topology = topologies.get_topology_desc(platform="cuda", target_config=gpu_target.H200, topology="1x1x1")
   arrays = structs((2, 1024, 1024, 4, 2, 64), sharding=SingleDeviceSharding(topology.devices[0]))
   run = jax.jit(program(cudnn.cudnn, reach=None, padded=padded))
   lowered = run.trace(*arrays).lower(lowering_platforms=("cuda",))

@@ -12,7 +12,6 @@ import argparse
 import csv
 import dataclasses
 import datetime
-import importlib.util
 import json
 import os
 import re
@@ -27,23 +26,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from sleep_jax.kernels.gated_delta import pallas_gpu
-from sleep_jax.kernels.measure import bench, flags, gpu_check, processes, results
+from sleep_jax.kernels.measure import bench, flags, gpu_check, gpu_target, processes, results
 
 TABLE = Path(__file__).parents[1] / "results" / "gpu_static"
 MODULE = "sleep_jax.kernels.measure.static_gpu"
 MARGIN = 1.1  # another ptxas may need a few registers more
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
-"""
 
 
 class CompilerMissingError(Exception):
@@ -108,8 +95,8 @@ def measure(*, memory: bool = True) -> tuple[list[Kernel], list[Memory]]:
     CompilerMissingError: if there is no CUDA plugin or no ptxas.
     RuntimeError: if a program does not compile.
   """
-  ptxas = next((p for p in sys.path for p in Path(p).glob("nvidia/cu*/bin/ptxas")), None)
-  if ptxas is None or importlib.util.find_spec("jax_cuda13_plugin") is None:
+  ptxas = gpu_target.ptxas()
+  if ptxas is None or not gpu_target.available():
     raise CompilerMissingError("needs the CUDA plugin and ptxas: requirements/aot.txt (`make test-aot`)")
   with tempfile.TemporaryDirectory() as folder:
     environment = {name: x for name, x in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
@@ -128,7 +115,7 @@ def measure(*, memory: bool = True) -> tuple[list[Kernel], list[Memory]]:
 
 def compile_here(folder: Path, memory: bool) -> None:
   """The child process: compiles, reads the dumps and writes report.json into `folder`."""
-  topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+  topology = topologies.get_topology_desc(platform="cuda", target_config=gpu_target.H200, topology="1x1x1")
   place = SingleDeviceSharding(topology.devices[0])
   jax.default_backend = lambda: "gpu"  # the XLA form plans for the backend that it believes to run on
 
@@ -139,7 +126,7 @@ def compile_here(folder: Path, memory: bool) -> None:
     gate, S = array(jnp.float32, B, T, H), array(jnp.float32, B, H, K, V)
     traced = jax.jit(gpu_check.program(name, mode)).trace((key, key, value, gate, gate, S), (value, S))
     lowered = traced.lower(lowering_platforms=("cuda",))
-    return lowered.compile({"xla_gpu_autotune_level": "0"})  # autotuning would need the GPU
+    return lowered.compile(gpu_target.OPTIONS)
 
   kernels = []
   for K in pallas_gpu.WIDTHS:

@@ -241,7 +241,7 @@ def test_what_goes_to_the_host_is_counted_and_told(run):
 
 
 def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch, capsys):
-  monkeypatch.setattr(aot, "available", lambda: True)
+  monkeypatch.setattr(aot, "available", lambda platform="tpu": True)
   plan = planning.Planner(TINY, values(), minutes=0.001).plan(find("v5e:2x2"))
   assert plan.source == "counted from shapes" and plan.fits
   said = (
@@ -262,6 +262,28 @@ def test_how_much_the_compiler_optimized_is_told(level, monkeypatch):
   assert re.fullmatch(rf"compiled in \d+ s with [\d.]+ GB of memory here{said}", plan.source)
   assert plan.compiling["seconds"] > 0 and plan.compiling["cpu_seconds"] > 0
   assert 0.1e9 < plan.compiling["host_bytes"] < 8e9
+
+
+@pytest.mark.aot
+def test_a_step_is_compiled_for_gpus():
+  """By the compiler that would be used there, but for what it tries out on the device."""
+  if not aot.available("gpu"):
+    pytest.skip("needs the CUDA plugin and ptxas")
+  row, small = find("h200:8"), {"model__blocks": "('gdn',)"}
+  plan = planning.Planner(TINY, values(**small), minutes=10).plan(row)
+  assert plan.fits and plan.source.startswith("compiled in")
+  counted = estimate.bytes_by_kind(asked(**small), row)
+  assert {name: plan.bytes[name] for name in ("weights", "optimizer")} == {
+    name: counted[name] for name in ("weights", "optimizer")
+  }
+  assert plan.bytes["temporary"] > 0 and sum(times for times, _ in plan.collectives.values()) > 0
+  assert plan.room == int(planning.ROOM * row.device_memory)
+
+
+def test_gpus_are_counted_from_shapes_where_their_compiler_is_not(monkeypatch):
+  monkeypatch.setattr(aot, "available", lambda platform="tpu": platform == "tpu")
+  plan = planning.Planner(TINY, values(), minutes=5).plan(find("h100:8"))
+  assert plan.source == "counted from shapes" and plan.compiling is None
 
 
 @pytest.mark.aot
