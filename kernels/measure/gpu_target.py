@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # Autotuning would need the GPU.
-OPTIONS = {"xla_gpu_autotune_level": "0"}
+OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
 
 
 def hopper(name: str, memory: int, bandwidth: int) -> str:

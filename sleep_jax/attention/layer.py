@@ -168,9 +168,8 @@ def read_behind(
   order = None if valid is None else _pads_first(pads.in_front(valid), cfg.window - 1, length)
   if valid is None:
     valid = sharding.constrain(jnp.ones((batch, length), bool), ("batch", "seq"))
-  k, v, valid = (jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid)))
-  if order is not None:
-    k, v, valid = (_reordered(y, *order) for y in (k, v, valid))
+  rows = [jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid))]
+  k, v, valid = rows if order is None else [_reordered(x, *order) for x in rows]
   kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
   at, keys_at = cfg.window - 1 + np.arange(length), np.arange(k.shape[1])
   if rotated:
