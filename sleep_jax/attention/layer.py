@@ -169,13 +169,13 @@ def read_behind(
   if valid is None:
     valid = sharding.constrain(jnp.ones((batch, length), bool), ("batch", "seq"))
   rows = [jnp.concatenate(both, axis=1) for both in ((kept.k, k), (kept.v, v), (kept.valid, valid))]
-  k, v, valid = rows if order is None else [_reordered(x, *order) for x in rows]
-  kept = Kept(k=k[:, length:], v=v[:, length:], valid=valid[:, length:])
+  k, v, seen = rows if order is None else [_reordered(x, *order) for x in rows]
+  kept = Kept(k=k[:, length:], v=v[:, length:], valid=seen[:, length:])
   at, keys_at = cfg.window - 1 + np.arange(length), np.arange(k.shape[1])
   if rotated:
     q, k = _rotate(q, at, cfg), _rotate(k, keys_at, cfg)
   reach = min(reach or cfg.window, cfg.window)
-  out = attend(q, k, v, reach=reach, valid=valid, implementation=cfg.attention.implementation)
+  out = attend(q, k, v, reach=reach, valid=seen, implementation=cfg.attention.implementation)
   return _out(weights, out, gate, cfg), kept
 
 
