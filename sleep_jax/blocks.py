@@ -23,7 +23,7 @@ Weights = dict[str, Any]
 # Of the attention blocks of one pass awake, by number.
 Caches = dict[str, attention.KVCache]
 # Two equal stretches under a loop compile hardly sooner than written out, and the paper-size model of Rule
-# 110 then trains 1.2 to 1.4 times more slowly on a CPU (benchmarks/results/depth.md).
+# 110 then trains 1.2 to 1.4 times more slowly on a CPU (`depth` in benchmarks/README.md).
 LEAST = 3
 
 

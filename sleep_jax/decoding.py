@@ -117,9 +117,15 @@ def _parts(weights, valid, state, cfg, sleep_cfg) -> consolidation.Parts:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "batch", "room"))
-def opened(state, cfg, batch, room):
-  """The fast weights and empty caches of a window; `room` as for `attention.init_cache`."""
-  return model.open_window(state, cfg, batch, room=room)
+def opened(state, pads, cfg, batch, room):
+  """The fast weights and empty caches of a window; `pads` and `room` as for `attention.init_cache`."""
+  return model.open_window(state, cfg, batch, room=room, pads=pads)
+
+
+@jax.jit
+def where(rows, x, other):
+  """x [B, ...] in the rows [B, 1] bool, elsewhere `other`."""
+  return jnp.where(rows, x, other)
 
 
 @jax.jit

@@ -181,7 +181,7 @@ def fast_weights(
     gates = steps["a"], steps["b"], weights["A_log"], weights["dt_bias"]
     o, S, context = fused(qkv, taps, state.context, *gates, state.S, mask=valid, implementation=fast.kernel)
   else:
-    q, k, v, context = _convolved(weights, x, q, k, v, state, cfg, rule, None if apart else valid)
+    q, k, v, context = _convolved(weights, x, q, k, v, state, cfg, rule, valid)
     gates = _gates(weights, x, projected, fast, rule)
     o, S = rule.update(q, k, v, *gates, state.S, mask=valid, implementation=fast.kernel)
   o = layers.rms_norm(o.astype(jnp.float32), weights["out_norm"], fast.out_norm_eps)
@@ -243,9 +243,7 @@ def _convolved(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
   """q, k, v [B, T, H, K or V] as the rule takes them, and the context of the next convolution.
 
-  Pads in front of a window's tokens are not there for the convolution: the first token's has the context
-  before it. A piece of an open window is read without `valid`: its pads may follow tokens of the window, and
-  are zeros to the convolution then, as where the window is slept on.
+  Pads in front of the tokens are not there for the convolution: the first token's has the context before it.
   """
   fast = cfg.fast
   context = state.context

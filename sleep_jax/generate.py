@@ -27,7 +27,7 @@ from sleep_jax import decoding, model, spread
 from sleep_jax import sampling as ways
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
 from sleep_jax.sampling import SamplingConfig, sample
-from sleep_jax.session import Session, due, start, state_bytes
+from sleep_jax.session import Session, due, noted, pads_first, start, state_bytes, torn, with_noted
 
 __all__ = [
   "ENDED", "NotFiniteError", "SamplingConfig", "Session", "draw", "generate", "read", "read_parts", "sample",
@@ -69,13 +69,14 @@ def read(
     tokens: whole numbers [B, T], T >= 1. A list of B lists of different lengths is padded on the left.
     session: what was read before.
     valid: [B, T] bool, False for pads; a shorter sequence is padded on the left. Pads take room in the
-      window, so a row is read as it is alone if whole windows of it are pads. None: all valid.
+      window, and so move a row's borders: otherwise they are as if they were not there, wherever they stand.
+      A row is read as it is alone if whole windows of it are pads. None: all valid.
     watch: called after every step, awake or asleep; the host waits for the step's end before.
     reuse: `session` is not needed any more: one token is added to its cache in place, which saves a copy of
       the cache. It must not be used afterwards.
 
   Returns:
-    The session after the last token, `logits` its prediction.
+    The session after the last token, `logits` the prediction of each row's own last one.
 
   Raises:
     ConfigError: if there is no token, or one that the vocabulary lacks.
@@ -246,7 +247,7 @@ def _read(
   begun = time.perf_counter()
   if 0 < (rest := cfg.window - session.filled) < tokens.shape[1]:  # spread: the window stays readable
     session = _read_awake(weights, tokens[:, :rest], valid[:, :rest], session, cfg, sleep_cfg, False)
-    session = spread.fallen_asleep(_noted(session, tokens[:, :rest], valid[:, :rest]))
+    session = spread.fallen_asleep(noted(session, tokens[:, :rest], valid[:, :rest]))
     tokens, valid = tokens[:, rest:], valid[:, rest:]
   filled = session.filled + tokens.shape[1]
   sleeps = filled == cfg.window or (
@@ -254,7 +255,7 @@ def _read(
   )
   # If the sleep that follows fails, the session before must be as it was; an empty cache is one array twice.
   reuse = reuse and session.filled > 0 and not sleeps
-  session = _noted(_read_awake(weights, tokens, valid, session, cfg, sleep_cfg, reuse), tokens, valid)
+  session = noted(_read_awake(weights, tokens, valid, session, cfg, sleep_cfg, reuse), tokens, valid)
   if not np.all(decoding.finite(session.logits)):
     raise NotFiniteError(_where_not_finite(weights, session, cfg))
   if watch is not None:
@@ -277,29 +278,46 @@ def _slept_through(
 ) -> tuple[Session, np.ndarray, np.ndarray]:
   """Makes all sleeps that are over before the last of the tokens is read: the session, and the tokens left.
 
-  They fit the open window or, where a sleep is spread, reach up to K tokens behind it.
+  They fit the open window or, where a sleep is spread, reach up to K tokens behind it. Where a token would
+  follow pads that follow tokens, the window is begun anew with the pads in front, and no sleep stays spread.
   """
-  room = sleep_cfg.spread or 0
+  late = sleep_cfg.spread or 0
   while True:
     ahead = session.filled + tokens.shape[1]
+    parted = ahead <= cfg.window + late and torn(session, valid, cfg.eviction)
+    room = 0 if parted else late
     if session.behind and ahead > room:
       if session.night is not None:
         session = _pass_by_pass(weights, sleep_cfg.num_passes, session, cfg, sleep_cfg, watch)
-      tokens, valid = (
-        np.concatenate([noted[:, : session.filled], new], axis=1)
-        for noted, new in ((session.tokens, tokens), (session.valid, valid))
-      )
+      tokens, valid = with_noted(session, tokens, valid)
       session = spread.awake_again(session, cfg, sleep_cfg)
     elif ahead > cfg.window + room:
       rest = cfg.window - session.filled
-      session = _noted(session, tokens[:, :rest], valid[:, :rest])
+      session = noted(session, tokens[:, :rest], valid[:, :rest])
+      ending = valid[:, :rest].any(axis=1) & ~valid[:, rest:].any(axis=1)
+      session = _last_logits(weights, session, ending, cfg)
       tokens, valid = tokens[:, rest:], valid[:, rest:]
-      if room:
+      if late:
         session = spread.fallen_asleep(session)
+        session = _pass_by_pass(weights, sleep_cfg.num_passes, session, cfg, sleep_cfg, watch)
+        session = spread.awake_again(session, cfg, sleep_cfg)
       else:
         session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
+    elif parted:
+      tokens, valid = pads_first(*with_noted(session, tokens, valid))
+      pads = np.sum(~valid, axis=1, dtype=np.int32)
+      return spread.awake_again(session, cfg, sleep_cfg, pads), tokens, valid
     else:
       return session, tokens, valid
+
+
+def _last_logits(weights: model.Params, session: Session, ending: np.ndarray, cfg: ModelConfig) -> Session:
+  """The session, its window full, with the logits behind it of the rows [B] bool that end there."""
+  if not ending.any():
+    return session
+  tokens, valid = pads_first(session.tokens, session.valid)
+  logits = decoding.whole_window(weights, tokens, valid, session.start, cfg)
+  return dataclasses.replace(session, logits=decoding.where(ending[:, None], logits, session.logits))
 
 
 def _pass_by_pass(
@@ -336,12 +354,12 @@ def _read_awake(
   sleep_cfg: SleepConfig,
   reuse: bool,
 ) -> Session:
-  """Reads tokens for which the open window has room; they are not noted yet."""
-  if tokens.shape[1] == cfg.window and not sleep_cfg.spread:  # a cache would be filled to be dropped
-    logits = decoding.whole_window(weights, tokens, valid, session.start, cfg)
-    return dataclasses.replace(session, logits=logits)
+  """Reads tokens for which the open window has room; they are not noted yet. In a row of pads logits stay."""
   fast, cache, logits, at = session.fast, session.cache, session.logits, 0
-  for length in _pieces(tokens.shape[1]):
+  whole = tokens.shape[1] == cfg.window and not sleep_cfg.spread
+  if whole:  # a cache would be filled to be dropped
+    logits = decoding.whole_window(weights, tokens, valid, session.start, cfg)
+  for length in [] if whole else _pieces(tokens.shape[1]):
     piece = np.s_[:, at : at + length]
     if length == 1 and decoding.by_rows(cfg):
       logits, fast, rows = decoding.token(weights, tokens[piece], valid[piece], fast, cache, cfg)
@@ -352,15 +370,10 @@ def _read_awake(
       scan = sleep_cfg.loops == "scan"
       logits, fast, cache = decoding.piece(weights, tokens[piece], valid[piece], fast, cache, cfg, scan)
     at += length
+  read = valid.any(axis=1, keepdims=True)
+  if not read.all():
+    logits = decoding.where(read, logits, session.logits)
   return dataclasses.replace(session, fast=fast, cache=cache, logits=logits)
-
-
-def _noted(session: Session, tokens: np.ndarray, valid: np.ndarray) -> Session:
-  """The session with tokens added to its open window."""
-  filled = session.filled + tokens.shape[1]
-  window, real = session.tokens.copy(), session.valid.copy()
-  window[:, session.filled : filled], real[:, session.filled : filled] = tokens, valid
-  return dataclasses.replace(session, tokens=window, valid=real, filled=filled)
 
 
 def _fall_asleep(
@@ -368,7 +381,8 @@ def _fall_asleep(
 ) -> Session:
   """Sleeps on the full window, and opens the next one."""
   begun = time.perf_counter()
-  state, fast, cache = decoding.asleep(weights, session.tokens, session.valid, session.start, cfg, sleep_cfg)
+  tokens, valid = pads_first(session.tokens, session.valid)
+  state, fast, cache = decoding.asleep(weights, tokens, valid, session.start, cfg, sleep_cfg)
   if not decoding.finite(state):
     raise NotFiniteError(_where_not_finite(weights, session, cfg))
   after = dataclasses.replace(

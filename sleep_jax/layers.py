@@ -68,9 +68,9 @@ def rope(
 
   Args:
     x: [B, T, H, d], d even.
-    positions: [T], whole numbers. Where they are known (NumPy), so are the sines, up to `KNOWN_ANGLES` of
-      them: on a CPU XLA would put their computation into the loop over all of x, which then takes eight
-      times as long.
+    positions: [T], or a row's own [B, T], whole numbers. Where they are known (NumPy), [T], so are the
+      sines, up to `KNOWN_ANGLES` of them: on a CPU XLA would put their computation into the loop over all of
+      x, which then takes eight times as long.
     theta: base; the angle of pair i is position * theta^(-2 i / d).
     scaling: of the angles. None: as they are.
 
@@ -81,9 +81,9 @@ def rope(
   if isinstance(positions, np.ndarray) and positions.size * half <= KNOWN_ANGLES:
     cos, sin = _known_angles(tuple(positions.tolist()), half, theta, scaling)
   else:
-    angles = jnp.asarray(positions).astype(jnp.float32)[:, None] * _frequencies(half, theta, scaling)
+    angles = jnp.asarray(positions).astype(jnp.float32)[..., None] * _frequencies(half, theta, scaling)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-  cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, d/2]
+  cos, sin = cos[..., None, :], sin[..., None, :]  # [T, 1, d/2] or [B, T, 1, d/2]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

@@ -17,19 +17,26 @@ from sleep_jax.config import ATTENTION, ModelConfig
 Cache = tuple[blocks.Caches, ...]
 
 
-def init_cache(cfg: ModelConfig, batch: int, state: carry.State | None = None, *, room: int = 0) -> Cache:
+def init_cache(
+  cfg: ModelConfig,
+  batch: int,
+  state: carry.State | None = None,
+  *,
+  room: int = 0,
+  pads: jax.Array | None = None,
+) -> Cache:
   """A window of which nothing is read yet.
 
   Args:
     state: inside a pass; the cache begins with what it kept. None: nothing was kept.
-    room: as for `attention.init_cache`.
+    room, pads: as for `attention.init_cache`.
   """
   passes = cfg.predict_passes if cfg.pass_cache == "own" else 1
   kept = {} if state is None else state.kept
   kinds = {str(i): kind for i, kind in enumerate(cfg.blocks) if kind in ATTENTION}
   return tuple(
     {
-      i: attention.init_cache(cfg, batch, kept.get(i), rotated=kind != "nope", room=room)
+      i: attention.init_cache(cfg, batch, kept.get(i), rotated=kind != "nope", room=room, pads=pads)
       for i, kind in kinds.items()
     }
     for _ in range(passes)

@@ -229,15 +229,15 @@ def _at(outs: list[jax.Array], reads: Sequence[int] | None) -> list[jax.Array]:
 
 
 def open_window(
-  state: State, cfg: ModelConfig, batch: int, *, room: int = 0
+  state: State, cfg: ModelConfig, batch: int, *, room: int = 0, pads: jax.Array | None = None
 ) -> tuple[dict[str, fast_weights.FastWeights], looped.Cache]:
   """What `decode` needs to read the next window awake: its fast weights, and a cache behind what was kept.
 
   Args:
-    room: as for `attention.init_cache`.
+    room, pads: as for `attention.init_cache`.
   """
   start = carry.open_window(carry.first_pass(state), cfg)
-  return start.fast, looped.init_cache(cfg, batch, start, room=room)
+  return start.fast, looped.init_cache(cfg, batch, start, room=room, pads=pads)
 
 
 def decode(

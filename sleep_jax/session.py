@@ -40,7 +40,8 @@ class Session:
     cache: attention's, of the window's tokens so far; under sliding eviction behind what was kept. With
       `behind`, both are of the window before and go on over the open one.
     logits: [B, vocab] float32, of the token after the last one read; zero before the first.
-    tokens: [B, L] int32, the open window; from `filled` on not set yet. On the host.
+    tokens: [B, L] int32, the open window; from `filled` on not set yet. On the host. A row that went on
+      behind pads has them in front.
     valid: [B, L] bool, False for pads and what is not set. On the host.
     filled: tokens in the open window, 0..L - 1.
     windows: windows slept on, that of `night` included.
@@ -97,6 +98,48 @@ def like(cfg: ModelConfig, sleep_cfg: SleepConfig, batch: int, filled: int, wind
       asleep = consolidation.begin(h, session.start, cfg, sleep_cfg)
     night = Night(session.tokens, session.valid, asleep, passes)
   return dataclasses.replace(session, filled=filled, windows=windows, night=night, behind=behind)
+
+
+def pads_first(tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The same tokens [B, T] in the same order, with all pads of a row in front of them; and `valid` likewise.
+
+  >>> tokens, valid = np.array([[1, 0, 2, 0], [3, 4, 5, 6]]), np.array([[1, 0, 1, 0], [1, 1, 1, 1]], bool)
+  >>> pads_first(tokens, valid)[0].tolist()
+  [[0, 0, 1, 2], [3, 4, 5, 6]]
+  """
+  order = np.argsort(valid, axis=1, kind="stable")
+  return np.take_along_axis(tokens, order, axis=1), np.take_along_axis(valid, order, axis=1)
+
+
+def noted(session: Session, tokens: np.ndarray, valid: np.ndarray) -> Session:
+  """The session with tokens [B, T] added to its open window."""
+  filled = session.filled + tokens.shape[1]
+  window, real = session.tokens.copy(), session.valid.copy()
+  window[:, session.filled : filled], real[:, session.filled : filled] = tokens, valid
+  return dataclasses.replace(session, tokens=window, valid=real, filled=filled)
+
+
+def with_noted(session: Session, tokens: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens of the open window in front of the next ones [B, T], and which are valid."""
+  both = (session.tokens, tokens), (session.valid, valid)
+  tokens, valid = (np.concatenate([old[:, : session.filled], new], axis=1) for old, new in both)
+  return tokens, valid
+
+
+def torn(session: Session, valid: np.ndarray, eviction: str) -> bool:
+  """Whether pads would part a row's tokens in what is read as one window, or part them from what was kept.
+
+  Args:
+    valid: [B, T] bool, of the next tokens. A row without any does not go on, and can wait.
+    eviction: `ModelConfig.eviction`.
+  """
+  nights = [session.night.valid] if session.night is not None else []
+  before = np.concatenate([*nights, session.valid[:, : session.filled]], axis=1)
+  whole = np.concatenate([before, valid], axis=1)
+  parted = np.any(whole[:, :-1] & ~whole[:, 1:], axis=1)
+  if eviction == "sliding" and session.windows > len(nights):
+    parted |= ~before.any(axis=1) & ~whole[:, 0]
+  return bool(np.any(parted & valid.any(axis=1)))
 
 
 def due(filled: int, sleep_cfg: SleepConfig) -> int:

@@ -24,12 +24,12 @@ import numpy as np
 
 from sleep_jax import decoding, model
 from sleep_jax.config import ModelConfig, SleepConfig
-from sleep_jax.session import Night, Session
+from sleep_jax.session import Night, Session, pads_first
 
 
 def fallen_asleep(session: Session) -> Session:
   """The session whose full window is slept on from now on; no pass is made yet."""
-  night = Night(session.tokens, session.valid)
+  night = Night(*pads_first(session.tokens, session.valid))
   return dataclasses.replace(_emptied(session), windows=session.windows + 1, night=night, behind=True)
 
 
@@ -57,9 +57,16 @@ def advanced(
   return dataclasses.replace(session, start=state, night=None)
 
 
-def awake_again(session: Session, cfg: ModelConfig, sleep_cfg: SleepConfig) -> Session:
-  """The session at the beginning of its open window, whose tokens are to be read anew with the new memory."""
-  fast, cache = decoding.opened(session.start, cfg, session.tokens.shape[0], sleep_cfg.spread)
+def awake_again(
+  session: Session, cfg: ModelConfig, sleep_cfg: SleepConfig, pads: np.ndarray | None = None
+) -> Session:
+  """The session at the beginning of its open window, whose tokens are to be read anew, with the new memory or
+  in another order.
+
+  Args:
+    pads: as for `attention.init_cache`.
+  """
+  fast, cache = decoding.opened(session.start, pads, cfg, session.tokens.shape[0], sleep_cfg.spread or 0)
   return dataclasses.replace(_emptied(session), fast=fast, cache=cache, behind=False)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sleep_jax import attention, config, fast_weights, model, rules, windows
+from sleep_jax import attention, config, fast_weights, generate, model, rules, session, windows
 from tests import hybrids
 
 PAD = hybrids.VOCAB - 1
@@ -140,6 +140,68 @@ def test_read_piece_by_piece(eviction):
   want = run(weights)
   for poison in POISONS:
     assert_same(run(with_pad(weights, poison)), want, str(poison))
+
+
+def test_pads_first():
+  rng = np.random.default_rng(0)
+  tokens, valid = rng.integers(1, 99, (20, 7)), rng.random((20, 7)) < 0.5
+  moved, kept = session.pads_first(tokens, valid)
+  for row in range(20):
+    assert moved[row][kept[row]].tolist() == tokens[row][valid[row]].tolist()
+    assert not np.any(kept[row][:-1] & ~kept[row][1:])
+
+
+def alone(weights, cfg, sleep_cfg, tokens, valid):
+  """Logits behind the last of one row's tokens, and the state behind its full windows, without any pad."""
+  state, logits = model.init_state(cfg, 1, sleep_cfg), np.zeros((1, cfg.vocab_size))
+  for at in range(0, len(tokens), cfg.window):
+    here = np.s_[at : at + cfg.window]
+    text = tokens[here][valid[here]][None]
+    if not text.size:
+      continue
+    logits = _programs(cfg, sleep_cfg)[0](weights, text, state)
+    if at + cfg.window <= len(tokens):
+      state = _programs(cfg, sleep_cfg)[1](weights, text, state)
+  return logits, state
+
+
+@functools.cache
+def _programs(cfg, sleep_cfg):
+  return (
+    hybrids.jit(lambda weights, x, s: model.predict(weights, x, s, cfg, reads=(x.shape[1] - 1,))[0][:, 0]),
+    hybrids.jit(lambda weights, x, s: model.consolidate(weights, x, s, cfg, sleep_cfg)),
+  )
+
+
+@pytest.mark.parametrize(
+  ("pattern", "eviction", "how"),
+  [
+    (("attn", "gdn"), "hard", {}),
+    (("attn", "gdn"), "sliding", {"kept": "each"}),
+    (("swa", "jet", "attn"), "hard", {"spread": 3}),
+    *(pytest.param(x, y, {}, marks=pytest.mark.slow) for x in (HEAD, CHANNEL) for y in ("hard", "sliding")),
+    *(pytest.param(HEAD, x, {"spread": 2}, marks=pytest.mark.slow) for x in ("hard", "sliding")),
+  ],
+)
+def test_a_session_reads_a_row_as_if_it_had_no_pads(pattern, eviction, how):
+  """Pads at random places of many calls: only the borders of windows tell that they were there."""
+  cfg, sleep_cfg = model_config(pattern, eviction), config.SleepConfig(**({"num_passes": 2} | how))
+  weights, rng = model.init(cfg, jax.random.key(0)), np.random.default_rng(5)
+  tokens = rng.integers(0, PAD, (3, 22), dtype=np.int32)
+  valid = rng.random(tokens.shape) < [[0.5], [0.8], [1]]
+  valid[0, 9:15] = False  # a whole window and more
+  now, at = generate.start(cfg, sleep_cfg, 3), 0
+  for length in (1, 2, 3, 1, 4, 1, 1, 6, 2, 1):
+    part = np.s_[:, at : at + length]
+    at += length
+    now = generate.read(weights, tokens[part], now, cfg, sleep_cfg, valid=valid[part])
+    for row in range(3):
+      logits, state = alone(weights, cfg, sleep_cfg, tokens[row, :at], valid[row, :at])
+      if now.night is None:
+        mine = jax.tree.map(lambda x, i=row: x[i : i + 1], now.start.fast)
+        hybrids.assert_near(mine, state.fast, 1e-3)  # rounding adds up; a pad too many is 0.1 and more
+      if not now.behind and (valid[row, part[1]].any() or not how.get("spread")):
+        hybrids.assert_near(now.logits[row : row + 1], logits, 1e-3)
 
 
 @functools.cache

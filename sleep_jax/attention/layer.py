@@ -80,21 +80,37 @@ def declare(cfg: ModelConfig) -> dict[str, params.Weight]:
 
 
 def init_cache(
-  cfg: ModelConfig, batch: int, kept: Kept | None = None, *, rotated: bool = True, room: int = 0
+  cfg: ModelConfig,
+  batch: int,
+  kept: Kept | None = None,
+  *,
+  rotated: bool = True,
+  room: int = 0,
+  pads: jax.Array | None = None,
 ) -> KVCache:
   """The cache of a window of which nothing is read yet; behind what was kept, under sliding eviction.
 
   Args:
     rotated: as for `read_window`.
     room: rows for tokens behind the window, which are read while it is slept on (`sleep.spread`).
+    pads: [B] int32, how many pads stand in front of the window's tokens. What was kept lies over their
+      places, next to the first token. None: none.
   """
   before = cfg.window - 1 if cfg.eviction == "sliding" else 0
   k, valid = _zeros(cfg, batch, before + cfg.window + room)
   cache = KVCache(k=k, v=k, valid=valid, length=jnp.asarray(before, jnp.int32))
   if kept is None:
     return cache
-  k = _rotate(kept.k, np.arange(before), cfg) if rotated else kept.k
-  return _append(dataclasses.replace(cache, length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
+  at = np.arange(before)
+  if pads is None:
+    k = _rotate(kept.k, at, cfg) if rotated else kept.k
+    return _append(dataclasses.replace(cache, length=jnp.zeros((), jnp.int32)), k, kept.v, kept.valid)
+  k = _rotate(kept.k, at + pads[:, None], cfg) if rotated else kept.k
+  there = np.arange(cache.k.shape[1]) - pads[:, None]  # the row of `kept` that goes to each place
+  inside, there = (there >= 0) & (there < before), jnp.clip(there, 0, before - 1)
+  k, v = (jnp.take_along_axis(x, there[..., None, None], axis=1) for x in (k, kept.v))
+  valid = inside & jnp.take_along_axis(kept.valid, there, axis=1)
+  return dataclasses.replace(cache, k=k.astype(cache.k.dtype), v=v.astype(cache.v.dtype), valid=valid)
 
 
 def init_kept(cfg: ModelConfig, batch: int) -> Kept:
@@ -371,10 +387,12 @@ def _out(
 
 
 def _append(cache: KVCache, k: jax.Array, v: jax.Array, valid: jax.Array) -> KVCache:
-  """The cache with T more tokens at its end."""
+  """The cache with T more tokens at its end; at pads it has what it had, which may be something kept."""
 
   def put(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+    before = jax.lax.dynamic_slice_in_dim(old, cache.length, new.shape[1], axis=1)
+    new = jnp.where(jnp.expand_dims(valid, tuple(range(2, new.ndim))), new.astype(old.dtype), before)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
 
   return KVCache(
     k=put(cache.k, k), v=put(cache.v, v), valid=put(cache.valid, valid), length=cache.length + k.shape[1]
