@@ -12,6 +12,10 @@ ARGS ?=
 LOCK_FLAGS ?=
 
 BIN := $(VENV)/bin
+# pip compiles what it installs file by file; all cores do it at once in half of the time. Templates among the
+# packages, which are no Python, are none of our business.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE = { $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; }
 # Tests of one module share what it prepares once, and so run in one process.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
@@ -118,26 +122,27 @@ $(VENV)/lock.txt: requirements/lock.txt
 	echo "Installing requirements/lock.txt into $(VENV) ($$("$$python" --version)), once:" \
 	  "about 240 MB to download, 1 GB on disk, one to three minutes"; \
 	$(BIN)/python -c '' 2>/dev/null || "$$python" -m venv --clear $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<; \
+	$(INSTALL) --require-hashes -r $<; \
+	$(COMPILE); \
 	cp $< $@
 
 $(VENV)/peers.txt: requirements/peers.txt $(VENV)/lock.txt
 	@cmp -s $< $@ || { \
 	  echo "Installing requirements/peers.txt into $(VENV), once: torch and transformers, from 0.3 GB (CPU) to 4 GB (CUDA)"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $< && $(BIN)/python -m pip check; \
+	  $(INSTALL) -r $< && $(BIN)/python -m pip check && $(COMPILE); \
 	}
 	@cp $< $@
 
 $(VENV)/aot.txt: requirements/aot.txt $(VENV)/lock.txt
 	@cmp -s $< $@ || { \
 	  echo "Installing requirements/aot.txt into $(VENV), once: compilers for TPUs and Hopper GPUs, some 100 MB"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<; \
+	  $(INSTALL) -r $< && $(COMPILE); \
 	}
 	@cp $< $@
 
 $(VENV)/types.txt: requirements/types.txt $(VENV)/lock.txt
 	@cmp -s $< $@ || { \
 	  echo "Installing requirements/types.txt into $(VENV), once: pyright and its Node, 70 MB to download"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $<; \
+	  $(INSTALL) --require-hashes --no-deps -r $<; \
 	}
 	@cp $< $@
