@@ -100,9 +100,9 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
 
   Returns:
     `seconds` that tracing and compiling took, `cpu_seconds` of this process and `host_bytes`, the most memory
-    that it had; `level`, how much the compiler was told to optimize
-    (`JAX_OPTIMIZATION_LEVEL`), None: nothing; and if the program fits, bytes a device of `weights`,
-    `optimizer`, `batch and counters`, `temporary`, `program`; `on_host`, bytes a device that it keeps in the
+    that it had; `level`, how much the compiler was told to optimize (`JAX_OPTIMIZATION_LEVEL`), None:
+    nothing; and if the program fits, bytes a device of `weights`, `optimizer`, `batch and counters`,
+    `temporary` and, where the compiler says it, `program`; `on_host`, bytes a device that it keeps in the
     host's memory; and `collectives` a step, kind -> [count, bytes a device]. Otherwise `needed` and `had`,
     bytes a device, as far as the compiler says them.
   """
@@ -124,7 +124,8 @@ def measure(asked: problem.Problem, row: Hardware) -> dict[str, Any]:
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results beside the donated state
   sizes["batch and counters"] = max(others, 0) + max(kept, 0)
   sizes["temporary"] = memory.temp_size_in_bytes
-  sizes["program"] = memory.generated_code_size_in_bytes
+  if memory.generated_code_size_in_bytes:  # a GPU's compiler does not say
+    sizes["program"] = memory.generated_code_size_in_bytes
   moved = {kind: [n / count, size / count] for kind, (n, size) in hlo.collectives(compiled.as_text()).items()}
   found = {"bytes": sizes, "on_host": memory.host_temp_size_in_bytes, "collectives": moved}
   return _spent(begun) | found
