@@ -2,14 +2,25 @@
 
 Four fifths of the suite's time would go into compiling programs that run once. Optimized less, they compute
 the same to the tolerances of the tests and are ready two to four times sooner. `COMPILE_AS_USERS=1` leaves
-XLA's options as they are for a user; `.ci/run` sets it on one of the Pythons.
+XLA's options as they are for a user where numbers are compared: in the tests of the method, the kernels,
+training, scoring and pretrained models, not in those of `ALWAYS_QUICKLY`. `.ci/run` sets it on one of the
+Pythons.
 """
 
 import os
+import pathlib
 
 import jaxlib
 
 QUICKLY = os.environ.get("COMPILE_AS_USERS", "0") != "1"
+
+
+ALWAYS_QUICKLY = ("benchmarks", "config", "cost", "data", "experiments", "launch", "report", "runtime")
+
+
+def quickly(path: pathlib.Path) -> bool:
+  """Whether the tests of a module compile quickly."""
+  return QUICKLY or path.relative_to(pathlib.Path(__file__).parent).parts[0] in ALWAYS_QUICKLY
 
 
 def flags(*more: str) -> str:

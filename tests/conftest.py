@@ -22,6 +22,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 # What was imported stays: looking for garbage in it again and again takes 4 % of the suite's time.
 gc.freeze()
 
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled(request):
+  """How the module's programs are compiled, and those of its children."""
+  quickly = compiling.quickly(request.path)
+  jax.config.update("jax_disable_most_optimizations", quickly)
+  with pytest.MonkeyPatch.context() as patch:
+    if quickly:
+      patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    yield
+  jax.config.update("jax_disable_most_optimizations", compiling.QUICKLY)
+
+
 MAPS = pathlib.Path("/proc/self/maps")
 
 
