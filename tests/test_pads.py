@@ -81,7 +81,6 @@ def test_asleep_and_awake(pattern, eviction):
 @pytest.mark.parametrize(
   ("pattern", "eviction", "how"),
   [
-    (("attn", "gdn"), "hard", {}),
     (("attn", "jet"), "sliding", {"kept": "each"}),
     *(
       pytest.param(x, y, how, marks=pytest.mark.slow)
@@ -176,9 +175,8 @@ def _programs(cfg, sleep_cfg):
 @pytest.mark.parametrize(
   ("pattern", "eviction", "how"),
   [
-    (("attn", "gdn"), "hard", {}),
     (("attn", "gdn"), "sliding", {"kept": "each"}),
-    (("swa", "jet", "attn"), "hard", {"spread": 3}),
+    pytest.param(("swa", "jet", "attn"), "hard", {"spread": 3}, marks=pytest.mark.slow),
     *(pytest.param(x, y, {}, marks=pytest.mark.slow) for x in (HEAD, CHANNEL) for y in ("hard", "sliding")),
     *(pytest.param(HEAD, x, {"spread": 2}, marks=pytest.mark.slow) for x in ("hard", "sliding")),
   ],

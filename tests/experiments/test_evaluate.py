@@ -13,7 +13,10 @@ import pytest
 from sleep_jax.runtime import metrics
 from tests.forked import Experiment
 
-TRAIN = ("--config=rule110:tiny", "--config.train.eval_sequences=128", "--config.sleep.num_passes=2")
+TRAIN = (
+  *("--config=rule110:tiny", "--config.model.blocks=('gdn',)"),  # one block is compiled sooner than two
+  *("--config.train.eval_sequences=128", "--config.sleep.num_passes=2"),
+)
 
 
 @pytest.fixture(scope="module")

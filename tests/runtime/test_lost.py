@@ -19,7 +19,13 @@ def tiny():
   values = presets.get_config("tiny")
   changes = {"train.steps": 60, "train.save_every": 20, "train.log_every": 1, "train.eval_every": 60}
   values.update_from_flattened_dict(
-    changes | {"train.steps_per_dispatch": 2, "train.eval_sequences": 8, "train.eval_batch_size": 8}
+    changes
+    | {
+      "model.blocks": ("gdn",),
+      "train.steps_per_dispatch": 2,
+      "train.eval_sequences": 8,
+      "train.eval_batch_size": 8,
+    }
   )
   return rule110.build(values.to_dict())
 
