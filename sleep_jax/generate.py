@@ -294,7 +294,7 @@ def _slept_through(
     elif ahead > cfg.window + room:
       rest = cfg.window - session.filled
       session = noted(session, tokens[:, :rest], valid[:, :rest])
-      ending = valid[:, :rest].any(axis=1) & ~valid[:, rest:].any(axis=1)
+      ending = np.asarray(valid[:, :rest].any(axis=1) & ~valid[:, rest:].any(axis=1))
       session = _last_logits(weights, session, ending, cfg)
       tokens, valid = tokens[:, rest:], valid[:, rest:]
       if late:
@@ -305,7 +305,7 @@ def _slept_through(
         session = _fall_asleep(weights, session, cfg, sleep_cfg, watch)
     elif parted:
       tokens, valid = pads_first(*with_noted(session, tokens, valid))
-      pads = np.sum(~valid, axis=1, dtype=np.int32)
+      pads = np.asarray(np.sum(~valid, axis=1, dtype=np.int32))
       return spread.awake_again(session, cfg, sleep_cfg, pads), tokens, valid
     else:
       return session, tokens, valid
