@@ -223,7 +223,7 @@ class MeshTest(parameterized.TestCase):
         is_leaf=params.is_weight,
       )
       session = generate.read(weights, tokens, generate.start(cfg, TWO, 4), cfg, TWO)
-      self.assertFalse(session.start["0"].S.sharding.is_fully_replicated)
+      self.assertFalse(session.start.fast["0"].S.sharding.is_fully_replicated)
       assert_near(session.logits, alone.logits, NEAR)
       [(token, session)] = generate.generate(weights, session, cfg, TWO, count=1, key=KEY)
     self.assertEqual((session.windows, session.filled), (2, 0))
