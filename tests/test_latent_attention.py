@@ -105,7 +105,6 @@ def test_products_are_rounded_where_the_config_says_so():
   assert 1e-4 < hybrids.distance(rounded, exact) < 0.03
 
 
-@pytest.mark.slow
 def test_eight_devices_read_as_one():
   cfg, _ = made(vocab_size=12, embed_dim=16)
   weights, tokens = model.init(cfg, KEY), hybrids.random_tokens(4, WINDOW)

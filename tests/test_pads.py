@@ -81,6 +81,7 @@ def test_asleep_and_awake(pattern, eviction):
 @pytest.mark.parametrize(
   ("pattern", "eviction", "how"),
   [
+    (("attn", "gdn"), "hard", {}),
     (("attn", "jet"), "sliding", {"kept": "each"}),
     *(
       pytest.param(x, y, how, marks=pytest.mark.slow)
@@ -175,6 +176,7 @@ def _programs(cfg, sleep_cfg):
 @pytest.mark.parametrize(
   ("pattern", "eviction", "how"),
   [
+    (("attn", "gdn"), "hard", {}),
     (("attn", "gdn"), "sliding", {"kept": "each"}),
     pytest.param(("swa", "jet", "attn"), "hard", {"spread": 3}, marks=pytest.mark.slow),
     *(pytest.param(x, y, {}, marks=pytest.mark.slow) for x in (HEAD, CHANNEL) for y in ("hard", "sliding")),

@@ -1,5 +1,6 @@
 """The killer itself: few kills through the same code as `make torture`, and that it notices what is lost."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,18 @@ def test_a_row_that_differs_is_noticed(whole, tmp_path, old, new):
   with pytest.raises(torture.DifferenceError, match="a row of "):
     torture._same_ends(tmp_path / "run", whole)
   torture._same_rows(tmp_path / "run", whole, 1)  # up to where they are the same
+
+
+def test_only_a_run_that_has_saved_nothing_may_have_no_row(tmp_path):
+  """It was killed before the row of its first test, which it writes when it begins anew."""
+  row = {"kind": "eval", "step": 0, "loss": 1.0}
+  for name, rows in (("whole", [row]), ("killed", []), ("other", [row | {"loss": 2.0}])):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+  torture._same_rows(tmp_path / "killed", tmp_path / "whole", 0)
+  for name, upto in (("killed", 1), ("killed", None), ("other", 0)):
+    with pytest.raises(torture.DifferenceError):
+      torture._same_rows(tmp_path / name, tmp_path / "whole", upto)
 
 
 def test_a_row_that_is_missing_is_noticed(whole, tmp_path):
