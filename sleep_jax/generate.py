@@ -18,14 +18,14 @@ them: `spread.py` says what is then answered, and from what.
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from sleep_jax import decoding, model, spread
+from sleep_jax import decoding, model, prompts, spread
 from sleep_jax import sampling as ways
 from sleep_jax.config import ConfigError, ModelConfig, SleepConfig
+from sleep_jax.prompts import Tokens
 from sleep_jax.sampling import SamplingConfig, sample
 from sleep_jax.session import Session, due, noted, pads_first, start, state_bytes, torn, with_noted
 
@@ -44,8 +44,6 @@ class NotFiniteError(RuntimeError):
 # Called with what was done, the session after it, and the seconds that it took: `awake`, `asleep` or, of a
 # sleep that is spread, `pass` for each pass (or several at once) but the last.
 Watch = Callable[[str, Session, float], None]
-# Token ids of B sequences: [B, T], or a list of B lists, which may differ in length.
-Tokens = np.ndarray | Sequence[Sequence[int]]
 
 
 def read(
@@ -84,7 +82,7 @@ def read(
     TypeError: if tokens are no whole numbers.
     NotFiniteError: if the logits or the fast weights are not finite any more.
   """
-  tokens, valid = _checked(tokens, valid, session, cfg)
+  tokens, valid = prompts.checked(tokens, valid, session.tokens.shape[0], cfg.vocab_size)
   return _read(weights, iter([(tokens, valid)]), session, cfg, sleep_cfg, watch, reuse)
 
 
@@ -108,7 +106,8 @@ def read_parts(
   Raises:
     ConfigError, ValueError, TypeError, NotFiniteError: as `read`; and whatever `parts` raises.
   """
-  checked = (_checked(part, None, session, cfg) for part in parts)
+  rows = session.tokens.shape[0]
+  checked = (prompts.checked(part, None, rows, cfg.vocab_size) for part in parts)
   return _read(weights, checked, session, cfg, sleep_cfg, watch)
 
 
@@ -186,43 +185,6 @@ def draw(
   if session.tokens_read == 0:
     raise ConfigError("prompt: has no tokens")
   return ways.draw(session.logits, session.tokens_read, key, sampling)
-
-
-def _checked(
-  tokens: Tokens, valid: np.ndarray | None, session: Session, cfg: ModelConfig
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens [B, T] int32 and which of them are valid; what does not fit is refused."""
-  rows = session.tokens.shape[0]
-  lengths = (
-    {len(row) for row in tokens if hasattr(row, "__len__")} if isinstance(tokens, (list, tuple)) else ()
-  )
-  if len(lengths) > 1:
-    if valid is not None:
-      raise ValueError("rows of different lengths are padded here: `valid` must be None")
-    tokens, valid = _padded(list(tokens), max(lengths))
-  tokens = np.asarray(tokens)
-  valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
-  if tokens.ndim != 2 or tokens.shape[0] != rows or valid.shape != tokens.shape:
-    raise ValueError(f"tokens and valid must be [{rows}, T], got {tokens.shape} and {valid.shape}")
-  if tokens.shape[1] == 0:
-    raise ConfigError("prompt: has no tokens")
-  if not np.issubdtype(tokens.dtype, np.integer):
-    raise TypeError(f"tokens must be whole numbers, got {tokens.dtype}")
-  low, high = int(tokens.min()), int(tokens.max())
-  if low < 0 or high >= cfg.vocab_size:
-    raise ConfigError(f"prompt: tokens must lie in 0..{cfg.vocab_size - 1}, there are some in {low}..{high}")
-  return tokens.astype(np.int32), valid
-
-
-def _padded(rows: Sequence[Any], length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of different lengths as one array, padded on the left, and what is no pad."""
-  kind = np.result_type(*(np.asarray(row).dtype for row in rows if len(row)))
-  tokens, valid = np.zeros((len(rows), length), kind), np.zeros((len(rows), length), bool)
-  for i, row in enumerate(rows):
-    if len(row) == 0:
-      raise ConfigError(f"prompt: row {i} has no tokens")
-    tokens[i, -len(row) :], valid[i, -len(row) :] = row, True
-  return tokens, valid
 
 
 def _read(

@@ -33,6 +33,7 @@ METHOD = (
     "optim",
     "decoding",
     "generate",
+    "prompts",
     "sampling",
     "session_file",
     "flax_module",

@@ -22,6 +22,9 @@ SETTINGS = {
   "embed4": lambda steps: {"model.embed_std": 4.0},
   "embed_norm": lambda steps: {"model.embed_norm": True},
   "residual_half": lambda steps: {"model.residual_scale": 0.5},  # 1 / sqrt(2 blocks x 2 additions)
+  "residual_passes": lambda steps: {
+    "model.residual_scale": (4 * (STEPS // steps)) ** -0.5
+  },  # N passes of them
   "short_memory": lambda steps: {"model.fast.decay_init": (1.0, 16.0)},
   "long_memory": lambda steps: {"model.fast.decay_init": (1 / 64, 1 / 4)},
   "warmup": lambda steps: {"optim.warmup_steps": steps // 8},
@@ -31,6 +34,8 @@ SETTINGS = {
   "last_pass": lambda steps: {"sleep.backprop_passes": 1},
   "curriculum": lambda steps: {"data.curriculum_steps": steps // 2},
 }
+# With one pass the first is "plain", the second "residual_half".
+ALIKE = ("last_pass", "residual_passes")
 
 
 def get_config(preset: str = "demo") -> config_dict.ConfigDict:
@@ -47,7 +52,7 @@ def sweep(preset: str, seeds: int = 10) -> dict[str, dict[str, object]]:
   for seed in range(seeds):
     for name, changes in SETTINGS.items():
       for n in (4, 2, 1):
-        if name == "last_pass" and n == 1:  # with one pass it changes nothing
+        if name in ALIKE and n == 1:
           continue
         steps = STEPS // n
         chosen = {"sleep.num_passes": n, "train.steps": steps, "seed": seed}
