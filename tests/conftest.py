@@ -19,8 +19,8 @@ jax.config.update("jax_disable_most_optimizations", compiling.QUICKLY)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Tracing makes many objects and little garbage, and what was imported stays: looking through all of it again and
-# again took a tenth of the suite's time.
+# Tracing makes many objects and little garbage, and what was imported stays: looking through all of it again
+# and again took a tenth of the time of tracing and compiling.
 gc.freeze()
 gc.set_threshold(200_000, 20, 20)
 

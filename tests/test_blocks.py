@@ -75,7 +75,7 @@ class ScanTest(parameterized.TestCase):
     hybrids.assert_near(*states, NEAR)
 
   def test_equals_written_out_quickly(self):
-    how = SleepConfig(num_passes=2, remat="pass")
+    how = SleepConfig(num_passes=2)
     self.check(("hebbian",) * blocks.LEAST, {}, how, *hybrids.random_batch(8, (6, 7), pads=(0, 5)))
 
   def check(self, pattern, changes, sleep_cfg, batch, layout):
@@ -105,7 +105,7 @@ class ScanTest(parameterized.TestCase):
     """Twice as many equal blocks: nearly the same program under a scan, twice the program written out."""
 
     def lines(depth, loops):
-      cfg = hybrids.model_config(("gdn", "attn") * depth)
+      cfg = hybrids.model_config(("hebbian",) * depth)
       weights = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
       batch, layout = hybrids.random_batch(8, (6, 7))
       segments = windows.plan(layout, cfg.window)

@@ -88,14 +88,18 @@ def test_each_method_is_the_pure_function_with_masks(eviction):
   weights = hybrids.random_params(cfg)
   module = flax_module.SleepingHybrid(cfg, sleep_cfg, weights=weights)
   tokens, valid = hybrids.random_tokens(2, 4), np.array([[True] * 4, [False, False, True, True]])
-  state = module.consolidate(tokens, module.init_state(2), valid=valid)
-  want = model.consolidate(weights, tokens, model.init_state(cfg, 2, sleep_cfg), cfg, sleep_cfg, valid=valid)
-  hybrids.assert_same(state, want)
-  unmasked = module.consolidate(tokens, module.init_state(2))
-  assert hybrids.distance(unmasked.fast["1"].S, state.fast["1"].S) > 1e-3
-  hybrids.assert_same(
-    module.predict(tokens, state, valid=valid), model.predict(weights, tokens, state, cfg, valid=valid)
+  graph, held = nnx.split(module)
+  asleep = hybrids.jit(
+    lambda held, start, valid: nnx.merge(graph, held).consolidate(tokens, start, valid=valid)
   )
+  pure = hybrids.jit(lambda w, start: model.consolidate(w, tokens, start, cfg, sleep_cfg, valid=valid))
+  state = asleep(held, module.init_state(2), valid)
+  hybrids.assert_same(state, pure(weights, model.init_state(cfg, 2, sleep_cfg)))
+  unmasked = asleep(held, module.init_state(2), None)
+  assert hybrids.distance(unmasked.fast["1"].S, state.fast["1"].S) > 1e-3
+  awake = hybrids.jit(lambda held, state: nnx.merge(graph, held).predict(tokens, state, valid=valid))
+  pure = hybrids.jit(lambda w, state: model.predict(w, tokens, state, cfg, valid=valid))
+  hybrids.assert_same(awake(held, state), pure(weights, state))
 
 
 def test_reads_and_generates_as_the_pure_functions_do():

@@ -74,14 +74,18 @@ def test_token_by_token_and_in_pieces_it_is_the_window(eviction):
   """Under sliding eviction behind a window that was read before."""
   cfg, weights = made(eviction=eviction)
   x, valid = text(2 * WINDOW)
+  decode = hybrids.jit(
+    lambda w, x, cache, valid: attention.decode(w, x, cache, cfg, valid=valid, rotated=False)
+  )
+  behind = hybrids.jit(
+    lambda w, x, kept, valid: attention.read_behind(w, x, kept, cfg, valid=valid, rotated=False)
+  )
   before, own = slice(0, WINDOW), slice(WINDOW, 2 * WINDOW)
   if eviction == "sliding":
     want = by_the_equations(weights, x, valid, WINDOW)[:, own]
     nothing = attention.init_kept(cfg, 2)
-    _, kept = attention.read_behind(
-      weights, x[:, before], nothing, cfg, valid=valid[:, before], rotated=False
-    )
-    whole, _ = attention.read_behind(weights, x[:, own], kept, cfg, valid=valid[:, own], rotated=False)
+    _, kept = behind(weights, x[:, before], nothing, valid[:, before])
+    whole, _ = behind(weights, x[:, own], kept, valid[:, own])
     hybrids.assert_near(whole, want, NEAR)
   else:
     want, kept = by_the_equations(weights, x[:, own], valid[:, own], WINDOW), None
@@ -89,7 +93,7 @@ def test_token_by_token_and_in_pieces_it_is_the_window(eviction):
     cache, at, parts = attention.init_cache(cfg, 2, kept, rotated=False), WINDOW, []
     for size in cuts:
       part = slice(at, at + size)
-      out, cache = attention.decode(weights, x[:, part], cache, cfg, valid=valid[:, part], rotated=False)
+      out, cache = decode(weights, x[:, part], cache, valid[:, part])
       parts.append(out)
       at += size
     hybrids.assert_near(np.concatenate(parts, axis=1), want, NEAR)
@@ -98,10 +102,10 @@ def test_token_by_token_and_in_pieces_it_is_the_window(eviction):
 def test_products_are_rounded_where_the_config_says_so():
   cfg, weights = made()
   x, valid = text(WINDOW)
-  rounded = attention.read_window(
-    weights, x, config.replace(cfg, matmul_dtype="bfloat16"), valid=valid, rotated=False
+  read = hybrids.jit(
+    lambda w, cfg: attention.read_window(w, x, cfg, valid=valid, rotated=False), static_argnums=1
   )
-  exact = attention.read_window(weights, x, cfg, valid=valid, rotated=False)
+  rounded, exact = read(weights, config.replace(cfg, matmul_dtype="bfloat16")), read(weights, cfg)
   assert 1e-4 < hybrids.distance(rounded, exact) < 0.03
 
 

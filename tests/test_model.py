@@ -257,7 +257,7 @@ class ScaleTest(parameterized.TestCase):
   def logits(self, cfg, params):
     batch, layout = hybrids.random_batch(14, (6, 7, 13), pads=(0, 1, 5))
     segments = windows.plan(layout, cfg.window)
-    return model.forward(params, batch, segments, cfg, config.SleepConfig(num_passes=2))[0]
+    return hybrids.reader(segments, cfg, config.SleepConfig(num_passes=2))(params, batch)[0]
 
   def test_a_norm_on_the_embedding_is_an_embedding_of_normal_rows(self):
     cfg = hybrids.model_config()

@@ -221,7 +221,7 @@ def test_without_a_compiler_it_says_how_to_install_one(run):
   ],
 )
 def test_a_search_tries_what_the_loops_allow_and_moves_to_the_host_last(loops, kinds):
-  small = {"model__blocks": "('gdn',)", "train__batch_size": "1"}
+  small = {"model__blocks": "('hebbian',)", "sleep__num_passes": "1", "train__batch_size": "1"}
   planner = planning.Planner(TINY, values(sleep__loops=loops, **small), minutes=None)
   tried = [changes.get("sleep.remat", "none") for _, changes in planner._candidates(find("v5e:1x1"))]
   assert sorted(tried) == sorted(kinds)

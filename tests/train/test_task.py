@@ -16,9 +16,10 @@ from sleep_jax.train import step as training_step
 from tests.train import test_host_steps, test_train
 
 
-def device_kind():
-  """Config and task of data that the device makes, two steps a call."""
+def device_kind(*blocks):
+  """Config and task of data that the device makes, two steps a call; one block compiles sooner than two."""
   changes = {
+    "model__blocks": blocks or ("gdn",),
     "train__steps": 4,
     "train__steps_per_dispatch": 2,
     "train__eval_every": 4,
@@ -142,7 +143,7 @@ def test_a_profile_names_blocks_and_passes_without_tensorboard(tmp_path):
 
 
 def test_blocks_passes_and_windows_have_names_in_the_program():
-  cfg, task = device_kind()
+  cfg, task = device_kind("attn", "gdn")
   _, tx, one_step = train.optimization(cfg)
   plan = windows.plan(task.layout, cfg.model.window)
   state = jax.eval_shape(functools.partial(train.init_state, cfg, tx))

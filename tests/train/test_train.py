@@ -29,7 +29,7 @@ from sleep_jax.experiments.configs import rule110 as presets
 from sleep_jax.runtime import checkpoint, metrics
 from tests import forked
 
-STEPS = 200
+STEPS = 100
 SETTINGS = {
   "data.num_strings": 1,
   "data.rollout_steps": 1,
@@ -50,16 +50,21 @@ TIMES = (
 # Runs the experiment with something changed in it: the third word is the step from which it happens.
 CHANGED = """
 import os, signal, sys
-import jax.numpy as jnp
+import jax, jax.numpy as jnp
 from sleep_jax.experiments import cli, rule110
 from sleep_jax.scoring import by_position
+from sleep_jax.train import device_steps
 what, when = sys.argv.pop(1), int(sys.argv.pop(1))
-if what == "poison":  # the loss of all steps from `when` on is NaN
-  clean = rule110.rule110.batch
-  def batch(cfg, key, step, size):
-    made = clean(cfg, key, step, size)
-    return made.replace(loss_mask=jnp.where(step >= when, jnp.nan, made.loss_mask))
-  rule110.rule110.batch = batch
+if what == "poison":  # steps from `when` on give NaN; the program is that of a run that is not poisoned
+  call = device_steps.DeviceSteps.__call__
+  def poisoned(self, state):
+    state, measured, loads = call(self, state)
+    bad = jnp.arange(int(state.step) - len(loads), int(state.step)) >= when
+    if bad.any():
+      measured = {name: jnp.where(bad, jnp.nan, x) for name, x in measured.items()}
+      state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    return state, measured, loads
+  device_steps.DeviceSteps.__call__ = poisoned
 if what == "stop_in_evaluation":  # SIGTERM comes in the middle of evaluation number `when`
   make, seen = by_position.make_evaluate, []
   def make_evaluate(*args):
@@ -113,10 +118,7 @@ def last_step(folder):
 
 
 class Runs:
-  """Starts the experiment in processes that share a cache of compiled programs.
-
-  They compile as users do: a run that is poisoned must round as one that is not, until it is.
-  """
+  """Starts the experiment in processes that share a cache of compiled programs."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -124,8 +126,6 @@ class Runs:
     self.environment = forked.environment(
       JAX_COMPILATION_CACHE_DIR=cache,
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-      JAX_DISABLE_MOST_OPTIMIZATIONS="0",
-      XLA_FLAGS="",
     )
 
   def start(self, workdir, *flags, changed=(), **environment):
