@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import resource
 
 import hypothesis
 import jax
@@ -37,18 +38,22 @@ def compiled(request):
   jax.config.update("jax_disable_most_optimizations", compiling.QUICKLY)
 
 
-MAPS = pathlib.Path("/proc/self/maps")
+PROCESS = pathlib.Path("/proc/self")
+MOST_MAPS, MOST_BYTES = 20_000, 2e9
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forgotten_programs():
-  """Drops compiled programs before they are too many for one process.
+  """Drops compiled programs before they are too many for one process, or take too much of its memory.
 
   A program is several pieces of mapped memory, of which Linux allows a process 65,530. One more, and the
   compiler ends the process with a segmentation fault.
   """
   yield
-  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+  if not PROCESS.exists():
+    return
+  held = int((PROCESS / "statm").read_text().split()[1]) * resource.getpagesize()
+  if held > MOST_BYTES or (PROCESS / "maps").read_bytes().count(b"\n") > MOST_MAPS:
     jax.clear_caches()
     gc.collect()
 

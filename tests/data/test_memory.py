@@ -21,9 +21,9 @@ CONFIGS = {
   "overwriting": MemoryConfig(
     task="overwriting", depths=(1, 3), lengths=(18, 24), keys=3, queries=2, words=10
   ),
-  "tracking": MemoryConfig(task="tracking", depths=(1, 3), lengths=(16, 22), chains=2, queries=2, words=9),
+  "tracking": MemoryConfig(task="tracking", depths=(0, 3), lengths=(16, 22), chains=2, queries=2, words=9),
   "hops": MemoryConfig(
-    task="tracking", depths=(1, 3), lengths=(16, 22), chains=2, queries=2, words=9, asked="value"
+    task="tracking", depths=(0, 3), lengths=(16, 22), chains=2, queries=2, words=9, asked="value"
   ),
   "common": MemoryConfig(task="common", depths=(1, 2), lengths=(20, 30), often=5, seldom=2, words=8),
   "frequent": MemoryConfig(task="frequent", depths=(1, 3), lengths=(36, 60), words=7),

@@ -120,6 +120,7 @@ OVERWRITING = Test(
 
 TRACKING = Test(
   depth="hops",
+  least=0,  # the variable that got the number is asked for
   kinds={"variable": "words", "number": "words"},
   fields=("chains", "asked"),
   shape=lambda cfg, depth, length: Shape(
