@@ -6,8 +6,7 @@ VENV ?= .venv
 PYTHON ?= python3.12 python3.11 python3
 SIZE ?= demo
 WORKDIR ?= work/demo
-# Tests at a time: one more than CI has cores, since a test often waits for a disk or for another process.
-JOBS ?= 3
+JOBS ?= 2
 KILLS ?= 200
 ARGS ?=
 LOCK_FLAGS ?=
@@ -34,7 +33,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=3  KILLS=200  ARGS="-k name"'
+	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  KILLS=200  ARGS="-k name"'
 
 setup: $(VENV)/lock.txt cache ## make the virtual environment
 

@@ -39,7 +39,7 @@ def compiled(request):
 
 
 PROCESS = pathlib.Path("/proc/self")
-MOST_MAPS, MOST_BYTES = 20_000, 2e9
+MOST_MAPS, MOST_BYTES = 20_000, 3e9
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -64,10 +64,10 @@ def test_a_step_moves_it_to_the_weights_behind_the_step_and_trains_as_without():
   ends = {}
   for name, one in (("with", cfg), ("without", config.replace(cfg, optim={"average": 0.0}))):
     _, tx, one_step = train.optimization(one)
-    state = jax.jit(functools.partial(train.init_state, one, tx))()
+    state = hybrids.jit(functools.partial(train.init_state, one, tx))()
     first = state.params
     batch = task.batch(state.key, state.step, one.train.batch_size)
-    ends[name] = jax.jit(functools.partial(one_step, segments=plan))(state, batch)[0]
+    ends[name] = hybrids.jit(functools.partial(one_step, segments=plan))(state, batch)[0]
   hybrids.assert_same(ends["with"].params, ends["without"].params)
   want = jax.tree.map(lambda a, w: a + 9 / 11 * (w - a), first, ends["with"].params)
   hybrids.assert_near(ends["with"].average, want, 1e-6)
