@@ -127,7 +127,7 @@ def table(rows: Sequence[dict[str, Any]], threshold: float) -> str:
 def figure(these: Sequence[Start], name: str = "takeoff") -> Drawing:
   """For each N a panel: the share of seeds that had taken off, over steps; one line for each setting.
 
-  Only runs that ended count, so that every point of a line is of the same seeds.
+  Only runs that ended count, so that every point of a line is of the same seeds. A thin line is one seed.
   """
   ended = [s for s in these if s.reached >= s.steps]
   passes = sorted({s.num_passes for s in ended})
@@ -136,6 +136,7 @@ def figure(these: Sequence[Start], name: str = "takeoff") -> Drawing:
   drawn, panels = drawing.frame(title, width, 4.0, columns=columns, sharey=True)
   settings, out = list(dict.fromkeys(s.setting for s in ended)), []
   colours = [f"C{i % 10}" for i in range(len(settings))]
+  lines = {}
   for axes, n in zip(panels, passes, strict=False):
     counts = set()
     for number, (setting, colour) in enumerate(zip(settings, colours, strict=True)):
@@ -149,7 +150,11 @@ def figure(these: Sequence[Start], name: str = "takeoff") -> Drawing:
         x, y = [*x, step], [*y, 100 * done / len(mine)]
       x, y = [*x, max(s.steps for s in mine)], [*y, y[-1]]
       dashes = drawing.DASHES[number // 10 % len(drawing.DASHES)]
-      axes.step(x, y, where="post", color=colour, linestyle=dashes, linewidth=1.8, label=setting)
+      thickness = 1.8 if len(mine) > 1 else 0.8
+      (line,) = axes.step(
+        x, y, where="post", color=colour, linestyle=dashes, linewidth=thickness, label=setting
+      )
+      lines.setdefault(setting, line)
       out += [
         {"num_passes": n, "setting": setting, "step": a, "off_percent": b, "seeds": len(mine)}
         for a, b in zip(x, y, strict=True)
@@ -159,8 +164,10 @@ def figure(these: Sequence[Start], name: str = "takeoff") -> Drawing:
     axes.set_xlabel("optimizer step", fontsize=drawing.SIZE)
     axes.set_ylim(-2, 102)
   panels[0].set_ylabel("seeds that have taken off (%)", fontsize=drawing.SIZE)
-  if passes:
-    panels[-1].legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+  if lines:  # beside the last panel, and of all of them: not every setting was run with every N
+    panels[-1].legend(
+      handles=list(lines.values()), fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
   ends = "; ".join(f"N = {r['num_passes']} {r['setting']} {r['off_percent']:.0f} %" for r in _last(out))
   return Drawing(name, drawn, f"Share of seeds that have taken off, over steps. At the end: {ends}.", out)
 

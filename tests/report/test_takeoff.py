@@ -65,3 +65,12 @@ def test_table_and_figure_say_the_same(runs, tmp_path):
   ends = {row["setting"]: float(row["off_percent"]) for row in drawn}
   assert ends == {"a": pytest.approx(200 / 3), "b": 100}  # of `b` one run has ended
   assert {row["seeds"] for row in drawn if row["setting"] == "b"} == {"1"}
+
+
+def test_the_legend_names_the_settings_of_every_panel(tmp_path):
+  """Also one that was not run with the largest N, beside whose panel the legend stands."""
+  for name, n in (("few_n1_s0", 1), ("both_n1_s0", 1), ("both_n4_s0", 4)):
+    fake_runs.write(tmp_path / name, n, [(100, 0.9)], seed=0, steps=100)
+  found = takeoff.starts(fake_runs.read(tmp_path / "*"), 0.8)
+  legend = takeoff.figure(found).figure.axes[-1].get_legend()
+  assert sorted(text.get_text() for text in legend.get_texts()) == ["both", "few"]
