@@ -22,9 +22,7 @@ SETTINGS = {
   "embed4": lambda steps: {"model.embed_std": 4.0},
   "embed_norm": lambda steps: {"model.embed_norm": True},
   "residual_half": lambda steps: {"model.residual_scale": 0.5},  # 1 / sqrt(2 blocks x 2 additions)
-  "residual_passes": lambda steps: {
-    "model.residual_scale": (4 * (STEPS // steps)) ** -0.5
-  },  # N passes of them
+  "residual_passes": lambda steps: {"model.residual_scale": (4 * STEPS / steps) ** -0.5},  # the same by N
   "short_memory": lambda steps: {"model.fast.decay_init": (1.0, 16.0)},
   "long_memory": lambda steps: {"model.fast.decay_init": (1 / 64, 1 / 4)},
   "warmup": lambda steps: {"optim.warmup_steps": steps // 8},
