@@ -130,7 +130,8 @@ class Runs:
 
   def start(self, workdir, *flags, changed=(), **environment):
     how = ["-c", CHANGED, *map(str, changed)] if changed else ["-m", "experiments.rule110"]
-    fields = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    given = {flag.partition("=")[0] for flag in flags}
+    fields = [f"--config.{key}={value}" for key, value in SETTINGS.items() if f"--config.{key}" not in given]
     return subprocess.Popen(
       [
         sys.executable,
