@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from sleep_jax import config, model, train, windows
@@ -56,13 +57,15 @@ def prepared(cfg, task):
 
 def test_steps_advance_the_state_and_count_their_load(kind):
   cfg, task = kind
+  usual = cfg.train.steps  # and one call more, which is not finite
+  cfg = config.replace(cfg, train={"steps": usual + cfg.train.steps_per_dispatch})
   lines, clock = [], progress.Clock()
   steps, state = prepared(cfg, task)
   tokens, done = 0, 0
   with steps:
     assert steps.tokens_before(0, None) == 0
     steps.start(state, clock, lines.append)
-    while done < cfg.train.steps:
+    while done < usual:
       state, measured, loads = steps(state)
       done += len(loads)
       assert int(state.step) == done
@@ -74,6 +77,8 @@ def test_steps_advance_the_state_and_count_their_load(kind):
       tokens += sum(load.tokens for load in loads)
     last_row = {"step": done, "tokens": tokens}
     assert steps.tokens_before(done, last_row) == tokens
+    _, measured, _ = steps(state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params)))
+    assert np.isnan(measured["loss"]).all(), "a step that is not finite says so"
   assert any(line.startswith("compiling the step") for line in lines)
   assert sum(line.startswith("compiled the step") for line in lines) * 2 == len(lines)
 
