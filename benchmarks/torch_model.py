@@ -210,9 +210,8 @@ class Optimizer:
   """Muon and AdamW as `sleep_jax.optim` has them; works on the weights in place."""
 
   def __init__(self, cfg: Config, weights: Weights):
-    check(
-      not cfg.optim.warmup_steps and not cfg.optim.decay_steps, "optim", "the PyTorch recipe has no schedule"
-    )
+    scheduled = cfg.optim.warmup_steps or cfg.optim.bound_to_length
+    check(not scheduled, "optim", "the PyTorch recipe has no schedule")
     self.cfg, self.weights = cfg.optim, list(weights.values())
     paths, _ = jax.tree_util.tree_flatten_with_path(model.declare(cfg.model), is_leaf=params.is_weight)
     declared = {params.name_of(path): weight for path, weight in paths}

@@ -226,7 +226,8 @@ def train_in_workdir(
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
 
-  A complete run is made longer by a larger `train.steps`: it goes on where it ended.
+  A complete run is made longer by a larger `train.steps`: it goes on where it ended. Where the learning rate
+  depends on the run's length (`OptimConfig.bound_to_length`) it cannot be: its first steps would have been others.
 
   Args:
     cfg: of the run.
@@ -244,8 +245,9 @@ def train_in_workdir(
   train.check_fits(cfg)
   check_task(cfg)
   cfg, movable = fine_tuning.identified(cfg, folder)
+  may_grow = () if cfg.optim.bound_to_length else ("train.steps",)
   with workdir.prepare(
-    folder, to_dict(cfg), may_change=movable, may_grow=("train.steps",), defaults=defaults_of(cfg)
+    folder, to_dict(cfg), may_change=movable, may_grow=may_grow, defaults=defaults_of(cfg)
   ) as run:
     if run.done_step is not None and run.done_step >= cfg.train.steps:
       print(f"{files.shown(run.path)} is complete: {run.done_step} steps")

@@ -87,7 +87,7 @@ def _of_part(count: Callable[..., int], asked: Problem, data: int, affine: bool)
   first = next((i for i, counts in enumerate(asked.layout) if counts), len(asked.layout) - 1)
   size = cfg.train.batch_size // cfg.train.microbatches // data
   of = functools.partial(count, cfg.model, cfg.sleep, asked.tokens, asked.tokens - first)
-  return of(1) + (size - 1) * (of(2) - of(1)) if affine else of(size)
+  return of(1) + (size - 1) * (of(2) - of(1)) if affine and size > 2 else of(size)
 
 
 def _state(cfg: Config, data: int, model_axis: int) -> train.TrainState:

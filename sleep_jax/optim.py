@@ -95,13 +95,15 @@ def hold(declared: Any, weights: Any) -> Any:
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
   """Multiplier of both learning rates: linear warm-up, 1, then cosine to `final_scale` at `steps`."""
+  warmup = cfg.warmup_steps or round(cfg.warmup_share * steps)
+  decay = cfg.decay_steps or round(cfg.decay_share * steps)
 
   def multiplier(step):
     step = jnp.asarray(step, jnp.float32)
-    up = jnp.minimum(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-    if not cfg.decay_steps:
+    up = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
+    if not decay:
       return up * jnp.ones(())
-    done = jnp.clip((step - (steps - cfg.decay_steps)) / cfg.decay_steps, 0.0, 1.0)
+    done = jnp.clip((step - (steps - decay)) / decay, 0.0, 1.0)
     return up * (cfg.final_scale + (1 - cfg.final_scale) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
 
   return multiplier

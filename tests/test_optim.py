@@ -280,6 +280,12 @@ class ScheduleTest(parameterized.TestCase):
     cosine = optax.cosine_decay_schedule(1.0, 4, alpha=0.2)
     np.testing.assert_allclose(got[6:], [float(cosine(i)) for i in range(5)], rtol=1e-6)
 
+  def test_shares_are_of_the_run(self):
+    for steps in (8, 80):
+      shares = OptimConfig(warmup_share=1 / 8, decay_share=0.5, final_scale=0.0)
+      counted = OptimConfig(warmup_steps=steps // 8, decay_steps=steps // 2, final_scale=0.0)
+      self.assertEqual(self.rates(shares, steps), self.rates(counted, steps))
+
   def test_warm_up_and_decay_multiply(self):
     got = self.rates(OptimConfig(warmup_steps=4, decay_steps=4, final_scale=0.0), 4)
     np.testing.assert_allclose(got[1], 0.5 * 0.5 * (1 + math.cos(math.pi / 4)), rtol=1e-6)

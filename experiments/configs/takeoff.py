@@ -25,8 +25,9 @@ SETTINGS = {
   "residual_passes": lambda steps: {"model.residual_scale": (4 * STEPS / steps) ** -0.5},  # the same by N
   "short_memory": lambda steps: {"model.fast.decay_init": (1.0, 16.0)},
   "long_memory": lambda steps: {"model.fast.decay_init": (1 / 64, 1 / 4)},
-  "warmup": lambda steps: {"optim.warmup_steps": steps // 8},
-  "cosine": lambda steps: {"optim.warmup_steps": steps // 8, "optim.decay_steps": steps // 2},
+  "warmup": lambda steps: {"optim.warmup_share": 1 / 8},
+  "cosine": lambda steps: {"optim.warmup_share": 1 / 8, "optim.decay_share": 1 / 2},
+  "embed_norm_cosine": lambda steps: {"model.embed_norm": True} | SETTINGS["cosine"](steps),
   "half_rate": lambda steps: {"optim.muon_lr": 5e-3},
   "average": lambda steps: {"optim.average": 0.99},
   "last_pass": lambda steps: {"sleep.backprop_passes": 1},

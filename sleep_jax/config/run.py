@@ -122,7 +122,9 @@ class OptimConfig:
     weight_decay: for both groups; a weight declared without decay is left alone.
     clip_norm: the most that the global norm of all gradients may be.
     warmup_steps: the learning rates rise from 0 over so many steps.
+    warmup_share: the same as a share of `train.steps`; one of the two is 0.
     decay_steps: cosine down to `final_scale` over the last so many steps; 0 for a constant rate.
+    decay_share: the same as a share of `train.steps`; one of the two is 0.
     final_scale: what the learning rates are multiplied by at the end.
     average: how much of an exponential moving average of the weights a step keeps; the first steps, t from 1,
       keep at most (1 + t) / (10 + t), so that the start is soon forgotten. Training goes on with the weights
@@ -144,7 +146,9 @@ class OptimConfig:
   weight_decay: NotNegative = 1e-4
   clip_norm: Positive = 1.0
   warmup_steps: Natural = 0
+  warmup_share: Share = 0.0
   decay_steps: Natural = 0
+  decay_share: Share = 0.0
   final_scale: NotNegative = 1e-3
   average: Share = 0.0
   trained: tuple[str, ...] = ("*",)
@@ -152,6 +156,18 @@ class OptimConfig:
   def __post_init__(self):
     check_fields(self)
     check(bool(self.trained), "optim.trained", "must have at least 1 pattern, got none")
+    for what in ("warmup", "decay"):
+      steps, share = (getattr(self, f"{what}_{unit}") for unit in ("steps", "share"))
+      check(
+        not (steps and share),
+        f"optim.{what}_share",
+        f"must be 0 where optim.{what}_steps = {steps} says the same thing, got {share}",
+      )
+
+  @property
+  def bound_to_length(self) -> bool:
+    """Whether the learning rate of a step depends on `train.steps`: such a run cannot be made longer."""
+    return bool(self.warmup_share or self.decay_share or self.decay_steps)
 
 
 @dataclasses.dataclass(frozen=True)

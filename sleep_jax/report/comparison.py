@@ -7,7 +7,7 @@ from sleep_jax.report import intervals
 from sleep_jax.report.claims import Standing, standings
 from sleep_jax.report.curves import constant
 from sleep_jax.report.load import Run, is_number
-from sleep_jax.report.tables import MISSING, amount, budgets, milliseconds, reached, seconds, spread
+from sleep_jax.report.tables import MISSING, amount, budgets, contest, milliseconds, reached, seconds, spread
 
 Table = tuple[list[str], list[list[str]]]  # headers; rows of cells, the first one their name
 
@@ -15,8 +15,9 @@ Table = tuple[list[str], list[list[str]]]  # headers; rows of cells, the first o
 def comparison(runs: Sequence[Run]) -> Table:
   """Exact accuracy of each N after the same tokens, and after the same CPU seconds.
 
-  Of each N the best setting counts (`claims.standings`). Budgets are the largest that a run of every N
-  reached, for tokens, and the largest that every run reached, for CPU seconds. Nothing is interpolated.
+  Of each N the runs of the length that fits (`tables.contest`) and among them the best setting count
+  (`claims.standings`). Budgets are the largest that a run of every N reached, for tokens, and the largest
+  that every one of those runs reached, for CPU seconds. Nothing is interpolated.
 
   Args:
     runs: of one task, evaluated, each with its N.
@@ -26,15 +27,15 @@ def comparison(runs: Sequence[Run]) -> Table:
   """
   runs = [r for r in runs if r.evals and r.num_passes]
   shown = sorted({r.num_passes for r in runs if r.num_passes})
-  tokens, compute = budgets(runs, "tokens")[1], budgets(runs, "cpu_s")[0]
+  same_data, same_compute = contest(runs, "tokens"), contest(runs, "cpu_s")
+  tokens, compute = budgets(same_data, "tokens")[1], budgets(same_compute, "cpu_s")[0]
   rows = []
   if tokens is not None:
-    rows += _accuracy(
-      f"after the same {amount(tokens)} tokens", standings(runs, "tokens", tokens), shown, "tokens", tokens
-    )
+    name = f"after the same {amount(tokens)} tokens"
+    rows += _accuracy(name, standings(same_data, "tokens", tokens), shown, "tokens", tokens)
   if compute is not None and not any(r.accelerated for r in runs):
     name = f"after the same {seconds(compute)} CPU seconds"
-    rows += _accuracy(name, standings(runs, "cpu_s", compute), shown, "cpu_s", compute)
+    rows += _accuracy(name, standings(same_compute, "cpu_s", compute), shown, "cpu_s", compute)
   for key, name in (
     ("wake_ms_per_answer", "awake: ms an answer"),
     ("sleep_ms_per_window", "asleep: ms a window"),

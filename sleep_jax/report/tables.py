@@ -121,6 +121,26 @@ def budgets(runs: Sequence[Run], by: str) -> tuple[float | None, float | None]:
   return min(v for _, v in spent), min(longest.values())
 
 
+def contest(runs: Sequence[Run], by: str) -> list[Run]:
+  """The runs to compare once every N has spent as much (`by`: "tokens" or "cpu_s").
+
+  A learning rate that falls makes a run better at its end than it was on its way. So where an N was run for
+  several lengths, those of the length that ends nearest to the budget (`budgets`) take part, and no others.
+  """
+  budget = budgets(runs, by)[1]
+  ends: dict[tuple[int | None, Any], list[float]] = {}
+  for run in runs:
+    if values := [row[by] for row in run.evals if is_number(row.get(by))]:
+      ends.setdefault((run.num_passes, run.get("train.steps")), []).append(values[-1])
+  nearest: dict[int | None, tuple[float, Any]] = {}
+  for (n, steps), values in ends.items():
+    distance = abs(sum(values) / len(values) - (budget or 0.0))
+    if n not in nearest or distance < nearest[n][0]:
+      nearest[n] = distance, steps
+  lengths = {n: steps for n, (_, steps) in nearest.items()}
+  return [run for run in runs if lengths.get(run.num_passes, run) == run.get("train.steps")]
+
+
 def equal_compute_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """Exact accuracy at equal CPU seconds: one row for each run that shares its task, of `COLUMNS` keys.
 

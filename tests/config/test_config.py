@@ -124,6 +124,15 @@ BOUNDS = {
   ),
   "weight_decay": (lambda: OptimConfig(weight_decay=-1.0), "optim.weight_decay: must be at least 0"),
   "warmup": (lambda: OptimConfig(warmup_steps=-1), "optim.warmup_steps: must be at least 0"),
+  "warm-up twice": (
+    lambda: OptimConfig(warmup_steps=3, warmup_share=0.5),
+    "optim.warmup_share: must be 0 where optim.warmup_steps = 3 says the same thing, got 0.5",
+  ),
+  "decay twice": (
+    lambda: OptimConfig(decay_steps=3, decay_share=0.5),
+    "optim.decay_share: must be 0 where optim.decay_steps = 3 says the same thing, got 0.5",
+  ),
+  "decay_share": (lambda: OptimConfig(decay_share=1.0), "optim.decay_share: must lie in [0, 1), got 1.0"),
   "decay_steps": (lambda: OptimConfig(decay_steps=-1), "optim.decay_steps: must be at least 0"),
   "final_scale": (lambda: OptimConfig(final_scale=-0.5), "optim.final_scale: must be at least 0"),
   **{

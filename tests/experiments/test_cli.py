@@ -141,10 +141,10 @@ class CommandLineTest(parameterized.TestCase):
     (self.dir / "broken.py").write_text("def get_config(preset):\n  return (\n")
     self.assert_refused("broken.py, line 2: '(' was never closed", "--config=broken.py:tiny", "--workdir=new")
 
-  def prepared(self, **changes):
+  def prepared(self, name="run", **changes):
     """A workdir as a run with the tiny preset, changed, leaves it at its start."""
     cfg, _ = rule110.build(presets.get_config("tiny").to_dict())
-    path = self.dir / "run"
+    path = self.dir / name
     workdir.prepare(path, config.to_dict(config.replace(cfg, **changes))).close()
     (path / "lock").unlink()
     return path
@@ -161,6 +161,16 @@ class CommandLineTest(parameterized.TestCase):
     after = contents(path)
     after.pop("lock")
     self.assertEqual(after, before)
+
+  def test_a_run_whose_rate_depends_on_its_length_is_not_made_longer(self):
+    for at, (field, change) in enumerate((("decay_share", 0.5), ("warmup_share", 0.5), ("decay_steps", 10))):
+      path = self.prepared(f"run{at}", optim={field: change})
+      (path / "metrics.jsonl").write_text('{"kind": "done", "step": 20}\n')
+      flags = (f"--config.optim.{field}={change}", "--config.train.steps=40")
+      ended = self.experiment.run(TINY, *flags, f"--workdir={path}", cwd=self.dir)
+      self.assertEqual((ended.code, ended.out), (2, ""))
+      [line] = ended.err.splitlines()
+      self.assertIn("train.steps: 20 in the workdir, 40 asked for", line)
 
   def test_a_folder_of_other_things_is_left_alone(self):
     (self.dir / "thesis").mkdir()

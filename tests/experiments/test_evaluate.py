@@ -14,8 +14,8 @@ from sleep_jax.runtime import metrics
 from tests.forked import Experiment
 
 TRAIN = (
-  *("--config=rule110:tiny", "--config.model.blocks=('gdn',)"),  # one block is compiled sooner than two
-  *("--config.train.eval_sequences=128", "--config.sleep.num_passes=2"),
+  *("--config=rule110:tiny", "--config.model.blocks=('hebbian',)"),  # one simple block is compiled sooner than two
+  *("--config.train.eval_sequences=128", "--config.sleep.num_passes=2", "--tensorboard=False"),
 )
 
 
@@ -54,17 +54,17 @@ def test_unchanged_it_is_the_last_evaluation_of_the_run(evaluate, ran):
 
 
 def test_several_runs_and_passes_as_table_rows_and_figure(evaluate, ran, tmp_path):
-  ended = evaluate.run(f"--run={ran}/s*", "--passes=1,2,3", f"--out={tmp_path}/out", cwd=ran)
+  ended = evaluate.run(f"--run={ran}/s*", "--passes=1,3", f"--out={tmp_path}/out", cwd=ran)
   assert ended.code == 0, ended.err
   rows = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
-  assert [(row["seed"], row["num_passes"]) for row in rows] == [(s, n) for s in (0, 1) for n in (1, 2, 3)]
+  assert [(row["seed"], row["num_passes"]) for row in rows] == [(s, n) for s in (0, 1) for n in (1, 3)]
   assert all(row["trained_passes"] == 2 and row["step"] == 20 for row in rows)
   assert all(0 <= row["low"] <= row["exact"] <= row["high"] <= 1 for row in rows)
-  assert len({row["loss"] for row in rows if row["seed"] == 0}) == 3, (
+  assert len({row["loss"] for row in rows if row["seed"] == 0}) == 2, (
     "N at test time changes what is remembered"
   )
   table = (tmp_path / "out" / "evaluation.md").read_text()
-  assert len(table.splitlines()) == 2 + 6 and table.strip() in ended.out
+  assert len(table.splitlines()) == 2 + 4 and table.strip() in ended.out
   assert {path.name for path in (tmp_path / "out").iterdir()} == {
     "evaluation.jsonl", "evaluation.md", "test_passes.png", "test_passes.svg", "test_passes.csv"
   }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleep_jax.report import tables
+from sleep_jax.report import claims, comparison, tables
 from tests.report import fake_runs
 
 FOUR = [(100, 0.40), (200, 0.59)]
@@ -45,3 +45,22 @@ def test_equal_compute_takes_what_all_runs_spent(tmp_path):
   assert {row["longest_cpu_s"] for row in table.values()} == {60.0}
   longest = {name: row["longest_exact"] for name, row in table.items()}
   assert longest == {"n1": None, "n1_long": 0.70, "n4": 0.59}
+
+
+def test_a_contest_is_between_runs_that_end_alike(tmp_path):
+  """Of each N the length that ends nearest to what all have spent: 1.33 M tokens here, and 110 CPU seconds."""
+  fake_runs.write(tmp_path / "n1", 1, [(400, 0.3), (1450, 0.8)], steps=1450)  # 109 CPU s
+  fake_runs.write(tmp_path / "n1_other", 1, [(400, 0.3), (1450, 0.7)], steps=1450, lr=0.01)
+  fake_runs.write(tmp_path / "n1_short", 1, [(200, 0.3), (400, 0.4)], steps=400)  # 30
+  fake_runs.write(tmp_path / "n2", 2, [(400, 0.5), (770, 0.9), (780, 0.95)], steps=780)  # 109
+  fake_runs.write(tmp_path / "n2_short", 2, [(400, 0.6)], steps=400)  # 56
+  fake_runs.write(tmp_path / "n4", 4, [(400, 0.98)], steps=400)  # 110
+  runs = fake_runs.read(tmp_path / "*")
+  names = lambda by: {run.name for run in tables.contest(runs, by)}  # noqa: E731
+  assert names("tokens") == {"n1_short", "n2_short", "n4"}
+  assert names("cpu_s") == {"n1", "n1_other", "n2", "n4"}
+  headers, rows = comparison.comparison(runs)
+  assert headers == ["exact answers", "N = 1", "N = 2", "N = 4"]
+  assert rows[0] == ["after the same 1.33 M tokens", "40.0 %", "60.0 %", "98.0 %"]
+  assert "N = 1: 40.0 %, N = 2: 60.0 %, N = 4: 98.0 %" in claims.claim(runs)
+  assert "is behind N = 2 (80.0 % against 90.0 % at 109 CPU s)" in claims.compute_claim(runs)

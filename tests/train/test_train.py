@@ -138,6 +138,7 @@ class Runs:
         *how,
         f"--config={forked.ROOT}/experiments/configs/rule110.py:tiny",
         f"--workdir={workdir}",
+        "--tensorboard=False",  # a second of imports for each start
         *fields,
         *flags,
       ],
