@@ -226,8 +226,8 @@ def train_in_workdir(
 ) -> dict[str, Any] | None:
   """Trains, or goes on training, in the folder of --workdir, which is left alone where a run is complete.
 
-  A complete run is made longer by a larger `train.steps`: it goes on where it ended. Where the learning rate
-  depends on the run's length (`OptimConfig.bound_to_length`) it cannot be: its first steps would have been others.
+  A complete run is made longer by a larger `train.steps`: it goes on where it ended. It cannot be where the
+  learning rate depends on the run's length (`OptimConfig.bound_to_length`).
 
   Args:
     cfg: of the run.

@@ -28,6 +28,7 @@ SETTINGS = {
   "warmup": lambda steps: {"optim.warmup_share": 1 / 8},
   "cosine": lambda steps: {"optim.warmup_share": 1 / 8, "optim.decay_share": 1 / 2},
   "embed_norm_cosine": lambda steps: {"model.embed_norm": True} | SETTINGS["cosine"](steps),
+  "long_memory_cosine": lambda steps: SETTINGS["long_memory"](steps) | SETTINGS["cosine"](steps),
   "half_rate": lambda steps: {"optim.muon_lr": 5e-3},
   "average": lambda steps: {"optim.average": 0.99},
   "last_pass": lambda steps: {"sleep.backprop_passes": 1},

@@ -36,7 +36,7 @@ def demo_curves(runs: Sequence[Run], name: str = "demo_curves", by: str = "token
 
 
 def side_by_side(runs: Sequence[Run], name: str = "demo") -> Drawing:
-  """`demo_curves` against tokens and, beside it, against CPU seconds: of each N the runs that fit (`contest`).
+  """`demo_curves` against tokens and, beside it, against CPU seconds, of the runs that fit (`contest`).
 
   Raises:
     RunError: no run has an evaluation, or one lacks its CPU seconds.

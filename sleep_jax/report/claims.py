@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sleep_jax.report import intervals
 from sleep_jax.report.curves import constant, settings
 from sleep_jax.report.load import Run, is_number
-from sleep_jax.report.tables import amount, budgets, contest, reached, seconds
+from sleep_jax.report.tables import amount, budgets, contest, reached
 
 # Percentage points under which two accuracies count as the same: about two standard errors of the
 # difference of two rates on some thousand held-out sequences.
@@ -30,7 +30,7 @@ class Standing:
 
 
 def standings(runs: Sequence[Run], by: str, budget: float | None) -> list[Standing]:
-  """The best setting of each N once `budget` is spent (`by`: "tokens" or "cpu_s"), ordered by N.
+  """The best setting of each N once `budget` is spent (`by`: of `tables.spent`), ordered by N.
 
   Best is the highest mean over seeds, for every N alike. Runs that ended before the budget do not count. None
   are known where nobody measured it (`budget` None).
@@ -126,14 +126,10 @@ def _unsettled(less: Standing, more: Standing) -> str:
 
 
 def compute_claim(runs: Sequence[Run]) -> str:
-  """Whether N = 1 catches up when it may spend as many CPU seconds; "" if the runs cannot tell.
+  """Whether N = 1 catches up when it may make as many passes asleep; "" if the runs cannot tell.
 
-  They cannot on an accelerator, where CPU seconds are no measure of compute.
-
-  Each N > 1 is compared with the best setting of N = 1 at the most CPU time that both spent.
+  Each N > 1 is compared with the best setting of N = 1 at the most passes (steps times N) that both made.
   """
-  if any(r.accelerated for r in runs):
-    return ""
   sentences = []
   tasks = _tasks(runs)
   for name, members in tasks:
@@ -145,20 +141,20 @@ def compute_claim(runs: Sequence[Run]) -> str:
     for passes in sorted({r.num_passes for r in members if r.num_passes and r.num_passes > 1}):
       pair = plain + [r for r in members if r.num_passes == passes]
       gains, both, budget = {}, [], None
-      for by in ("tokens", "cpu_s"):
+      for by in ("tokens", "passes"):
         fit = contest(pair, by)
         budget = budgets(fit, by)[1]
         both = standings(fit, by, budget)
         gains[by] = both[1].mean - both[0].mean if len(both) == 2 else None
-      if budget is None or gains["cpu_s"] is None or _is_guessing(both):
+      if budget is None or gains["passes"] is None or _is_guessing(both):
         continue
       verdict = "is behind"
-      if abs(gains["cpu_s"]) >= TOLERANCE and _unsettled(*both):
+      if abs(gains["passes"]) >= TOLERANCE and _unsettled(*both):
         verdict = "is not clearly apart from"
-      elif gains["cpu_s"] < TOLERANCE:
-        verdict = "is ahead of" if gains["cpu_s"] <= -TOLERANCE else "is level with"
+      elif gains["passes"] < TOLERANCE:
+        verdict = "is ahead of" if gains["passes"] <= -TOLERANCE else "is level with"
         tokens_saved |= gains["tokens"] is not None and gains["tokens"] >= TOLERANCE
-      values = f"{_percent(both[0].mean)} against {_percent(both[1].mean)} at {seconds(budget)} CPU s"
+      values = f"{_percent(both[0].mean)} against {_percent(both[1].mean)} after {budget:,.0f} passes"
       verdicts[verdict].append(f"N = {passes} ({values})")
     parts = [f"{verdict} {_listed(items)}" for verdict, items in verdicts.items() if items]
     if not parts:

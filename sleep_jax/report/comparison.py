@@ -1,4 +1,7 @@
-"""The small table that compares N: after the same data and after the same compute, each seed shown."""
+"""The small table that compares N: after the same data and after the same compute, each seed shown.
+
+Passes asleep stand for compute: they are the same on every machine, and CPU seconds stand beside them.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -13,11 +16,10 @@ Table = tuple[list[str], list[list[str]]]  # headers; rows of cells, the first o
 
 
 def comparison(runs: Sequence[Run]) -> Table:
-  """Exact accuracy of each N after the same tokens, and after the same CPU seconds.
+  """Exact accuracy of each N after the same tokens, and after the same passes asleep (steps times N).
 
   Of each N the runs of the length that fits (`tables.contest`) and among them the best setting count
-  (`claims.standings`). Budgets are the largest that a run of every N reached, for tokens, and the largest
-  that every one of those runs reached, for CPU seconds. Nothing is interpolated.
+  (`claims.standings`). Budgets are the largest that a run of every N reached. Nothing is interpolated.
 
   Args:
     runs: of one task, evaluated, each with its N.
@@ -27,15 +29,13 @@ def comparison(runs: Sequence[Run]) -> Table:
   """
   runs = [r for r in runs if r.evals and r.num_passes]
   shown = sorted({r.num_passes for r in runs if r.num_passes})
-  same_data, same_compute = contest(runs, "tokens"), contest(runs, "cpu_s")
-  tokens, compute = budgets(same_data, "tokens")[1], budgets(same_compute, "cpu_s")[0]
   rows = []
-  if tokens is not None:
-    name = f"after the same {amount(tokens)} tokens"
-    rows += _accuracy(name, standings(same_data, "tokens", tokens), shown, "tokens", tokens)
-  if compute is not None and not any(r.accelerated for r in runs):
-    name = f"after the same {seconds(compute)} CPU seconds"
-    rows += _accuracy(name, standings(same_compute, "cpu_s", compute), shown, "cpu_s", compute)
+  for by in ("tokens", "passes"):
+    fit = contest(runs, by)
+    budget = budgets(fit, by)[1]
+    if budget is not None:
+      said = f"{amount(budget)} tokens" if by == "tokens" else f"{budget:,.0f} passes asleep"
+      rows += _accuracy(f"after the same {said}", standings(fit, by, budget), shown, by, budget)
   for key, name in (
     ("wake_ms_per_answer", "awake: ms an answer"),
     ("sleep_ms_per_window", "asleep: ms a window"),

@@ -99,30 +99,46 @@ def _number(row: dict[str, Any], key: str, name: str | None = None) -> Any:
   return value if is_number(value) else None
 
 
+def spent(run: Run, row: dict[str, Any], by: str) -> float | None:
+  """What a run had cost at an eval row: `tokens`, `cpu_s`, or `passes` (asleep: steps times N).
+
+  Passes stand for compute: CPU seconds depend on what else a machine did, and mean nothing on an accelerator.
+  None if it was not measured.
+  """
+  if by == "passes":
+    return row["step"] * run.num_passes if run.num_passes else None
+  return _number(row, by)
+
+
 def reached(run: Run, budget: float, by: str) -> dict[str, Any] | None:
-  """The last eval row that cost at most `budget` (`by`: "tokens" or "cpu_s"); None if the run stopped before.
+  """The last eval row that cost at most `budget` (`by`: of `spent`); None if the run stopped before.
 
   Nothing is interpolated: a run that is evaluated rarely is shown as it was at its last look.
   """
-  rows = [r for r in run.evals if is_number(r.get(by))]
-  if not rows or rows[-1][by] < budget:
+  costs = [(cost, row) for row in run.evals if (cost := spent(run, row, by)) is not None]
+  if not costs or costs[-1][0] < budget:
     return None
-  within = [r for r in rows if r[by] <= budget]
+  within = [row for cost, row in costs if cost <= budget]
   return within[-1] if within else None
 
 
 def budgets(runs: Sequence[Run], by: str) -> tuple[float | None, float | None]:
   """What every run spent at least, and what a run of every N spent; each None if nobody measured it."""
-  spent = [(r.num_passes, [e[by] for e in r.evals if is_number(e.get(by))]) for r in runs]
-  spent = [(n, values[-1]) for n, values in spent if values]
-  if not spent:
+  ends = [(r.num_passes, end) for r in runs if (end := _end(r, by)) is not None]
+  if not ends:
     return None, None
-  longest = {n: max(v for m, v in spent if m == n) for n, _ in spent}
-  return min(v for _, v in spent), min(longest.values())
+  longest = {n: max(v for m, v in ends if m == n) for n, _ in ends}
+  return min(v for _, v in ends), min(longest.values())
+
+
+def _end(run: Run, by: str) -> float | None:
+  """What a run had cost at its last evaluation."""
+  costs = [cost for row in run.evals if (cost := spent(run, row, by)) is not None]
+  return costs[-1] if costs else None
 
 
 def contest(runs: Sequence[Run], by: str) -> list[Run]:
-  """The runs to compare once every N has spent as much (`by`: "tokens" or "cpu_s").
+  """The runs to compare once every N has spent as much (`by`: of `spent`).
 
   A learning rate that falls makes a run better at its end than it was on its way. So where an N was run for
   several lengths, those of the length that ends nearest to the budget (`budgets`) take part, and no others.
@@ -130,8 +146,8 @@ def contest(runs: Sequence[Run], by: str) -> list[Run]:
   budget = budgets(runs, by)[1]
   ends: dict[tuple[int | None, Any], list[float]] = {}
   for run in runs:
-    if values := [row[by] for row in run.evals if is_number(row.get(by))]:
-      ends.setdefault((run.num_passes, run.get("train.steps")), []).append(values[-1])
+    if (end := _end(run, by)) is not None:
+      ends.setdefault((run.num_passes, run.get("train.steps")), []).append(end)
   nearest: dict[int | None, tuple[float, Any]] = {}
   for (n, steps), values in ends.items():
     distance = abs(sum(values) / len(values) - (budget or 0.0))

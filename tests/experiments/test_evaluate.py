@@ -14,7 +14,7 @@ from sleep_jax.runtime import metrics
 from tests.forked import Experiment
 
 TRAIN = (
-  *("--config=rule110:tiny", "--config.model.blocks=('hebbian',)"),  # one simple block is compiled sooner than two
+  *("--config=rule110:tiny", "--config.model.blocks=('hebbian',)"),  # is compiled sooner than two blocks
   *("--config.train.eval_sequences=128", "--config.sleep.num_passes=2", "--tensorboard=False"),
 )
 

@@ -48,19 +48,24 @@ def test_equal_compute_takes_what_all_runs_spent(tmp_path):
 
 
 def test_a_contest_is_between_runs_that_end_alike(tmp_path):
-  """Of each N the length that ends nearest to what all have spent: 1.33 M tokens here, and 110 CPU seconds."""
-  fake_runs.write(tmp_path / "n1", 1, [(400, 0.3), (1450, 0.8)], steps=1450)  # 109 CPU s
-  fake_runs.write(tmp_path / "n1_other", 1, [(400, 0.3), (1450, 0.7)], steps=1450, lr=0.01)
-  fake_runs.write(tmp_path / "n1_short", 1, [(200, 0.3), (400, 0.4)], steps=400)  # 30
-  fake_runs.write(tmp_path / "n2", 2, [(400, 0.5), (770, 0.9), (780, 0.95)], steps=780)  # 109
-  fake_runs.write(tmp_path / "n2_short", 2, [(400, 0.6)], steps=400)  # 56
-  fake_runs.write(tmp_path / "n4", 4, [(400, 0.98)], steps=400)  # 110
+  """Of each N the length that ends nearest to what all spent: 360 steps, 1,440 passes, 99 CPU seconds."""
+  fake_runs.write(tmp_path / "n1", 1, [(360, 0.3), (1440, 0.8)], steps=1440)  # 108 CPU s
+  fake_runs.write(tmp_path / "n1_other", 1, [(360, 0.3), (1440, 0.7)], steps=1440, lr=0.01)
+  fake_runs.write(tmp_path / "n1_short", 1, [(180, 0.3), (360, 0.4)], steps=360)  # 27
+  fake_runs.write(tmp_path / "n2", 2, [(360, 0.5), (720, 0.9)], steps=720)  # 101
+  fake_runs.write(tmp_path / "n2_short", 2, [(360, 0.6)], steps=360)  # 50
+  fake_runs.write(tmp_path / "n4", 4, [(360, 0.98)], steps=360)  # 99
   runs = fake_runs.read(tmp_path / "*")
   names = lambda by: {run.name for run in tables.contest(runs, by)}  # noqa: E731
   assert names("tokens") == {"n1_short", "n2_short", "n4"}
-  assert names("cpu_s") == {"n1", "n1_other", "n2", "n4"}
+  assert names("passes") == names("cpu_s") == {"n1", "n1_other", "n2", "n4"}
   headers, rows = comparison.comparison(runs)
   assert headers == ["exact answers", "N = 1", "N = 2", "N = 4"]
-  assert rows[0] == ["after the same 1.33 M tokens", "40.0 %", "60.0 %", "98.0 %"]
+  assert rows[:4] == [
+    ["after the same 1.2 M tokens", "40.0 %", "60.0 %", "98.0 %"],
+    ["CPU seconds for it", "27", "50", "99"],
+    ["after the same 1,440 passes asleep", "80.0 %", "90.0 %", "98.0 %"],
+    ["CPU seconds for it", "108", "101", "99"],
+  ]
   assert "N = 1: 40.0 %, N = 2: 60.0 %, N = 4: 98.0 %" in claims.claim(runs)
-  assert "is behind N = 2 (80.0 % against 90.0 % at 109 CPU s)" in claims.compute_claim(runs)
+  assert "is behind N = 2 (80.0 % against 90.0 % after 1,440 passes)" in claims.compute_claim(runs)
