@@ -53,13 +53,14 @@ def pin(threads: int | None) -> int:
 
 
 def rule110_config(preset: str, **changes: Any) -> tuple[config.Config, train.DeviceTask]:
-  """A preset of Rule 110 and its task.
+  """A preset of Rule 110 and its task. Its learning rate is constant: what is raced has no schedule.
 
   Args:
     preset: of experiments/configs/rule110.py.
     changes: nested, as in `config.replace`.
   """
   values = presets.get_config(preset).to_dict()
+  values["optim"] |= {"warmup_share": 0.0, "decay_share": 0.0}
   data = config.from_dict(rule110.Rule110Config, values["data"], "data.")
   cfg = config.replace(config.from_dict(config.Config, values | {"data": data}), **changes)
   rule110.check_window(cfg.data, cfg.model.window)

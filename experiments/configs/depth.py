@@ -3,12 +3,13 @@
     python -m experiments.sweep --config=experiments/configs/depth.py:demo --workdir=work/depth --seeds=5
     python -m experiments.depth --runs='work/depth/*' --out=work/depth_figures
 
-    demo  t = 1, 2, 3, 4, 5, 8 with N = 4, 2 and 1: 90 runs of 1 to 5 CPU minutes. t = 6 is `make demo`
+    demo  t = 1, 2, 3, 4, 5, 8 with N = 4, 2 and 1: 150 runs of 1 to 4 CPU minutes. t = 6 is `make demo`
 
 The strings, the model and the learning rate are the same at every depth, and so is what has to be remembered;
-N = 1 takes 3,200 steps, N = 2 half and N = 4 a quarter of them, so that all make as many passes. At t = 1
-and 2, which every N solves in a tenth of that, they take a quarter. One seed after the other, so that a
-sweep that is stopped compares equal seeds.
+N = 1 takes 3,200 steps, N = 2 half and N = 4 a quarter of them, so that all make as many passes. N = 1 and 2
+are also run with the steps of N = 4 (`short_`), so that all read as many tokens. At t = 1 and 2, which all
+solve in a tenth of that, they take a quarter. One seed after the other, so that a sweep that is stopped
+compares equal seeds.
 """
 
 from ml_collections import config_dict
@@ -31,14 +32,13 @@ def get_config(preset: str = "demo") -> config_dict.ConfigDict:
 def sweep(preset: str, seeds: int = 5) -> dict[str, dict[str, object]]:
   """The runs: name -> what it changes, by dotted key."""
   del preset
-  return {
-    f"t{t}_n{n}_s{seed}": {
-      "data.rollout_steps": t,
-      "sleep.num_passes": n,
-      "train.steps": rule110.DEMO_STEPS // n // (4 if t <= EASY else 1),
-      "seed": seed,
-    }
-    for seed in range(seeds)
-    for t in DEPTHS
-    for n in (4, 2, 1)
-  }
+  runs = {}
+  for seed in range(seeds):
+    for t in DEPTHS:
+      most = rule110.DEMO_STEPS // (4 if t <= EASY else 1)
+      for n in (4, 2, 1):
+        changes = {"data.rollout_steps": t, "sleep.num_passes": n, "seed": seed}
+        runs[f"t{t}_n{n}_s{seed}"] = changes | {"train.steps": most // n}
+        if n < 4:
+          runs[f"short_t{t}_n{n}_s{seed}"] = changes | {"train.steps": most // 4}
+  return runs

@@ -3,7 +3,8 @@
     python -m experiments.sweep --config=experiments/configs/takeoff.py:demo --workdir=work/takeoff --seeds=10
     python -m experiments.takeoff --runs='work/takeoff/*' --out=work/takeoff_figures
 
-    demo  N = 4, 2 and 1 with as many passes over the data each; SETTINGS says what is changed
+    demo  N = 4, 2 and 1 with as many passes over the data each; SETTINGS says what is changed of `plain`: the
+          demo before this study, with a constant learning rate and a decay that was drawn four times as large
 
 One seed after the other, all settings of a seed, so that a sweep that is stopped compares equal seeds.
 """
@@ -15,7 +16,7 @@ from sleep_jax.experiments.configs import rule110
 EXPERIMENT = rule110.EXPERIMENT
 PRESETS = ("demo",)
 STEPS = rule110.DEMO_STEPS
-# Name -> number of steps -> what it changes of the demo, by dotted key.
+# Name -> number of steps -> what it changes of `plain`, by dotted key.
 SETTINGS = {
   "plain": lambda steps: {},
   "embed2": lambda steps: {"model.embed_std": 2.0},
@@ -39,10 +40,13 @@ ALIKE = ("last_pass", "residual_passes")
 
 
 def get_config(preset: str = "demo") -> config_dict.ConfigDict:
-  """The demo's config."""
+  """The config that is called `plain`."""
   if preset not in PRESETS:
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-  return rule110.get_config(preset)
+  c = rule110.get_config(preset)
+  c.model.fast.decay_init = (1 / 16, 1.0)
+  c.optim.update(warmup_share=0.0, decay_share=0.0)
+  return c
 
 
 def sweep(preset: str, seeds: int = 10) -> dict[str, dict[str, object]]:

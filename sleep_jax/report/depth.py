@@ -1,7 +1,8 @@
 """Accuracy over the depth of reasoning, one curve for each N: does the gain from sleep grow with depth?
 
 Runs of one depth are compared twice: after the same tokens, which is as far as the runs of every N came, and
-after the same passes asleep (steps times N), which stand for compute. CPU seconds stand beside them. Where
+after the same passes asleep (steps times N), which stand for compute. Where an N was run for several lengths,
+those take part that end there (`tables.contest`). CPU seconds stand beside them. Where
 all of them are right in the end, what differs is how soon: the tokens and passes until `SOLVED` of the
 answers were exact.
 """
@@ -9,7 +10,7 @@ answers were exact.
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sleep_jax.report import drawing, intervals, labels, load, tables
@@ -82,14 +83,15 @@ class Solved:
 
 
 def solved(runs: Sequence[Run]) -> list[Solved]:
-  """How soon each depth was solved with each N by finished runs, ordered."""
+  """How soon each depth was solved with each N by finished runs, of several lengths the longest, ordered."""
   members: dict[tuple[float, int], list[Run]] = {}
   for run in _finished(runs):
     assert run.depth is not None and run.num_passes is not None  # or it is not among them
     members.setdefault((run.depth, run.num_passes), []).append(run)
   found = []
   for (depth, n), same in sorted(members.items()):
-    mine = sorted(same, key=lambda r: r.seed or 0)
+    most = max(run.get("train.steps", 0) for run in same)
+    mine = sorted((r for r in same if r.get("train.steps", 0) == most), key=lambda r: r.seed or 0)
     rows = [next((row for row in run.evals if row["exact"] >= SOLVED), None) for run in mine]
     found.append(
       Solved(
@@ -109,7 +111,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
   """Every depth, N and budget that finished runs allow, ordered.
 
   Raises:
-    RunError: two runs share depth, N and seed, or runs of one depth differ in more than N, steps and seed.
+    RunError: two runs share depth, N, steps and seed, or runs of one depth differ in more than these.
   """
   members: dict[float, list[Run]] = {}
   for run in _finished(runs):
@@ -118,11 +120,13 @@ def points(runs: Sequence[Run]) -> list[Point]:
   found = []
   for depth, same in sorted(members.items()):
     _check(depth, same)
-    for by, spent in (("tokens", _tokens), ("passes", _passes)):
-      budget = _budget(same, spent)
-      for n in sorted({r.num_passes for r in same if r.num_passes}):
-        mine = sorted((r for r in same if r.num_passes == n), key=lambda r: r.seed or 0)
-        rows = [max((e for e in r.evals if spent(r, e) <= budget), key=lambda e: e["step"]) for r in mine]
+    for by in BUDGETS:
+      fit = tables.contest(same, by)
+      budget = tables.budgets(fit, by)[0]
+      assert budget is not None  # every evaluation says its tokens and step
+      for n in sorted({r.num_passes for r in fit if r.num_passes}):
+        mine = sorted((r for r in fit if r.num_passes == n), key=lambda r: r.seed or 0)
+        rows = [row for r in mine if (row := tables.reached(r, budget, by)) is not None]
         found.append(
           Point(
             depth, n, by, budget,
@@ -283,9 +287,9 @@ def _finished(runs: Sequence[Run]) -> list[Run]:
 
 
 def _check(depth: float, runs: Sequence[Run]) -> None:
-  seen: dict[tuple[int | None, int | None], str] = {}
+  seen: dict[tuple[Any, ...], str] = {}
   for run in runs:
-    other = seen.setdefault((run.num_passes, run.seed), run.name)
+    other = seen.setdefault((run.num_passes, run.seed, run.get("train.steps")), run.name)
     if other != run.name:
       raise RunError(f"depth {depth:g}: {other} and {run.name} have the same N and seed; name one of them")
   settings = [
@@ -294,20 +298,6 @@ def _check(depth: float, runs: Sequence[Run]) -> None:
   fields = sorted({k for s in settings for k, v in s.items() if any(other.get(k) != v for other in settings)})
   if fields:
     raise RunError(f"depth {depth:g}: the runs differ in {', '.join(fields)}; name those of one setting")
-
-
-def _tokens(run: Run, row: dict[str, Any]) -> float:
-  del run
-  return row["tokens"]
-
-
-def _passes(run: Run, row: dict[str, Any]) -> float:
-  return row["step"] * (run.num_passes or 0)
-
-
-def _budget(runs: Sequence[Run], spent: Callable[[Run, dict[str, Any]], float]) -> float:
-  """The most that a run of every N, and every run of that N, came to."""
-  return min(spent(run, run.evals[-1]) for run in runs)
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -107,10 +107,25 @@ class SweepTest(parameterized.TestCase):
     self.assertLen(todo, 2 * (3 * len(takeoffs.SETTINGS) - 2))
     self.assertEqual({name.rsplit("_", 2)[0] for name in todo}, set(takeoffs.SETTINGS))
     self.check_study(takeoffs.get_config("demo"), todo, presets.DEMO_STEPS)
+    plain, demo = (self.built(c.get_config("demo")) for c in (takeoffs, presets))
+    chosen = takeoffs.get_config("demo")
+    chosen.update_from_flattened_dict(takeoffs.SETTINGS["long_memory_cosine"](presets.DEMO_STEPS))
+    self.assertEqual(self.built(chosen), demo)  # the demo has what the study found
+    self.assertNotEqual(plain, demo)
 
   def test_the_study_of_depth_differs_from_the_demo_in_depth_alone(self):
     todo = depths.sweep("demo", seeds=2)
+    short = {name: x for name, x in todo.items() if name.startswith("short_")}
+    self.assertLen(short, 2 * 2 * len(depths.DEPTHS))
+    todo = {name: x for name, x in todo.items() if name not in short}
     self.assertLen(todo, 2 * 3 * len(depths.DEPTHS))
+    for changes in short.values():  # as many tokens as N = 4
+      (four,) = [
+        x
+        for x in todo.values()
+        if x | {"sleep.num_passes": 0} == changes | {"sleep.num_passes": 0} and x["sleep.num_passes"] == 4
+      ]
+      self.assertLess(changes["sleep.num_passes"], four["sleep.num_passes"])
     self.assertNotIn(presets.get_config("demo").data.rollout_steps, depths.DEPTHS)
     easy = {name: x for name, x in todo.items() if x["data.rollout_steps"] <= depths.EASY}
     deep = {name: x for name, x in todo.items() if name not in easy}
@@ -120,6 +135,9 @@ class SweepTest(parameterized.TestCase):
     for name, changes in deep.items():
       (same,) = [run for run in demo.values() if run.items() <= changes.items()]
       self.assertEqual(set(changes) - set(same), {"data.rollout_steps"}, name)
+
+  def built(self, values):
+    return rule110.build(values.to_dict())[0]
 
   def check_study(self, base, todo, passes):
     """Every run builds, no two are the same, and every N makes so many passes."""
