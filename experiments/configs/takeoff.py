@@ -4,7 +4,7 @@
     python -m experiments.takeoff --runs='work/takeoff/*' --out=work/takeoff_figures
 
     demo  N = 4, 2 and 1 with as many passes over the data each; SETTINGS says what is changed of `plain`: the
-          demo before this study, with a constant learning rate and a decay that was drawn four times as large
+          demo as it was before this study, with a constant learning rate
 
 One seed after the other, all settings of a seed, so that a sweep that is stopped compares equal seeds.
 """
@@ -44,7 +44,6 @@ def get_config(preset: str = "demo") -> config_dict.ConfigDict:
   if preset not in PRESETS:
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
   c = rule110.get_config(preset)
-  c.model.fast.decay_init = (1 / 16, 1.0)
   c.optim.update(warmup_share=0.0, decay_share=0.0)
   return c
 
