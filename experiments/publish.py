@@ -1,7 +1,7 @@
 """Keeps the demo's runs in the repository and writes the README's table from them.
 
     python -m experiments.demo --seeds=5 --workdir=work/demo
-    python -m experiments.publish --runs='work/demo/n*' --out=results/rule110/demo --readme=README.md
+    python -m experiments.publish --runs='work/demo/*_s*' --out=results/rule110/demo --readme=README.md
 
 Each run becomes one file, NAME.jsonl, with its config and environment; figures and table.md are drawn from
 these files alone. Without --runs, everything is made anew from the files that lie in --out.

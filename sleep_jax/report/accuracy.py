@@ -11,7 +11,7 @@ from sleep_jax.report import drawing, labels
 from sleep_jax.report.curves import Curve, constant, curves
 from sleep_jax.report.drawing import Drawing
 from sleep_jax.report.load import Run, RunError
-from sleep_jax.report.tables import contest
+from sleep_jax.report.tables import longest
 
 HELD_OUT = "held-out sequences"
 
@@ -36,13 +36,14 @@ def demo_curves(runs: Sequence[Run], name: str = "demo_curves", by: str = "token
 
 
 def side_by_side(runs: Sequence[Run], name: str = "demo") -> Drawing:
-  """`demo_curves` against tokens and, beside it, against CPU seconds, of the runs that fit (`contest`).
+  """`demo_curves` against tokens and, beside it, against CPU seconds, of the longest runs of each N.
 
   Raises:
     RunError: no run has an evaluation, or one lacks its CPU seconds.
   """
   figure, both = drawing.frame(f"{title(runs)} by passes of sleep (N)", 9.6, 4.0, columns=2, sharey=True)
-  panels = [_panel(axes, contest(runs, by), by) for axes, by in zip(both, ("tokens", "cpu_s"), strict=True)]
+  runs = longest(runs)
+  panels = [_panel(axes, runs, by) for axes, by in zip(both, ("tokens", "cpu_s"), strict=True)]
   for axes, said in zip(both, ("for the same data", "for the same compute"), strict=True):
     axes.set_title(said, fontsize=10, loc="left")
   both[1].set_ylabel("")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sleep_jax.report import intervals
 from sleep_jax.report.curves import constant, settings
 from sleep_jax.report.load import Run, is_number
-from sleep_jax.report.tables import amount, budgets, contest, reached
+from sleep_jax.report.tables import amount, budgets, reached
 
 # Percentage points under which two accuracies count as the same: about two standard errors of the
 # difference of two rates on some thousand held-out sequences.
@@ -63,7 +63,6 @@ def claim(runs: Sequence[Run]) -> str:
 
 
 def _claim(runs: Sequence[Run]) -> str:
-  runs = contest(runs, "tokens")
   budget = budgets(runs, "tokens")[1]
   found = standings(runs, "tokens", budget)
   if budget is None or not found:
@@ -142,9 +141,8 @@ def compute_claim(runs: Sequence[Run]) -> str:
       pair = plain + [r for r in members if r.num_passes == passes]
       gains, both, budget = {}, [], None
       for by in ("tokens", "passes"):
-        fit = contest(pair, by)
-        budget = budgets(fit, by)[1]
-        both = standings(fit, by, budget)
+        budget = budgets(pair, by)[1]
+        both = standings(pair, by, budget)
         gains[by] = both[1].mean - both[0].mean if len(both) == 2 else None
       if budget is None or gains["passes"] is None or _is_guessing(both):
         continue
@@ -178,8 +176,7 @@ def caveats(runs: Sequence[Run]) -> list[str]:
   notes = []
   tasks = _tasks(runs)
   for name, members in tasks:
-    fit = contest(members, "tokens")
-    found = standings(fit, "tokens", budgets(fit, "tokens")[1])
+    found = standings(members, "tokens", budgets(members, "tokens")[1])
     before = f"{name}: " if len(tasks) > 1 else ""
     if len(found) > 1:
       notes.append(before + _seed_note(found))

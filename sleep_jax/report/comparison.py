@@ -10,7 +10,7 @@ from sleep_jax.report import intervals
 from sleep_jax.report.claims import Standing, standings
 from sleep_jax.report.curves import constant
 from sleep_jax.report.load import Run, is_number
-from sleep_jax.report.tables import MISSING, amount, budgets, contest, milliseconds, reached, seconds, spread
+from sleep_jax.report.tables import MISSING, amount, budgets, milliseconds, reached, seconds, spread
 
 Table = tuple[list[str], list[list[str]]]  # headers; rows of cells, the first one their name
 
@@ -18,8 +18,8 @@ Table = tuple[list[str], list[list[str]]]  # headers; rows of cells, the first o
 def comparison(runs: Sequence[Run]) -> Table:
   """Exact accuracy of each N after the same tokens, and after the same passes asleep (steps times N).
 
-  Of each N the runs of the length that fits (`tables.contest`) and among them the best setting count
-  (`claims.standings`). Budgets are the largest that a run of every N reached. Nothing is interpolated.
+  Of each N the best setting counts (`claims.standings`), a shorter run at its end or a longer one on its way.
+  Budgets are the largest that a run of every N reached. Nothing is interpolated.
 
   Args:
     runs: of one task, evaluated, each with its N.
@@ -31,11 +31,10 @@ def comparison(runs: Sequence[Run]) -> Table:
   shown = sorted({r.num_passes for r in runs if r.num_passes})
   rows = []
   for by in ("tokens", "passes"):
-    fit = contest(runs, by)
-    budget = budgets(fit, by)[1]
+    budget = budgets(runs, by)[1]
     if budget is not None:
       said = f"{amount(budget)} tokens" if by == "tokens" else f"{budget:,.0f} passes asleep"
-      rows += _accuracy(f"after the same {said}", standings(fit, by, budget), shown, by, budget)
+      rows += _accuracy(f"after the same {said}", standings(runs, by, budget), shown, by, budget)
   for key, name in (
     ("wake_ms_per_answer", "awake: ms an answer"),
     ("sleep_ms_per_window", "asleep: ms a window"),

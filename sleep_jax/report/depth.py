@@ -2,7 +2,7 @@
 
 Runs of one depth are compared twice: after the same tokens, which is as far as the runs of every N came, and
 after the same passes asleep (steps times N), which stand for compute. Where an N was run for several lengths,
-those take part that end there (`tables.contest`). CPU seconds stand beside them. Where
+the better one counts. CPU seconds stand beside them. Where
 all of them are right in the end, what differs is how soon: the tokens and passes until `SOLVED` of the
 answers were exact.
 """
@@ -90,8 +90,7 @@ def solved(runs: Sequence[Run]) -> list[Solved]:
     members.setdefault((run.depth, run.num_passes), []).append(run)
   found = []
   for (depth, n), same in sorted(members.items()):
-    most = max(run.get("train.steps", 0) for run in same)
-    mine = sorted((r for r in same if r.get("train.steps", 0) == most), key=lambda r: r.seed or 0)
+    mine = tables.lengths(same)[-1]
     rows = [next((row for row in run.evals if row["exact"] >= SOLVED), None) for run in mine]
     found.append(
       Solved(
@@ -120,13 +119,19 @@ def points(runs: Sequence[Run]) -> list[Point]:
   found = []
   for depth, same in sorted(members.items()):
     _check(depth, same)
+    passes = sorted({r.num_passes for r in same if r.num_passes})
     for by in BUDGETS:
-      fit = tables.contest(same, by)
-      budget = tables.budgets(fit, by)[0]
-      assert budget is not None  # every evaluation says its tokens and step
-      for n in sorted({r.num_passes for r in fit if r.num_passes}):
-        mine = sorted((r for r in fit if r.num_passes == n), key=lambda r: r.seed or 0)
-        rows = [row for r in mine if (row := tables.reached(r, budget, by)) is not None]
+      groups = {n: tables.lengths([r for r in same if r.num_passes == n]) for n in passes}
+      ends = {n: [_end(group, by) for group in these] for n, these in groups.items()}
+      budget = min(max(of) for of in ends.values())
+      for n in passes:
+        rivals = [
+          [(run, _at(run, budget, by)) for run in group]
+          for group, end in zip(groups[n], ends[n], strict=True)
+          if end >= budget
+        ]
+        pairs = max(rivals, key=lambda these: statistics.fmean(row["exact"] for _, row in these))
+        mine, rows = [run for run, _ in pairs], [row for _, row in pairs]
         found.append(
           Point(
             depth, n, by, budget,
@@ -298,6 +303,18 @@ def _check(depth: float, runs: Sequence[Run]) -> None:
   fields = sorted({k for s in settings for k, v in s.items() if any(other.get(k) != v for other in settings)})
   if fields:
     raise RunError(f"depth {depth:g}: the runs differ in {', '.join(fields)}; name those of one setting")
+
+
+def _at(run: Run, budget: float, by: str) -> dict[str, Any]:
+  """The last evaluation within the budget."""
+  if (row := tables.reached(run, budget, by)) is None:
+    raise RunError(f"{run.name} has no evaluation within {budget:,.0f} {by}")
+  return row
+
+
+def _end(runs: Sequence[Run], by: str) -> float:
+  """What all of these runs had cost at the end."""
+  return min(tables.spent(run, run.evals[-1], by) or 0 for run in runs)
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -137,24 +137,19 @@ def _end(run: Run, by: str) -> float | None:
   return costs[-1] if costs else None
 
 
-def contest(runs: Sequence[Run], by: str) -> list[Run]:
-  """The runs to compare once every N has spent as much (`by`: of `spent`).
+def lengths(runs: Sequence[Run]) -> list[list[Run]]:
+  """Runs of one N by `train.steps`, shortest first; all together if no seed was run for several."""
+  ordered = sorted(runs, key=lambda r: r.seed or 0)
+  if len({r.seed for r in ordered}) == len(ordered):
+    return [ordered]
+  steps = sorted({r.get("train.steps", 0) for r in ordered})
+  return [[r for r in ordered if r.get("train.steps", 0) == length] for length in steps]
 
-  A learning rate that falls makes a run better at its end than it was on its way. So where an N was run for
-  several lengths, those of the length that ends nearest to the budget (`budgets`) take part, and no others.
-  """
-  budget = budgets(runs, by)[1]
-  ends: dict[tuple[int | None, Any], list[float]] = {}
-  for run in runs:
-    if (end := _end(run, by)) is not None:
-      ends.setdefault((run.num_passes, run.get("train.steps")), []).append(end)
-  nearest: dict[int | None, tuple[float, Any]] = {}
-  for (n, steps), values in ends.items():
-    distance = abs(sum(values) / len(values) - (budget or 0.0))
-    if n not in nearest or distance < nearest[n][0]:
-      nearest[n] = distance, steps
-  lengths = {n: steps for n, (_, steps) in nearest.items()}
-  return [run for run in runs if lengths.get(run.num_passes, run) == run.get("train.steps")]
+
+def longest(runs: Sequence[Run]) -> list[Run]:
+  """Of each N its longest `lengths`: shorter runs beside them are there to be compared at their own end."""
+  kept = [lengths([r for r in runs if r.num_passes == n])[-1] for n in {r.num_passes for r in runs}]
+  return [run for run in runs if any(run is other for group in kept for other in group)]
 
 
 def equal_compute_table(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -102,6 +102,22 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     depth.points(fake_runs.read(str(tmp_path / "a" / "*"), str(tmp_path / "c" / "*")))
 
 
+def test_the_better_of_two_lengths_counts_for_the_same_tokens(runs, tmp_path):
+  """N = 1 at its own end after 100 steps where that is better, and never among what is solved."""
+  for seed in (0, 1):
+    for t, exact in ((1, 0.3), (8, 0.25)):
+      name = f"short_t{t}_n1_s{seed}"
+      fake_runs.write(tmp_path / name, 1, [(50, 0.05), (100, exact)], t=t, seed=seed, steps=100, extra=DONE)
+  both = fake_runs.read(str(tmp_path / "*"))
+  found = {(p.depth, p.num_passes, p.by): p for p in depth.points(both)}
+  assert found[1, 1, "tokens"].exact == (35.0, 45.0)  # the long ones, on their way
+  assert found[8, 1, "tokens"].exact == (25.0, 25.0)
+  same = {key: p for key, p in found.items() if key != (8, 1, "tokens")}
+  before = {(p.depth, p.num_passes, p.by): p for p in depth.points(runs)}
+  assert same == {key: p for key, p in before.items() if key in same}
+  assert depth.solved(both) == depth.solved(runs)
+
+
 def test_points_are_json(runs):
   import dataclasses
 

@@ -47,25 +47,33 @@ def test_equal_compute_takes_what_all_runs_spent(tmp_path):
   assert longest == {"n1": None, "n1_long": 0.70, "n4": 0.59}
 
 
-def test_a_contest_is_between_runs_that_end_alike(tmp_path):
-  """Of each N the length that ends nearest to what all spent: 360 steps, 1,440 passes, 99 CPU seconds."""
+def test_shorter_runs_count_at_their_end_and_longer_ones_on_their_way(tmp_path):
   fake_runs.write(tmp_path / "n1", 1, [(360, 0.3), (1440, 0.8)], steps=1440)  # 108 CPU s
   fake_runs.write(tmp_path / "n1_other", 1, [(360, 0.3), (1440, 0.7)], steps=1440, lr=0.01)
   fake_runs.write(tmp_path / "n1_short", 1, [(180, 0.3), (360, 0.4)], steps=360)  # 27
-  fake_runs.write(tmp_path / "n2", 2, [(360, 0.5), (720, 0.9)], steps=720)  # 101
+  fake_runs.write(tmp_path / "n2", 2, [(360, 0.7), (720, 0.9)], steps=720)  # 101
   fake_runs.write(tmp_path / "n2_short", 2, [(360, 0.6)], steps=360)  # 50
   fake_runs.write(tmp_path / "n4", 4, [(360, 0.98)], steps=360)  # 99
   runs = fake_runs.read(tmp_path / "*")
-  names = lambda by: {run.name for run in tables.contest(runs, by)}  # noqa: E731
-  assert names("tokens") == {"n1_short", "n2_short", "n4"}
-  assert names("passes") == names("cpu_s") == {"n1", "n1_other", "n2", "n4"}
+  assert {run.name for run in tables.longest(runs)} == {"n1", "n1_other", "n2", "n4"}
   headers, rows = comparison.comparison(runs)
   assert headers == ["exact answers", "N = 1", "N = 2", "N = 4"]
   assert rows[:4] == [
-    ["after the same 1.2 M tokens", "40.0 %", "60.0 %", "98.0 %"],
+    ["after the same 1.2 M tokens", "40.0 %", "70.0 %", "98.0 %"],
     ["CPU seconds for it", "27", "50", "99"],
     ["after the same 1,440 passes asleep", "80.0 %", "90.0 %", "98.0 %"],
     ["CPU seconds for it", "108", "101", "99"],
   ]
-  assert "N = 1: 40.0 %, N = 2: 60.0 %, N = 4: 98.0 %" in claims.claim(runs)
+  assert "N = 1: 40.0 %, N = 2: 70.0 %, N = 4: 98.0 %" in claims.claim(runs)
   assert "is behind N = 2 (80.0 % against 90.0 % after 1,440 passes)" in claims.compute_claim(runs)
+
+
+def test_seeds_of_unequal_length_stay_together_where_none_was_run_for_several(tmp_path):
+  fake_runs.write(tmp_path / "s0", 1, [(400, 0.3)], steps=400)
+  fake_runs.write(tmp_path / "s1", 1, [(800, 0.4)], steps=800, seed=1)
+  fake_runs.write(tmp_path / "s2", 2, [(400, 0.5)], steps=400)
+  runs = fake_runs.read(tmp_path / "*")
+  assert tables.longest(runs) == runs
+  fake_runs.write(tmp_path / "short", 1, [(400, 0.4)], steps=400, seed=1)
+  runs = fake_runs.read(tmp_path / "*")
+  assert {run.name for run in tables.longest(runs)} == {"s1", "s2"}
