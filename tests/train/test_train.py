@@ -33,6 +33,7 @@ STEPS = 100
 SETTINGS = {
   "data.num_strings": 1,
   "data.rollout_steps": 1,
+  "model.blocks": ("gdn",),  # learns one step of the rule, and is compiled sooner than two blocks
   "model.window": 6,
   "train.steps": STEPS,
   "train.batch_size": 64,
@@ -361,7 +362,8 @@ class SameNumbersTest(parameterized.TestCase):
 
 def losses(**changes):
   """Losses of the first five steps with N = 2."""
-  cfg, task = settings(**{"sleep__num_passes": 2, "data__num_strings": 2} | changes)
+  both = {"sleep__num_passes": 2, "data__num_strings": 2, "model__blocks": ("attn", "gdn")}
+  cfg, task = settings(**both | changes)
   _, tx, one_step = train.optimization(cfg)
   segments = windows.plan(task.layout, cfg.model.window)
   with jax.set_mesh(sharding.make_mesh(cfg.mesh) if cfg.mesh.data > 1 else None):
