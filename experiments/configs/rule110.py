@@ -26,9 +26,8 @@ from sleep_jax.experiments import cli
 EXPERIMENT = "sleep_jax.experiments.rule110"
 PRESETS = ("tiny", "demo", "demo_rates", "fig2a", "fig2a_cpu", "fig2b")
 DEMO_STEPS = 3200  # of N = 1; the others take as many passes, and so about as much compute, in fewer steps
-FEWEST = (
-  DEMO_STEPS // 4
-)  # of N = 4. The others are run with so few, too: the same tokens, and a rate that falls
+# Of N = 4. The others are run with so few as well: then all read the same tokens, and the rate falls for all.
+FEWEST = DEMO_STEPS // 4
 
 
 def get_config(preset: str = "tiny") -> config_dict.ConfigDict:

@@ -142,8 +142,8 @@ def lengths(runs: Sequence[Run]) -> list[list[Run]]:
   ordered = sorted(runs, key=lambda r: r.seed or 0)
   if len({r.seed for r in ordered}) == len(ordered):
     return [ordered]
-  steps = sorted({r.get("train.steps", 0) for r in ordered})
-  return [[r for r in ordered if r.get("train.steps", 0) == length] for length in steps]
+  steps = sorted({r.get("train.steps") or 0 for r in ordered})
+  return [[r for r in ordered if (r.get("train.steps") or 0) == length] for length in steps]
 
 
 def longest(runs: Sequence[Run]) -> list[Run]:

@@ -14,9 +14,8 @@ def test_the_longest_runs_come_first_and_work_is_steps_times_passes():
   ledgers = planned(f"{CONFIG}:tiny", 2)
   assert list(ledgers) == ["n4_s0", "n4_s1", "n2_s0", "n2_s1", "n1_s0", "n1_s1"]
   assert [r.work for r in ledgers.values()] == [80, 80, 40, 40, 20, 20]
-  works = {
-    name: r.work for name, r in planned(f"{CONFIG}:demo", 1).items()
-  }  # about the same compute, or tokens
+  works = {name: r.work for name, r in planned(f"{CONFIG}:demo", 1).items()}
+  # about the same compute for every N, and as many tokens
   assert works == {"n4_s0": 3200, "n2_s0": 3200, "n1_s0": 3200, "short_n2_s0": 1600, "short_n1_s0": 800}
   assert list(works)[3:] == ["short_n2_s0", "short_n1_s0"]
 
