@@ -4,8 +4,8 @@
     python -m experiments.sweep --config=experiments/configs/rule110.py:demo --workdir=work/demo --jobs=2
 
     tiny        2 strings of 6 cells, t = 1, 20 steps: seconds; proves only that the parts fit
-    demo        2 strings of 12 cells, t = 6, 2 layers: minutes on 2 CPU cores. Expect N = 1 < 2 < 4 (README)
-    demo_rates  the same with N = 1 at half and twice the learning rate; the demo's is its best (README)
+    demo        2 strings of 12 cells, t = 6, 2 layers: minutes on 2 CPU cores. Expect N = 1 < 2 (README)
+    demo_rates  the same with N = 1 at half and twice the learning rate (docs/results.md)
     fig2a       figure 2a of arXiv 2605.26099: N = 1; t = 4, 8, 10, 12, 14, 16; 40 M tokens. The paper:
                 t = 4 and 8 are solved early, accuracy falls steeply as t grows
     fig2a_cpu   the same as CPU cores like it: 16 parts a batch, whose activations stay in the caches, loops
