@@ -4,7 +4,7 @@
     python -m experiments.takeoff --runs='work/takeoff/*' --out=work/takeoff_figures
 
     demo  N = 4, 2 and 1 with as many passes over the data each; SETTINGS says what is changed of `plain`: the
-          demo as it was before this study, with a constant learning rate
+          demo as it was before this study, with a constant learning rate and one wide head of fast weights
 
 One seed after the other, all settings of a seed, so that a sweep that is stopped compares equal seeds.
 """
@@ -16,6 +16,12 @@ from sleep_jax.experiments.configs import rule110
 EXPERIMENT = rule110.EXPERIMENT
 PRESETS = ("demo",)
 STEPS = rule110.DEMO_STEPS
+
+
+def _heads(heads: int, width: int) -> dict[str, int]:
+  return {"model.fast.num_heads": heads, "model.fast.key_dim": width, "model.fast.value_dim": width}
+
+
 # Name -> number of steps -> what it changes of `plain`, by dotted key.
 SETTINGS = {
   "plain": lambda steps: {},
@@ -30,6 +36,9 @@ SETTINGS = {
   "cosine": lambda steps: {"optim.warmup_share": 1 / 8, "optim.decay_share": 1 / 2},
   "embed_norm_cosine": lambda steps: {"model.embed_norm": True} | SETTINGS["cosine"](steps),
   "long_memory_cosine": lambda steps: SETTINGS["long_memory"](steps) | SETTINGS["cosine"](steps),
+  "two_heads_cosine": lambda steps: _heads(2, 32) | SETTINGS["cosine"](steps),
+  "four_heads_cosine": lambda steps: _heads(4, 16) | SETTINGS["cosine"](steps),
+  "four_wide_heads_cosine": lambda steps: _heads(4, 32) | SETTINGS["cosine"](steps),
   "half_rate": lambda steps: {"optim.muon_lr": 5e-3},
   "average": lambda steps: {"optim.average": 0.99},
   "last_pass": lambda steps: {"sleep.backprop_passes": 1},
@@ -45,6 +54,7 @@ def get_config(preset: str = "demo") -> config_dict.ConfigDict:
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
   c = rule110.get_config(preset)
   c.optim.update(warmup_share=0.0, decay_share=0.0)
+  c.update_from_flattened_dict(_heads(1, 64))
   return c
 
 

@@ -109,7 +109,7 @@ class SweepTest(parameterized.TestCase):
     self.check_study(takeoffs.get_config("demo"), todo, presets.DEMO_STEPS)
     plain, demo = (self.built(c.get_config("demo")) for c in (takeoffs, presets))
     chosen = takeoffs.get_config("demo")
-    chosen.update_from_flattened_dict(takeoffs.SETTINGS["cosine"](presets.DEMO_STEPS))
+    chosen.update_from_flattened_dict(takeoffs.SETTINGS["two_heads_cosine"](presets.DEMO_STEPS))
     self.assertEqual(self.built(chosen), demo)  # the demo has what the study found
     self.assertNotEqual(plain, demo)
 
