@@ -11,8 +11,8 @@ SHAPES = {  # B, T, H, K, V
   "D": (32, 75, 8, 64, 64),  # Depo
   "J": (1, 2000, 12, 96, 256),  # the JetBlock of Jet-Nemotron 2B, one window of 2000
   "L": (1, 16384, 16, 128, 128),  # one long window of a large model: for accelerators
-  "E": (128, 12, 1, 64, 64),  # the demo
-  "A": (128, 1, 1, 64, 64),  # one token of the demo's answer
+  "E": (128, 12, 1, 64, 64),  # a small model with one wide head
+  "A": (128, 1, 1, 64, 64),  # one token of it
 }
 # The ops on q, k and v. `conv_gated_delta` makes these itself.
 RULES = {name: op for name, op in declared().items() if {"q", "k", "v"} <= op.operands.keys()}
