@@ -28,12 +28,17 @@ class Standing:
     """Mean over the runs."""
     return sum(self.exact) / len(self.exact)
 
+  @property
+  def rank(self) -> tuple[int, float]:
+    """What the best is the highest of: first the runs, or one lucky seed would beat the mean of five."""
+    return len(self.exact), self.mean
+
 
 def standings(runs: Sequence[Run], by: str, budget: float | None) -> list[Standing]:
   """The best setting of each N once `budget` is spent (`by`: of `tables.spent`), ordered by N.
 
-  Best is the highest mean over seeds, for every N alike. Runs that ended before the budget do not count. None
-  are known where nobody measured it (`budget` None).
+  Best is the highest mean over seeds among the settings with most seeds, for every N alike. Runs that ended
+  before the budget do not count. None are known where nobody measured it (`budget` None).
   """
   best: dict[int, Standing] = {}
   if budget is None:
@@ -45,7 +50,7 @@ def standings(runs: Sequence[Run], by: str, budget: float | None) -> list[Standi
     here = Standing(
       members[0].num_passes, label, tuple(r for r, _ in at), tuple(100 * x["exact"] for _, x in at)
     )
-    if here.num_passes not in best or here.mean > best[here.num_passes].mean:
+    if here.num_passes not in best or here.rank > best[here.num_passes].rank:
       best[here.num_passes] = here
   return [best[n] for n in sorted(best)]
 

@@ -118,6 +118,13 @@ def test_the_better_of_two_lengths_counts_for_the_same_tokens(runs, tmp_path):
   assert depth.solved(both) == depth.solved(runs)
 
 
+def test_a_length_that_one_seed_was_run_for_does_not_beat_one_that_all_were(runs, tmp_path):
+  fake_runs.write(tmp_path / "short_t1_n1_s0", 1, [(100, 0.99)], t=1, seed=0, steps=100, extra=DONE)
+  both = fake_runs.read(str(tmp_path / "*"))
+  assert len(both) == len(runs) + 1
+  assert depth.points(both) == depth.points(runs)
+
+
 def test_points_are_json(runs):
   import dataclasses
 

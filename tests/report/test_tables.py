@@ -68,6 +68,16 @@ def test_shorter_runs_count_at_their_end_and_longer_ones_on_their_way(tmp_path):
   assert "is behind N = 2 (80.0 % against 90.0 % after 1,440 passes)" in claims.compute_claim(runs)
 
 
+def test_a_setting_that_one_seed_was_run_with_does_not_beat_one_that_all_were(tmp_path):
+  for seed, exact in enumerate((0.5, 0.6, 0.7)):
+    fake_runs.write(tmp_path / f"n1_s{seed}", 1, [(400, exact)], steps=400, seed=seed)
+    fake_runs.write(tmp_path / f"n1_slow_s{seed}", 1, [(400, exact - 0.1)], steps=400, seed=seed, lr=1e-3)
+  fake_runs.write(tmp_path / "n1_lucky", 1, [(400, 0.99)], steps=400, lr=1e-2)
+  fake_runs.write(tmp_path / "n2_s0", 2, [(400, 0.9)], steps=400)
+  _, rows = comparison.comparison(fake_runs.read(tmp_path / "*"))
+  assert rows[0][1].startswith("60.0 %") and rows[1][1] == "50.0, 60.0, 70.0"
+
+
 def test_seeds_of_unequal_length_stay_together_where_none_was_run_for_several(tmp_path):
   fake_runs.write(tmp_path / "s0", 1, [(400, 0.3)], steps=400)
   fake_runs.write(tmp_path / "s1", 1, [(800, 0.4)], steps=800, seed=1)
