@@ -52,7 +52,7 @@ def get_config(preset: str = "tiny") -> config_dict.ConfigDict:
     c.sleep.loops = "unroll"
     c.optim.update(muon_lr=1e-2, adam_lr=1e-3, newton_schulz_dtype="float32", weight_decay=0.0)
     c.train.update(steps=DEMO_STEPS, batch_size=128, log_every=50, eval_sequences=2048)
-    if preset != "tiny":  # with the two heads `two_heads_cosine` of results/rule110/takeoff
+    if preset != "tiny":  # and two heads: `two_heads_cosine` of results/rule110/takeoff
       c.optim.update(warmup_share=1 / 8, decay_share=1 / 2)
     else:
       c.data.update(num_cells=6, rollout_steps=1)
