@@ -3,9 +3,9 @@
     python -m experiments.demo --workdir=work/demo
 
 Trains the same small hybrid with N = 1, 2 and 4 sleep passes on Rule 110: the same seed, the same data in the
-same order, the learning rate that is best for N = 1. Smaller N are given more steps, so that all take about
-the same compute. Then prints one table and what it shows, and writes figures and a page. Minutes on two CPU
-cores. Rerun it after an interruption: what is done is not done again.
+same order, the best learning rate that was found for N = 1. Smaller N are given more steps, so that all take
+about the same compute. Then prints one table and what it shows, and writes figures and a page. Minutes on two
+CPU cores. Rerun it after an interruption: what is done is not done again.
 """
 
 import pathlib
