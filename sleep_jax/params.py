@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sleep_jax import sharding
 
@@ -87,21 +88,30 @@ def init(declared: Any, key: jax.Array) -> Any:
   Returns:
     Nested dict of arrays, sharded by the RULES table where a mesh is set.
   """
-
   paths, treedef = jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_weight)
-  alike = collections.defaultdict(
-    list
-  )  # one traced draw for all weights of a kind: compiling many takes long
+  alike = collections.defaultdict(list)  # one program for all weights of a kind: compiling many takes long
   for i, (_, weight) in enumerate(paths):
     alike[(weight.init, weight.shape)].append(i)
   values: list[Any] = [None] * len(paths)
+  traced = isinstance(jnp.zeros(()), jax.core.Tracer)  # options of a program are for the outermost one
+  drawn = _drawn if traced else _drawn_at_once
   for (draw, shape), members in alike.items():
-    names = jnp.asarray([zlib.crc32(name_of(paths[i][0]).encode()) for i in members], jnp.uint32)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(names)
-    drawn = jax.vmap(lambda k, draw=draw, shape=shape: draw(k, shape, jnp.float32))(keys)
-    for i, value in zip(members, drawn, strict=True):
+    names = np.array([zlib.crc32(name_of(paths[i][0]).encode()) for i in members], np.uint32)
+    for i, value in zip(members, drawn(key, names, draw, shape), strict=True):
       values[i] = sharding.constrain(value, paths[i][1].axes)
   return jax.tree.unflatten(treedef, values)
+
+
+def _drawn(key: jax.Array, names: np.ndarray, draw: Init, shape: tuple[int, ...]) -> list[jax.Array]:
+  """Weights of one kind, each from the key of its name."""
+  keys = jax.vmap(functools.partial(jax.random.fold_in, key))(names)
+  return list(jax.vmap(lambda key: draw(key, shape, jnp.float32))(keys))
+
+
+# It runs once: on a CPU it compiles in a third of the time.
+_drawn_at_once = jax.jit(
+  _drawn, static_argnames=("draw", "shape"), compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def is_weight(x: Any) -> bool:

@@ -58,7 +58,7 @@ def random_params(cfg: config.ModelConfig, seed: int = 0) -> dict[str, Any]:
     conv_size=cfg.fast.conv_size,
     qk_norm=cfg.attention.qk_norm,
   )
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), drawn)
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), drawn)  # rounded by NumPy: no program
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:

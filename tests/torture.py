@@ -187,17 +187,9 @@ def _runs(folder: pathlib.Path) -> list[pathlib.Path]:
   return [run for run in found if (run / "config.json").exists()]
 
 
-def _alive(pid: int) -> bool:
-  """Whether a process that another one waits for has not ended."""
-  try:
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-  except OSError:
-    return False
-
-
 def _sleep(seconds: float, pid: int) -> None:
   deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline and _alive(pid):
+  while time.monotonic() < deadline and forked.Experiment.alive(pid):
     time.sleep(0.005)
 
 
@@ -205,7 +197,7 @@ def _saves(folder: pathlib.Path, pid: int, count: int) -> Iterator[str]:
   """The notes of steps that begin to be saved below a folder, until there were `count` or the run ended."""
   seen = {str(p): p.stat().st_mtime_ns for p in folder.glob("**/in_flight.json")}
   deadline = time.monotonic() + WAIT_S
-  while count and _alive(pid):
+  while count and forked.Experiment.alive(pid):
     _check(time.monotonic() < deadline, "it hangs")
     for note in ("checkpoints/in_flight.json", "*/checkpoints/in_flight.json"):
       for path in folder.glob(note):

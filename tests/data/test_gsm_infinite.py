@@ -1,6 +1,7 @@
 """GSM-Infinite: the generator against a solver of the text, the reference files, and its law."""
 
 import collections
+import functools
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from absl.testing import parameterized
 from sleep_jax.config import ConfigError
 from sleep_jax.data import gsm_infinite as gsm
 from sleep_jax.data.gsm_infinite import problems, solver, task, tokenizer, words
+from tests.forked import Experiment
 
 DATA = Path(__file__).parents[1] / "data"
 CELLS = (("medium", 2), ("hard", 1), ("mixed", 1), ("symbolic", 1))
@@ -271,16 +273,12 @@ def test_a_tokenizer_without_digits_is_refused(tmp_path):
 
 
 def test_a_data_set_on_disk(tmp_path):
-  program = ["-m", "experiments.gsm_infinite_data", "--config=experiments/configs/gsm_infinite_data.py:tiny"]
-
-  def run(*more):
-    return subprocess.run(
-      [sys.executable, *program, *more], cwd=DATA.parents[1], capture_output=True, text=True, check=False
-    )
-
-  done = run(f"--workdir={tmp_path / 'set'}")
-  assert done.returncode == 0, done.stderr
-  assert "Not compared: fewer than" in done.stdout and "0 comparisons" not in done.stdout
+  with Experiment("experiments.gsm_infinite_data", tmp_path) as experiment:
+    run = functools.partial(experiment.run, "--config=experiments/configs/gsm_infinite_data.py:tiny")
+    done = run(f"--workdir={tmp_path / 'set'}")
+    refused = run(f"--workdir={tmp_path / 'no'}", "--config.data.subset=medium")
+  assert done.code == 0, done.err
+  assert "Not compared: fewer than" in done.out and "0 comparisons" not in done.out
   manifest = json.loads((tmp_path / "set" / "manifest.json").read_text(encoding="utf-8"))
   assert manifest["texts_in_train_and_held_out"] == 0
   for row in manifest["files"]:
@@ -290,5 +288,4 @@ def test_a_data_set_on_disk(tmp_path):
   lines = (tmp_path / "set" / "train.jsonl").read_bytes().splitlines()
   with grain.sources.ArrayRecordDataSource(str(tmp_path / "set" / "train.array_record")) as records:
     assert [records[i] for i in range(len(records))] == lines
-  refused = run(f"--workdir={tmp_path / 'no'}", "--config.data.subset=medium")
-  assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "data.operations" in refused.stderr
+  assert refused.code == 2 and refused.err.count("\n") == 1 and "data.operations" in refused.err

@@ -1,18 +1,14 @@
 """The paper's figures, and the command that draws whatever some runs allow."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from sleep_jax.experiments import figures
 from sleep_jax.experiments.figures import rule110
 from sleep_jax.report.load import RunError
+from tests.forked import Experiment
 from tests.report import fake_runs
 from tests.report.test_figures import FOUR, ONE, TWO, legend, lines, texts
 
-ROOT = Path(__file__).resolve().parents[2]
 PAPER = {"num_strings": 4, "num_cells": 24}
 
 
@@ -94,23 +90,19 @@ def test_every_task_gets_its_figure(tmp_path):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.figures", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  with Experiment("experiments.figures.__main__", tmp_path_factory.mktemp("scratch")) as experiment:
+    yield experiment.run
 
 
-def test_the_command_draws_what_the_runs_allow(tmp_path):
+def test_the_command_draws_what_the_runs_allow(command, tmp_path):
   for passes in (1, 4):
     extra = [fake_runs.sleep_row(200, 2, passes), {"kind": "done", "step": 200}]
     fake_runs.write(tmp_path / "runs" / f"n{passes}", passes, FOUR, extra=extra[: 1 + (passes == 4)])
   done = command(f"--runs={tmp_path}/runs/*", f"--out={tmp_path}/out", f"--archive={tmp_path}/kept")
-  assert done.returncode == 0, done.stderr
-  assert "| n4 | 4 |" in done.stdout and "59.0 %" in done.stdout
+  assert done.code == 0, done.err
+  assert "| n4 | 4 |" in done.out and "59.0 %" in done.out
   names = {path.name for path in (tmp_path / "out").iterdir()}
   drawn = ("demo_curves", "demo_compute", "sleep_changes")
   assert names == {f"{n}.{e}" for n in drawn for e in ("png", "svg", "csv")} | {"report.html"}
@@ -124,9 +116,9 @@ def test_the_command_draws_what_the_runs_allow(tmp_path):
     (["--runs=ROOT/empty/a", "--out=ROOT/empty/a/config.json"], "--out"),
   ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, said):
+def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, arguments, said):
   fake_runs.write(tmp_path / "empty" / "a", 1, ONE)
   done = command(f"--out={tmp_path}/out", *(a.replace("ROOT", str(tmp_path)) for a in arguments))
-  assert done.returncode == 2
-  assert said in done.stderr and "Traceback" not in done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1
+  assert done.code == 2
+  assert said in done.err and "Traceback" not in done.err
+  assert len(done.err.strip().splitlines()) == 1

@@ -2,8 +2,6 @@
 
 import csv
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
@@ -20,8 +18,8 @@ from sleep_jax.experiments.configs import gsm_infinite as presets
 from sleep_jax.experiments.figures import gsm_infinite as gsm_figures
 from sleep_jax.report.load import RunError
 from sleep_jax.runtime import metrics, workdir
+from tests.forked import Experiment
 
-ROOT = pathlib.Path(__file__).parents[2]
 SHORT = {
   "train.steps": 3,
   "train.batch_size": 2,
@@ -105,18 +103,14 @@ def test_a_tokenizer_without_digits_is_refused_before_anything_is_written(tmp_pa
   words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "12": 3}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
   backend.save(str(tmp_path / "words.json"))
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "experiments.gsm_infinite", f"--workdir={tmp_path / 'run'}"),
+  with Experiment("experiments.gsm_infinite", tmp_path) as experiment:
+    done = experiment.run(
       "--config=experiments/configs/gsm_infinite.py:tiny",
+      f"--workdir={tmp_path / 'run'}",
       f"--config.data.tokenizer={tmp_path / 'words.json'}",
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2, done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1 and "one token for each digit" in done.stderr
+    )
+  assert done.code == 2, done.err
+  assert len(done.err.strip().splitlines()) == 1 and "one token for each digit" in done.err
   assert not (tmp_path / "run").exists()
 
 

@@ -1,20 +1,19 @@
 """The README's table is regenerated from the runs' files, byte for byte, and nothing else of it changes."""
 
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
+from tests.forked import Experiment
 from tests.report import fake_runs
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 BLOCK = "<!-- demo: written by `python -m experiments.publish`, do not edit -->\nold\n<!-- demo: end -->"
 
 
-def publish(*arguments: str) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "experiments.publish", *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+@pytest.fixture(scope="module")
+def publish(tmp_path_factory):
+  with Experiment("experiments.publish", tmp_path_factory.mktemp("scratch")) as experiment:
+    yield experiment.run
 
 
 def write_runs(folder: pathlib.Path, kinds: tuple[str, ...] = ("done",)) -> None:
@@ -27,13 +26,13 @@ def write_runs(folder: pathlib.Path, kinds: tuple[str, ...] = ("done",)) -> None
       fake_runs.write(folder / f"n{passes}_s{seed}", passes, points, seed=seed, extra=extra, env=env)
 
 
-def test_the_block_comes_from_the_files_and_is_the_same_when_made_again(tmp_path):
+def test_the_block_comes_from_the_files_and_is_the_same_when_made_again(publish, tmp_path):
   write_runs(tmp_path / "demo")
   readme = tmp_path / "README.md"
   readme.write_text(f"# before\n\n{BLOCK}\n\nafter\n")
   out = tmp_path / "results"
   done = publish(f"--runs={tmp_path}/demo/n*", f"--out={out}", f"--readme={readme}")
-  assert done.returncode == 0, done.stderr
+  assert done.code == 0, done.err
   first = readme.read_text()
   assert first.startswith("# before\n\n<!-- demo: written") and first.endswith(
     "<!-- demo: end -->\n\nafter\n"
@@ -45,18 +44,18 @@ def test_the_block_comes_from_the_files_and_is_the_same_when_made_again(tmp_path
   assert (out / "demo.png").stat().st_size > 10_000 and not list(out.glob("*.svg"))
   assert not any("secret-host" in path.read_text() for path in out.glob("*.jsonl"))
   again = publish(f"--out={out}", f"--readme={readme}")
-  assert again.returncode == 0, again.stderr
+  assert again.code == 0, again.err
   assert readme.read_text() == first
 
 
 @pytest.mark.parametrize("fault", ["unfinished", "markers"])
-def test_what_cannot_be_published_is_one_line(tmp_path, fault):
+def test_what_cannot_be_published_is_one_line(publish, tmp_path, fault):
   write_runs(tmp_path / "demo", () if fault == "unfinished" else ("done",))
   readme = tmp_path / "README.md"
   readme.write_text("no markers\n" if fault == "markers" else BLOCK)
   done = publish(f"--runs={tmp_path}/demo/n*", f"--out={tmp_path}/results", f"--readme={readme}")
-  assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+  assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
   assert {"unfinished": "--runs: not finished: n1_s0", "markers": "--readme: needs the demo's two"}[
     fault
-  ] in done.stderr
+  ] in done.err
   assert not (tmp_path / "results").exists()

@@ -17,6 +17,7 @@ from absl.testing import parameterized
 
 from sleep_jax.runtime import metrics, processes
 from tests import compiling
+from tests.forked import Experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 RULE110 = ("-m", "experiments.rule110", "--config=experiments/configs/rule110.py:tiny")
@@ -107,11 +108,13 @@ class OneProcessTest(parameterized.TestCase):
     ),
   )
   def test_flags_that_do_not_fit_are_one_line(self, flags, said):
-    with tempfile.TemporaryDirectory() as folder:
-      code, _, err = end(start(*RULE110, f"--workdir={folder}/run", *flags))
-      self.assertEqual(code, 2, err)
-      self.assertIn(said, err)
-      self.assertEqual(len(err.splitlines()), 1, err)
+    _, module, *config = RULE110
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
+      with Experiment(module, pathlib.Path(scratch)) as experiment:
+        ended = experiment.run(*config, f"--workdir={folder}/run", *flags)
+      self.assertEqual(ended.code, 2, ended.err)
+      self.assertIn(said, ended.err)
+      self.assertEqual(len(ended.err.splitlines()), 1, ended.err)
       self.assertEqual(os.listdir(folder), [])
 
   def test_a_launcher_without_a_program_says_so(self):

@@ -1,7 +1,7 @@
 """Training: it learns, and however it is stopped it ends with the bytes of the run that never was.
 
-One run is made without interruption, another one is killed, stopped and poisoned on its way: real processes,
-as a user starts them. What varies how the same numbers are computed is compared in this process.
+One run is made without interruption, another one is killed, stopped and poisoned on its way, all in
+processes of their own. What varies how the same numbers are computed is compared in this process.
 """
 
 import functools
@@ -12,8 +12,6 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -47,38 +45,6 @@ MILLISECONDS = ("wake_ms_per_answer", "sleep_ms_per_window")
 TIMES = (
   *("wall_s", "cpu_s", "tokens_per_s"), *(name + end for name in MILLISECONDS for end in ("", "_p10", "_p90"))
 )  # fmt: skip
-
-# Runs the experiment with something changed in it: the third word is the step from which it happens.
-CHANGED = """
-import os, signal, sys
-import jax, jax.numpy as jnp
-from sleep_jax.experiments import cli, rule110
-from sleep_jax.scoring import by_position
-from sleep_jax.train import device_steps
-what, when = sys.argv.pop(1), int(sys.argv.pop(1))
-if what == "poison":  # steps from `when` on give NaN; the program is that of a run that is not poisoned
-  call = device_steps.DeviceSteps.__call__
-  def poisoned(self, state):
-    state, measured, loads = call(self, state)
-    bad = jnp.arange(int(state.step) - len(loads), int(state.step)) >= when
-    if bad.any():
-      measured = {name: jnp.where(bad, jnp.nan, x) for name, x in measured.items()}
-      state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-    return state, measured, loads
-  device_steps.DeviceSteps.__call__ = poisoned
-if what == "stop_in_evaluation":  # SIGTERM comes in the middle of evaluation number `when`
-  make, seen = by_position.make_evaluate, []
-  def make_evaluate(*args):
-    test = make(*args)
-    def stopped(weights):
-      seen.append(1)
-      if len(seen) == when:
-        os.kill(os.getpid(), signal.SIGTERM)
-      return test(weights)
-    return stopped
-  by_position.make_evaluate = make_evaluate
-cli.run(rule110.main)
-"""
 
 
 def settings(**changes):
@@ -119,57 +85,51 @@ def last_step(folder):
 
 
 class Runs:
-  """Starts the experiment in processes that share a cache of compiled programs."""
+  """Starts the experiment in processes that share a cache of compiled programs, one after the other."""
 
   def __init__(self, folder):
     self.folder = folder
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "cache")
-    self.environment = forked.environment(
-      JAX_COMPILATION_CACHE_DIR=cache,
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
+    self.cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "cache")
 
-  def start(self, workdir, *flags, changed=(), **environment):
-    how = ["-c", CHANGED, *map(str, changed)] if changed else ["-m", "experiments.rule110"]
+  @functools.cached_property
+  def usual(self):
+    return self.server()
+
+  def server(self, **environment):
+    cache = {"JAX_COMPILATION_CACHE_DIR": self.cache}
+    return forked.Experiment("tests.train.changed_rule110", self.folder, **(cache | environment))
+
+  def start(self, workdir, *flags, changed="", server=None):
     given = {flag.partition("=")[0] for flag in flags}
     fields = [f"--config.{key}={value}" for key, value in SETTINGS.items() if f"--config.{key}" not in given]
-    return subprocess.Popen(
-      [
-        sys.executable,
-        *how,
-        f"--config={forked.ROOT}/experiments/configs/rule110.py:tiny",
-        f"--workdir={workdir}",
-        "--tensorboard=False",  # a second of imports for each start
-        *fields,
-        *flags,
-      ],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=self.environment | environment,
-      cwd=forked.ROOT,
+    return (server or self.usual).start(
+      f"--config={forked.ROOT}/experiments/configs/rule110.py:tiny",
+      f"--workdir={workdir}",
+      f"--changed={changed}",
+      "--tensorboard=False",  # a second of imports for each start
+      *fields,
+      *flags,
     )
 
   def run(self, workdir, *flags, **kw):
-    return self.end(self.start(workdir, *flags, **kw))
-
-  def end(self, process):
-    out, err = process.communicate(timeout=280)
-    return forked.Ended(process.returncode, out, err)
+    self.start(workdir, *flags, **kw)
+    return self.usual.wait()
 
   def signal_at(self, process, workdir, step, number):
     """Sends a signal soon after a step was written down; what became of the process."""
     deadline = time.monotonic() + 200
-    while last_step(workdir) < step and process.poll() is None and time.monotonic() < deadline:
+    while last_step(workdir) < step and forked.Experiment.alive(process) and time.monotonic() < deadline:
       time.sleep(0.02)
-    process.send_signal(number)
-    return self.end(process)
+    os.kill(process, number)
+    return self.usual.wait()
 
 
 @pytest.fixture(scope="module")
 def runs():
   with tempfile.TemporaryDirectory() as folder:
-    yield Runs(pathlib.Path(folder))
+    runs = Runs(pathlib.Path(folder))
+    with runs.usual:
+      yield runs
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +147,10 @@ def battered(runs, whole):
   process = runs.start(folder)
   ended["killed"] = runs.signal_at(process, folder, 45, signal.SIGKILL)
   # saves are at every second evaluation, so that at the first one after a save none is due
-  ended["terminated"] = runs.run(folder, changed=("stop_in_evaluation", 1))
+  ended["terminated"] = runs.run(folder, changed="stop_in_evaluation 1")
   copy = runs.folder / "copy"
   shutil.copytree(folder, copy)
-  ended["poisoned"] = runs.run(folder, changed=("poison", STEPS - 13))
+  ended["poisoned"] = runs.run(folder, changed=f"poison {STEPS - 13}")
   ended["finished"] = runs.run(folder)
   ended["again"] = runs.run(folder)
   return folder, ended, copy
@@ -308,11 +268,13 @@ def test_killed_at_any_moment_it_ends_the_same(runs, whole, seed):
     # anywhere: before the first step, between steps, in a save, after the last
     until, extra = last_step(folder) + rng.choice([0, 1, 25, 60]), rng.uniform(0, 1.5 if kill else 6.0)
     deadline = time.monotonic() + 100
-    while last_step(folder) < until and process.poll() is None and time.monotonic() < deadline:
+    alive = forked.Experiment.alive
+    while last_step(folder) < until and alive(process) and time.monotonic() < deadline:
       time.sleep(0.02)
     time.sleep(extra)
-    process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
-    ended = runs.end(process)
+    if alive(process):
+      os.kill(process, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+    ended = runs.usual.wait()
     assert ended.code in (-signal.SIGKILL, -signal.SIGTERM, 3, 0), ended
   ended = runs.run(folder)
   assert ended.code == 0, ended.err
@@ -324,7 +286,9 @@ def test_killed_at_any_moment_it_ends_the_same(runs, whole, seed):
 def test_eight_devices_train_as_one(runs, whole):
   folder = runs.folder / "eight"
   flags = ["--config.train.steps=20", "--config.mesh.data=4", "--config.mesh.model=2"]
-  ended = runs.run(folder, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+  with runs.server(XLA_FLAGS="--xla_force_host_platform_device_count=8") as eight:
+    runs.start(folder, *flags, server=eight)
+    ended = eight.wait()
   assert ended.code == 0, ended.err
   want = [row for row in rows(whole, "train") if row["step"] <= 20]
   for got, row in zip(rows(folder, "train"), want, strict=True):
