@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sleep_jax import config, model, windows
@@ -58,7 +57,8 @@ def random_params(cfg: config.ModelConfig, seed: int = 0) -> dict[str, Any]:
     conv_size=cfg.fast.conv_size,
     qk_norm=cfg.attention.qk_norm,
   )
-  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), drawn)  # rounded by NumPy: no program
+  # Rounded by NumPy and put there: `jnp.asarray` compiles a program for each shape.
+  return jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), drawn))
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:

@@ -22,7 +22,7 @@ def operands(B, T, S, heads, kv_heads, d, dtype="float32", seed=0):
   """q, k, v, and what the output is multiplied with before it is added up."""
   rng = np.random.default_rng(seed)
   shapes = (B, T, heads, d), (B, S, kv_heads, d), (B, S, kv_heads, d), (B, T, heads, d)
-  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+  return [jax.device_put(rng.normal(size=shape).astype(jnp.dtype(dtype))) for shape in shapes]
 
 
 def left_pads(S, *pads):

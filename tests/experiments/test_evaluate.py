@@ -14,7 +14,8 @@ from sleep_jax.runtime import metrics
 from tests.forked import Experiment
 
 TRAIN = (
-  *("--config=rule110:tiny", "--config.model.blocks=('hebbian',)"),  # is compiled sooner than two blocks
+  # one block under loops is compiled sooner than two blocks written out
+  *("--config=rule110:tiny", "--config.model.blocks=('hebbian',)", "--config.sleep.loops=scan"),
   *("--config.train.eval_sequences=128", "--config.sleep.num_passes=2", "--tensorboard=False"),
 )
 

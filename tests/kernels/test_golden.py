@@ -75,8 +75,9 @@ def model(case: dict, implementation: str):
 
 def result(folder: str, name: str, case: dict, implementation: str, dtype) -> None:
   stored = arrays(folder)
-  inputs = tuple(jnp.asarray(stored[f"{name}.in.{key}"], dtype) for key in case["inputs"])
-  cotangents = tuple(jnp.asarray(stored[f"{name}.cot.{key}"], dtype) for key in ("o", "final_state"))
+  put = lambda key: jax.device_put(np.asarray(stored[f"{name}.{key}"], dtype))  # noqa: E731
+  inputs = tuple(put(f"in.{key}") for key in case["inputs"])
+  cotangents = tuple(put(f"cot.{key}") for key in ("o", "final_state"))
   got = cases.pulled(model(case, implementation))(inputs, cotangents)
   keys = ["out.o", "out.final_state", *(f"grad.{key}" for key in case["inputs"])]
   assert all(x.dtype == dtype for x in got)

@@ -75,14 +75,14 @@ def program(rule: str, implementation: str):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(dispatch.ORDER, "cpu", known)
     patch.setattr(conv, "SPEC", op)
-    inputs = list(map(jnp.asarray, inputs_of(rule).values()))
-    return cases.quick(run).lower(inputs, list(map(jnp.asarray, cotangents_of(rule)))).compile()
+    inputs = jax.device_put(list(inputs_of(rule).values()))
+    return cases.quick(run).lower(inputs, jax.device_put(list(cotangents_of(rule)))).compile()
 
 
 def results(rule: str, implementation: str, inputs: dict[str, np.ndarray], cotangents) -> list[np.ndarray]:
   """Outputs, then gradients; o without its pads, which stand for nothing."""
   run = program(rule, implementation)
-  got = run(list(map(jnp.asarray, inputs.values())), list(map(jnp.asarray, cotangents)))
+  got = run(*jax.device_put((list(inputs.values()), list(cotangents))))
   o, *rest = map(np.asarray, got)
   return [o[MASK], *rest]
 

@@ -225,8 +225,8 @@ def test_second_derivatives_and_where_forward_mode_ends(rule):
 @every_rule_slowly
 def test_forward_mode_of_the_reference_and_the_hessian_of_the_default(rule):
   """jvp, linearize and jacfwd are the adjoint of the default; a hessian is forward over reverse."""
-  inputs = tuple(map(jnp.asarray, cases.random_inputs(rule, 1, 3, 1, 2, 3)))
-  direction = tuple(map(jnp.asarray, cases.random_inputs(rule, 1, 3, 1, 2, 3, seed=7)))
+  inputs = jax.device_put(tuple(cases.random_inputs(rule, 1, 3, 1, 2, 3)))
+  direction = jax.device_put(tuple(cases.random_inputs(rule, 1, 3, 1, 2, 3, seed=7)))
   slow, fast = (function(rule, name) for name in ("reference", "xla"))
   out, moved = quick(lambda x, d: jax.jvp(slow, x, d))(inputs, direction)
   _, pull = jax.vjp(jax.jit(fast), *inputs)

@@ -42,7 +42,7 @@ def by_hand(logits, targets, mask, answer, group, g):
 class ScoreTest(parameterized.TestCase):
   def test_by_hand(self):
     data = drawn(60)
-    sums = by_group.score(*map(jnp.asarray, data), 2, 3)
+    sums = by_group.score(*jax.device_put(data), 2, 3)
     row = by_group.rates(sums, ["k1", "k2", "k4"])
     for g, name in enumerate(("k1", "k2", "k4")):
       want = by_hand(*data, g)
@@ -55,7 +55,7 @@ class ScoreTest(parameterized.TestCase):
   @parameterized.parameters(1, 7, 16, 60)
   def test_scores_do_not_depend_on_the_batch_size(self, size):
     data = drawn(60)
-    whole = by_group.score(*map(jnp.asarray, data), 2, 3)
+    whole = by_group.score(*jax.device_put(data), 2, 3)
     parts = [by_group.score(*(jnp.asarray(x[i : i + size]) for x in data), 2, 3) for i in range(0, 60, size)]
     summed = jax.tree.map(lambda *x: sum(x), *parts)
     for name in whole:

@@ -20,7 +20,7 @@ from tests.train import test_host_steps, test_train
 def device_kind(*blocks):
   """Config and task of data that the device makes, two steps a call; one block compiles sooner than two."""
   changes = {
-    "model__blocks": blocks or ("gdn",),
+    "model__blocks": blocks or ("hebbian",),
     "train__steps": 4,
     "train__steps_per_dispatch": 2,
     "train__eval_every": 4,
