@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 
 from sleep_jax import config, model, params, pretrained
 from sleep_jax.config import ConfigError, FastConfig, ModelConfig
@@ -223,7 +224,7 @@ def _open(cfg: ConvertConfig) -> Opened:
 
 def _check_finite(weights: Any) -> None:
   paths, _ = jax.tree_util.tree_flatten_with_path(weights)
-  wrong = [params.name_of(path) for path, x in paths if not bool(jax.numpy.all(jax.numpy.isfinite(x)))]
+  wrong = [params.name_of(path) for path, x in paths if not np.isfinite(np.asarray(x)).all()]
   if wrong:
     raise ConfigError(f"source: NaN or infinity in {', '.join(wrong[:12])}")
 
