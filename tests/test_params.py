@@ -64,6 +64,22 @@ class InitTest(parameterized.TestCase):
       # the same bits are drawn; only their way to a normal number may round differently
       np.testing.assert_allclose(flat(together)[name], x, rtol=1e-6, atol=1e-7, err_msg=name)
 
+  def test_outside_of_a_program_each_kind_is_one_that_is_compiled_quickly(self):
+    """And inside of one, with a key that is no part of it, the options of that program hold."""
+    names = []
+    seen = lambda name, _, **said: names.append(said.get("fun_name")) if "backend_compile" in name else None  # noqa: E731
+    shapes = [(13, 3), (13, 5), (13, 3), (13, 3)]
+    declared = {str(i): params.matrix(*shape, axes=(None, None)) for i, shape in enumerate(shapes)}
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    try:
+      params.init(declared, self.key)
+    finally:
+      jax.monitoring.unregister_event_duration_listener(seen)
+    self.assertEqual(names.count("jit(_drawn)"), 2)
+    self.assertLessEqual(len(names), 3)  # and the zero that tells whether this is inside of a program
+    inside = jax.jit(lambda x: x + params.init(declared, self.key)["0"])(0.0)
+    np.testing.assert_allclose(inside, params.init(declared, self.key)["0"], rtol=1e-6, atol=1e-7)
+
   def test_no_two_are_alike_and_the_key_decides(self):
     weights = params.init(self.declared, self.key)
     again, other = params.init(self.declared, self.key), params.init(self.declared, jax.random.key(4))

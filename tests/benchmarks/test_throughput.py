@@ -18,6 +18,8 @@ from sleep_jax.config import ConfigError
 from sleep_jax.launch import hardware
 from sleep_jax.report import throughput as figure
 
+TINY = ("--size=tiny", "--rounds=1")
+
 
 def full(form=WINDOWED, window=2000, passes=1):
   return Case("full", form, window, passes, 12_000, 1, "window")
@@ -118,7 +120,7 @@ def refusing(monkeypatch):
 
 def test_a_row_that_does_not_fit_ends_nothing(tmp_path, refusing):
   refusing[WINDOWED, 1] = "RESOURCE_EXHAUSTED: Out of memory"
-  assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 0
+  assert throughput.main([*TINY, f"--out={tmp_path}"]) == 0
   rows = rows_of(tmp_path)
   assert [(row["form"], row["N"]) for row in rows] == [
     (WINDOWED, 1),
@@ -138,11 +140,11 @@ def test_a_second_start_measures_what_is_missing_or_failed(tmp_path, refusing, m
   absent = types.SimpleNamespace(find_spec=lambda name: None)
   monkeypatch.setattr(throughput, "importlib", types.SimpleNamespace(util=absent))
   refusing[WINDOWED, 2] = "INTERNAL: broken"
-  assert throughput.main(["--size=tiny", "--passes=2", f"--out={tmp_path}"]) == 1
-  assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 1
+  assert throughput.main([*TINY, "--passes=2", f"--out={tmp_path}"]) == 1
+  assert throughput.main([*TINY, f"--out={tmp_path}"]) == 1
   refusing.clear()
   refusing[PARALLEL, 1] = "must not be measured again"
-  assert throughput.main(["--size=tiny", f"--out={tmp_path}"]) == 0
+  assert throughput.main([*TINY, f"--out={tmp_path}"]) == 0
   assert "No figure: matplotlib is not installed" in (tmp_path / "throughput.md").read_text()
   rows = rows_of(tmp_path)
   first, second, third = (
@@ -152,7 +154,7 @@ def test_a_second_start_measures_what_is_missing_or_failed(tmp_path, refusing, m
   )
   assert [(row["form"], row["N"]) for row in rows] == first + second + third
   before = len(rows)
-  assert throughput.main(["--size=tiny", "--batch=2", "--passes=2", f"--out={tmp_path}"]) == 0
+  assert throughput.main([*TINY, "--batch=2", "--passes=2", f"--out={tmp_path}"]) == 0
   assert len(rows_of(tmp_path)) == before + 1  # another batch is another row
 
 
