@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTHON ?= python3.12 python3.11 python3
 SIZE ?= demo
 WORKDIR ?= work/demo
-JOBS ?= 3
+JOBS ?= 2
 KILLS ?= 200
 ARGS ?=
 LOCK_FLAGS ?=
@@ -16,8 +16,7 @@ BIN := $(VENV)/bin
 # packages, which are no Python, are none of our business.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 COMPILE = { $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; }
-# Tests of one module share what it prepares once, and so run in one process. Some wait for others than the
-# processor: two cores have work for three processes.
+# Tests of one module share what it prepares once, and so run in one process.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 # Compiled programs are kept between runs: native code, so in a folder that only its owner can open.
@@ -34,7 +33,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=3  KILLS=200  ARGS="-k name"'
+	@echo 'Variables: PYTHON=/path/to/python  VENV=.venv  SIZE=tiny|demo  WORKDIR=work/demo  JOBS=2  KILLS=200  ARGS="-k name"'
 
 setup: $(VENV)/lock.txt cache ## make the virtual environment
 
