@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sleep_jax import sharding
 
@@ -93,7 +94,7 @@ def init(declared: Any, key: jax.Array) -> Any:
   for i, (_, weight) in enumerate(paths):
     alike[(weight.init, weight.shape)].append(i)
   values: list[Any] = [None] * len(paths)
-  traced = isinstance(jnp.zeros(()), jax.core.Tracer)  # options of a program are for the outermost one
+  traced = isinstance(jnp.zeros(()), Tracer)  # options of a program are for the outermost one
   drawn = _drawn if traced else _drawn_at_once
   for (draw, shape), members in alike.items():
     names = np.array([zlib.crc32(name_of(paths[i][0]).encode()) for i in members], np.uint32)
