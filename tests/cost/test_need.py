@@ -1,5 +1,7 @@
 """What a config needs before anything is compiled: a lower bound, and refusals that name a field."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +14,7 @@ from sleep_jax.experiments import config_file, gsm_infinite
 from sleep_jax.experiments import depo as depo_experiment
 from sleep_jax.experiments import rule110 as rule110_experiment
 from sleep_jax.train import host_steps
-from tests import damage, hybrids
+from tests import hybrids
 
 GB = 10**9
 MODELS = {
@@ -148,8 +150,13 @@ def built(name, field, value):
 
 
 def refused(name, field, value):
-  with damage.bounded(64e6), pytest.raises(ConfigError) as caught:
-    built(name, field, value)
+  tracemalloc.start()
+  try:
+    with pytest.raises(ConfigError) as caught:
+      built(name, field, value)
+    assert tracemalloc.get_traced_memory()[1] < 64e6
+  finally:
+    tracemalloc.stop()
   assert "\n" not in str(caught.value)
   return str(caught.value)
 

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import sys
+import tracemalloc
 
 import matplotlib.pyplot
 import pytest
@@ -206,9 +207,13 @@ def test_no_figure_takes_memory_by_a_number_in_a_row(field, value, tmp_path):
   folder = fake_runs.write(tmp_path / "run", 1, points, per_eval={field: value})
   text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
   (folder / "metrics.jsonl").write_text(json.dumps(fake_runs.evaluation(0, 0.1, 1)) + "\n" + "".join(text))
-  with damage.bounded(300e6):
+  tracemalloc.start()
+  try:
     accuracy.side_by_side(figures.load_runs(folder))
-  matplotlib.pyplot.close("all")
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+  finally:
+    tracemalloc.stop()
+    matplotlib.pyplot.close("all")
 
 
 def log_of(folder, what):
