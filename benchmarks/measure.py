@@ -4,11 +4,13 @@ On a shared machine one wall time means little. Contenders therefore take turns 
 a disturbance meets all of them; medians over the rounds are compared, and CPU time stands beside wall time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -99,18 +101,29 @@ def interleave(
       nothing is left to compile.
     rounds: turns of each; every round begins with another contender.
     least_s: a turn repeats its call until about so much time is filled, after one call that is not timed.
+
+  Raises:
+    RunFailedError: where one fails in a process of its own; it says which.
   """
-  calls = {name: max(1, math.ceil(least_s / _timed(call, 1)[0])) for name, call in contenders.items()}
+  calls = {name: max(1, math.ceil(least_s / _turn(name, call, 1)[0])) for name, call in contenders.items()}
   wall: dict[str, list[float]] = {name: [] for name in contenders}
   cpu: dict[str, list[float]] = {name: [] for name in contenders}
   order = list(contenders)
   for i in range(rounds):
     for name in order[i % len(order) :] + order[: i % len(order)]:
-      contenders[name]()
-      spent = _timed(contenders[name], calls[name])
+      _turn(name, contenders[name], 1)
+      spent = _turn(name, contenders[name], calls[name])
       wall[name].append(spent[0])
       cpu[name].append(spent[1])
   return {name: Times(tuple(wall[name]), tuple(cpu[name])) for name in contenders}
+
+
+def _turn(name: str, call: Callable[[], Any], calls: int) -> tuple[float, float]:
+  """`_timed`, and whose failure it was."""
+  try:
+    return _timed(call, calls)
+  except RunFailedError as e:
+    raise RunFailedError(f"{name}: {e}") from None
 
 
 def _timed(call: Callable[[], Any], calls: int) -> tuple[float, float]:
@@ -148,7 +161,8 @@ class Elsewhere:
 
   def timed(self, calls: int) -> tuple[float, float]:
     """Wall and CPU seconds a call, of that process."""
-    self._pipe.send(calls)
+    with contextlib.suppress(BrokenPipeError):  # it ended while it waited, which `_answer` says
+      self._pipe.send(calls)
     return self._answer()
 
   def close(self) -> None:
@@ -160,11 +174,13 @@ class Elsewhere:
   def _answer(self) -> Any:
     try:
       failed, answer = self._pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
       self._process.join()
-      raise RunFailedError(f"a contender's process ended with code {self._process.exitcode}") from None
+      code = self._process.exitcode
+      killed = " (killed, as Linux does where memory ends)" if code == -signal.SIGKILL else ""
+      raise RunFailedError(f"its process ended with code {code}{killed}") from None
     if failed:
-      raise RunFailedError(f"a contender failed: {answer}")
+      raise RunFailedError(f"it failed: {answer}")
     return answer
 
 

@@ -146,12 +146,11 @@ def scale_by_muon(cfg: OptimConfig, weights: dict[str, params.Weight]) -> optax.
 def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
   """Brings the singular values of each matrix near 1.
 
-  Operands of products are rounded to x's dtype; products and what is added to them are float32 before that.
-  On a CPU one matrix follows the other, so that it stays in the caches, in products of two dimensions: XLA's
-  are the fastest there, in bfloat16 by far (benchmarks/README.md).
+  On a CPU one matrix follows the other and stays in the caches. XLA's products of bfloat16 are fast there in
+  two dimensions and with results of float32, and no faster than those of float32 otherwise.
 
   Args:
-    x: [n, rows, columns] with rows <= columns.
+    x: [n, rows, columns] with rows <= columns; its dtype is that of the products' operands.
     steps: iterations of X <- a X + (b A + c A^2) X, A = X X^T.
 
   Returns:
@@ -160,18 +159,23 @@ def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
   norms = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(1, 2), keepdims=True))
   x = x / (norms + FROBENIUS_EPS).astype(x.dtype)
 
-  def iterated(x):
-    return jax.lax.fori_loop(0, steps, lambda _, x: _newton_schulz_step(x), x)
+  def together(x):
+    for _ in range(steps):
+      x = _newton_schulz_step(x, x.dtype)
+    return x
+
+  def one(x):
+    return jax.lax.fori_loop(0, steps, lambda _, x: _newton_schulz_step(x, jnp.float32), x)
 
   if not jax.sharding.get_abstract_mesh().empty:
-    return iterated(x)
-  return jax.lax.platform_dependent(x, cpu=functools.partial(jax.lax.map, iterated), default=iterated)
+    return together(x)
+  return jax.lax.platform_dependent(x, cpu=functools.partial(jax.lax.map, one), default=together)
 
 
-def _newton_schulz_step(x: jax.Array) -> jax.Array:
-  """One iteration on [..., rows, columns]."""
+def _newton_schulz_step(x: jax.Array, dtype: Any) -> jax.Array:
+  """One iteration on [..., rows, columns]; products are given, and added up, in `dtype`."""
   a, b, c = NEWTON_SCHULZ
-  product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  product = functools.partial(jnp.matmul, preferred_element_type=dtype)
   gram = product(x, x.mT)
   rounded = gram.astype(x.dtype)
   polynomial = b * gram + c * product(rounded, rounded)

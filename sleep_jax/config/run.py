@@ -115,7 +115,7 @@ class OptimConfig:
     adam_lr: AdamW's peak learning rate.
     muon_momentum: how much of Muon's exponential average a step keeps; Nesterov.
     newton_schulz_steps: orthogonalisation steps.
-    newton_schulz_dtype: `bfloat16` as the recipe has it, or `float32` (faster on a CPU).
+    newton_schulz_dtype: `bfloat16` as the recipe has it, or `float32`.
     adam_b1: how much of AdamW's average of gradients a step keeps.
     adam_b2: how much of AdamW's average of squared gradients a step keeps.
     adam_eps: AdamW's epsilon.

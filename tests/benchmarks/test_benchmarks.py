@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -164,6 +165,13 @@ class MeasureTest(parameterized.TestCase):
       with pytest.raises(RunFailedError, match=said):
         contender()
 
+  def test_a_contender_that_ends_while_it_waits_is_named(self):
+    with contextlib.closing(measure.Elsewhere(_sleeper, 0.0)) as contender:
+      contender._process.kill()  # as Linux does where memory ends
+      contender._process.join()
+      with pytest.raises(RunFailedError, match=r"^the rival: its process ended with code -9 \(killed"):
+        measure.interleave({"ours": lambda: None, "the rival": contender}, 1, least_s=0.0)
+
   def test_too_many_cores_is_the_users_mistake(self):
     with pytest.raises(config.ConfigError, match="--threads"):
       measure.pin(1000)
@@ -223,6 +231,21 @@ class TrainingTest(parameterized.TestCase):
     assert training.main([*flags, "--no-peers", "--rounded", f"--out={out}"]) == 0
     rows = csv_rows(found(out, "training_tiny_*.csv"))
     assert [row["model"] for row in rows] == [training.OURS, training.SCANNED, training.ROUNDED]
+
+  def test_what_was_measured_before_a_contender_failed_is_kept(self):
+    out = self.enterContext(tempfile.TemporaryDirectory())
+
+    @contextlib.contextmanager
+    def contenders(cfg, task, **chosen):
+      if cfg.sleep.num_passes == 2:
+        raise RunFailedError("PyTorch: it went")
+      yield {training.OURS: lambda: time.sleep(0.001)}, {}
+
+    flags = ["--preset=tiny", "--passes=1,2", "--batch=4", "--rounds=1", "--turn=0", "--product=32"]
+    with mock.patch.object(training, "contenders", contenders):
+      with pytest.raises(RunFailedError, match=r"^N = 2: PyTorch: it went$"):
+        training.main([*flags, "--no-peers", f"--out={out}"])
+    assert [row["N"] for row in csv_rows(found(out, "training_tiny_*.csv"))] == ["1"]
 
 
 class ScalingTest(parameterized.TestCase):
