@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounded=args.rounded,
         shipped=args.shipped,
       ) as (steps, found):
+        print(f"N = {num_passes}: timing", file=sys.stderr, flush=True)
         times = measure.interleave(steps | {PRODUCT: product}, args.rounds, least_s=args.turn)
     except RunFailedError as e:
       failed = RunFailedError(f"N = {num_passes}: {e}")
