@@ -16,9 +16,8 @@ BIN := $(VENV)/bin
 # packages, which are no Python, are none of our business.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 COMPILE = { $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; }
-# Tests of one file share what it prepares and compiles once, and so run in one process; in the order of
-# tests/conftest.py, not in that of how many tests a file has, which left the longest ones for the end.
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Tests of one module share what it prepares once, and so run in one process.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 # Compiled programs are kept between runs: native code, so in a folder that only its owner can open.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax

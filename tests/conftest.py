@@ -38,14 +38,6 @@ def compiled(request):
   jax.config.update("jax_disable_most_optimizations", compiling.QUICKLY)
 
 
-FIRST = ("train", "runtime")  # folders whose files take longest: begun late, they would keep one core alone
-
-
-def pytest_collection_modifyitems(items):
-  """The tests of `FIRST` come first; all else stays in order."""
-  items.sort(key=lambda item: item.path.parent.name not in FIRST)
-
-
 PROCESS = pathlib.Path("/proc/self")
 MOST_MAPS, MOST_BYTES = 20_000, 3e9
 
