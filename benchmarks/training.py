@@ -16,6 +16,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from concurrent.futures import process
 from typing import Any
 
 import jax
@@ -161,9 +162,16 @@ def require_equal(found: dict[str, float]) -> None:
 
 
 def compared(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:
-  """`differences`, found in a process of its own, which gives back what both models take."""
+  """`differences`, found in a process of its own, which gives back what both models take.
+
+  Raises:
+    RunFailedError: if that process is killed.
+  """
   with futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-    return pool.submit(differences, cfg, task).result()
+    try:
+      return pool.submit(differences, cfg, task).result()
+    except process.BrokenProcessPool:
+      raise RunFailedError("the process that compares PyTorch with us was killed; does memory end?") from None
 
 
 def differences(cfg: config.Config, task: train.DeviceTask) -> dict[str, float]:

@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +122,12 @@ def _sleeper(seconds):
   return lambda: time.sleep(seconds)
 
 
+def _killed(cfg, task):
+  """What memory's end looks like from within."""
+  del cfg, task
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _failing(how):
   """A maker that fails as `how` says, at once or at the second call."""
   calls = []
@@ -231,6 +238,11 @@ class TrainingTest(parameterized.TestCase):
     assert training.main([*flags, "--no-peers", "--rounded", f"--out={out}"]) == 0
     rows = csv_rows(found(out, "training_tiny_*.csv"))
     assert [row["model"] for row in rows] == [training.OURS, training.SCANNED, training.ROUNDED]
+
+  def test_a_comparison_that_is_killed_is_a_failure(self):
+    with mock.patch.object(training, "differences", _killed):
+      with pytest.raises(RunFailedError, match="was killed"):
+        training.compared(*small())
 
   def test_what_was_measured_before_a_contender_failed_is_kept(self):
     out = self.enterContext(tempfile.TemporaryDirectory())
