@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,19 @@ class RecipeTest(parameterized.TestCase):
     u, _, vt = np.linalg.svd(np.asarray(grads["wide"], np.float64), full_matrices=False)
     along = -np.diag(u.T @ np.asarray(after["wide"], np.float64) @ vt.T) / math.sqrt(2.5)
     self.assertGreater(along.min(), 0.6)
+
+  def test_products_have_the_form_that_is_fast_on_the_platform(self):
+    """On a CPU one matrix at a time, with results of float32; elsewhere all of a shape in one product."""
+    traced = jax.jit(functools.partial(optim.newton_schulz, steps=5)).trace(
+      jnp.ones((3, 8, 16), jnp.bfloat16)
+    )
+    results = {}
+    for platform in ("cpu", "tpu", "cuda"):
+      text = traced.lower(lowering_platforms=(platform,)).as_text()
+      results[platform] = set(re.findall(r"dot_general.*-> tensor<(.*)>", text))
+    self.assertEqual(results["cpu"], {"8x8xf32", "8x16xf32"})
+    for platform in ("tpu", "cuda"):
+      self.assertEqual(results[platform], {"3x8x8xbf16", "3x8x16xbf16"})
 
   def test_a_gradient_of_zero_moves_nothing_but_decay(self):
     tree = {"wide": declared()["wide"], "norm": declared()["norm"]}
