@@ -79,6 +79,36 @@ class EvictionTest(parameterized.TestCase):
     assert_near(logits, whole, NEAR)
 
 
+class WritingTest(parameterized.TestCase):
+  """What a window writes can depend on what S holds only if a layer before it, or a pass, has read S."""
+
+  @parameterized.parameters(
+    (1, ("attn", "gdn"), True), (2, ("attn", "gdn"), False), (1, ("attn", "gdn") * 2, False)
+  )
+  def test_one_pass_of_one_fast_weight_block_writes_the_same_whatever_S_holds(self, passes, pattern, same):
+    """S then moves from entry to exit along an affine map: old contents decay, or give way by key."""
+    cfg, sleep_cfg = hybrids.model_config(pattern), SleepConfig(num_passes=passes)
+    weights, tokens = hybrids.random_params(cfg), hybrids.random_tokens(2, 4, 0)
+    asleep = hybrids.jit(lambda state: model.consolidate(weights, tokens, state, cfg, sleep_cfg))
+    rng = np.random.default_rng(1)
+
+    def ends(contents):
+      state = model.init_state(cfg, 2, sleep_cfg)
+      fast = {i: s.replace(S=jnp.asarray(contents[i], jnp.float32)) for i, s in state.fast.items()}
+      return {i: np.asarray(s.S, np.float64) for i, s in asleep(state.replace(fast=fast)).fast.items()}
+
+    shapes = {i: s.S.shape for i, s in model.init_state(cfg, 2).fast.items()}
+    one, other = ({i: rng.normal(size=shape) for i, shape in shapes.items()} for _ in range(2))
+    both, none = {i: one[i] + other[i] for i in one}, {i: np.zeros_like(x) for i, x in one.items()}
+    last = str(len(pattern) - 1)
+    left, right = (ends(x)[last] + ends(y)[last] for x, y in ((both, none), (one, other)))
+    bent = np.abs(left - right).max() / np.abs(right).max()
+    if same:
+      self.assertLess(bent, 1e-5)
+    else:
+      self.assertGreater(bent, 1e-2)
+
+
 class PadTest(parameterized.TestCase):
   def test_padded_rows_equal_the_same_rows_without_pads(self):
     cfg, sleep_cfg = hybrids.model_config(PAIR), SleepConfig(num_passes=2)
