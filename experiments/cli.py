@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import pathlib
+import select
 import stat
 import sys
 import typing
@@ -238,6 +239,8 @@ def train_in_workdir(
     The last evaluation's row; None, and a line is printed, if there was nothing left to do.
 
   Raises:
+    BrokenPipeError: nobody reads stdout any more. A sweep that was killed leaves such runs behind, and its
+      next start wants their folders.
     What `train.check_fits`, `check_task`, `workdir.prepare`, `make_task` and `train.train` raise.
   """
   folder = required("workdir", define_workdir_flag().value)
@@ -245,6 +248,8 @@ def train_in_workdir(
   train.check_fits(cfg)
   check_task(cfg)
   cfg, movable = fine_tuning.identified(cfg, folder)
+  if _is_unread_pipe(sys.stdout):
+    raise BrokenPipeError
   may_grow = () if cfg.optim.bound_to_length else ("train.steps",)
   with workdir.prepare(
     folder, to_dict(cfg), may_change=movable, may_grow=may_grow, defaults=defaults_of(cfg)
@@ -345,6 +350,19 @@ def _unread() -> int:
   """Nobody reads stdout any more: what is still to come goes nowhere, without a traceback; the exit code."""
   sys.stdout = open(os.devnull, "w")
   return FAILED
+
+
+def _is_unread_pipe(stream: Any) -> bool:
+  """Whether what is written there reaches nobody. False where the system does not say so."""
+  try:
+    number = stream.fileno()
+    if not stat.S_ISFIFO(os.fstat(number).st_mode):
+      return False
+    poll = select.poll()
+  except (AttributeError, OSError, ValueError):  # no stream, no file behind it, or no such call
+    return False
+  poll.register(number, 0)
+  return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _unraisable(before: Callable[[Any], None], unraisable: Any) -> None:

@@ -3,13 +3,19 @@
     python -m experiments.sweep --config=experiments/configs/depth.py:demo --workdir=work/depth --seeds=5
     python -m experiments.depth --runs='work/depth/*' --out=work/depth_figures
 
-    demo  t = 1, 2, 3, 4, 5, 8 with N = 4, 2 and 1: 150 runs of 1 to 4 CPU minutes. t = 6 is `make demo`
+    demo         t = 1, 2, 3, 4, 5, 8 with N = 4, 2 and 1: 150 runs of 1 to 4 CPU minutes. t = 6: `make demo`
+    four_blocks  twice the blocks (attention and GDN, twice, as in the paper) at t = 6, 8 and 10, with N = 1
+                 for 1,600 and 3,200 steps, N = 2 and 4 for 1,600: 60 runs of 4 to 14 CPU minutes
 
 The strings, the model and the learning rate are the same at every depth, and so is what has to be remembered;
 N = 1 takes 3,200 steps, N = 2 half and N = 4 a quarter of them, so that all make as many passes. N = 1 and 2
 are also run with the steps of N = 4 (`short_`), so that all read as many tokens. At t = 1 and 2, which all
 solve in a tenth of that, they take a quarter. One seed after the other, so that a sweep that is stopped
 compares equal seeds.
+
+With one fast-weight block and one pass, nothing that writes into S has read S (tests/test_promises.py), so
+that a window cannot be written beside what S already holds. A second such block, or a second pass, has read
+it: `four_blocks` asks what passes are worth where blocks have that already.
 """
 
 from ml_collections import config_dict
@@ -17,22 +23,34 @@ from ml_collections import config_dict
 from sleep_jax.experiments.configs import rule110
 
 EXPERIMENT = rule110.EXPERIMENT
-PRESETS = ("demo",)
+PRESETS = ("demo", "four_blocks")
 EASY = 2  # the deepest t that is solved soon
 DEPTHS = (1, 2, 4, 8, 3, 5)  # in the order of what one wants to know first
+DEEP = (8, 6, 10)  # of `four_blocks`, likewise
 
 
 def get_config(preset: str = "demo") -> config_dict.ConfigDict:
-  """The demo's config."""
+  """The demo's config, and its blocks twice for `four_blocks`."""
   if preset not in PRESETS:
     raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-  return rule110.get_config(preset)
+  c = rule110.get_config("demo")
+  if preset == "four_blocks":
+    c.model.blocks = c.model.blocks * 2
+  return c
 
 
 def sweep(preset: str, seeds: int = 5) -> dict[str, dict[str, object]]:
   """The runs: name -> what it changes, by dotted key."""
-  del preset
   runs = {}
+  if preset == "four_blocks":
+    half = rule110.DEMO_STEPS // 2
+    for seed in range(seeds):
+      for t in DEEP:
+        for n in (4, 2, 1):
+          changes = {"data.rollout_steps": t, "sleep.num_passes": n, "seed": seed}
+          runs[f"{'half_' * (n == 1)}t{t}_n{n}_s{seed}"] = changes | {"train.steps": half}
+        runs[f"t{t}_n1_s{seed}"] = changes | {"train.steps": rule110.DEMO_STEPS}
+    return runs
   for seed in range(seeds):
     for t in DEPTHS:
       most = rule110.DEMO_STEPS // (4 if t <= EASY else 1)

@@ -39,6 +39,12 @@ SETTINGS = {
   "two_heads_cosine": lambda steps: _heads(2, 32) | SETTINGS["cosine"](steps),
   "four_heads_cosine": lambda steps: _heads(4, 16) | SETTINGS["cosine"](steps),
   "four_wide_heads_cosine": lambda steps: _heads(4, 32) | SETTINGS["cosine"](steps),
+  "three_blocks_cosine": lambda steps: (
+    {"model.blocks": ("attn", "gdn", "gdn")} | SETTINGS["two_heads_cosine"](steps)
+  ),
+  "four_blocks_cosine": lambda steps: (
+    {"model.blocks": ("attn", "gdn") * 2} | SETTINGS["two_heads_cosine"](steps)
+  ),
   "half_rate": lambda steps: {"optim.muon_lr": 5e-3},
   "average": lambda steps: {"optim.average": 0.99},
   "last_pass": lambda steps: {"sleep.backprop_passes": 1},

@@ -1,12 +1,14 @@
 """Sweeps: many command lines, the finished skipped, the broken run again, their exit codes passed on."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import pathlib
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -135,6 +137,18 @@ class SweepTest(parameterized.TestCase):
     for name, changes in deep.items():
       (same,) = [run for run in demo.values() if run.items() <= changes.items()]
       self.assertEqual(set(changes) - set(same), {"data.rollout_steps"}, name)
+
+  def test_the_study_of_four_blocks_compares_equal_tokens_and_equal_passes(self):
+    todo = depths.sweep("four_blocks", seeds=2)
+    half = {name: x for name, x in todo.items() if name.startswith("half_") or x["sleep.num_passes"] > 1}
+    longer = {name: x for name, x in todo.items() if name not in half}
+    self.assertLen(half, 2 * 3 * len(depths.DEEP))
+    self.assertLen(longer, 2 * len(depths.DEEP))
+    self.assertEqual({x["train.steps"] for x in half.values()}, {presets.DEMO_STEPS // 2})
+    base, demo = (self.built(c) for c in (depths.get_config("four_blocks"), presets.get_config("demo")))
+    self.assertEqual(base.model.blocks, demo.model.blocks * 2)
+    self.assertEqual(dataclasses.replace(base, model=demo.model), demo)
+    self.check_study(depths.get_config("four_blocks"), longer, presets.DEMO_STEPS)
 
   def built(self, values):
     return rule110.build(values.to_dict())[0]
@@ -273,6 +287,19 @@ class CommandLineTest(parameterized.TestCase):
     self.assertIn("-m sleep_jax.experiments.rule110 ", lines["t32_n3_s0"])
     self.assertIn("--config.sleep.num_passes=3", lines["t32_n3_s0"])
     self.assertEqual([p.name for p in folder.iterdir()], ["t32_n2_s0"])
+
+  def test_a_run_that_a_killed_sweep_leaves_behind_takes_no_folder(self):
+    """It was started and has not begun: the next start of the sweep wants that folder."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "sleep_jax.experiments.rule110", f"--config={FILE}:tiny"]
+    orphan = subprocess.Popen(
+      [*command, f"--workdir={self.dir}/left"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    os.close(writer)
+    os.close(reader)  # as with the death of the sweep
+    _, said = orphan.communicate(timeout=300)
+    self.assertEqual((orphan.returncode, said), (1, ""))
+    self.assertFalse((self.dir / "left").exists())
 
   def test_what_is_changed_is_changed_in_every_run(self):
     ended = self.experiment.run(
