@@ -237,9 +237,10 @@ class _Pool:
     self._children.append(child)
     if self._stopping.is_set():  # the signal came before this child was on the list
       child.send_signal(signal.SIGTERM)
-    for line in child.stdout:
-      with contextlib.suppress(OSError, ValueError):  # a terminal that was closed stops no run
-        self._watch.line(name, line)
+    with child.stdout:
+      for line in child.stdout:
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed stops no run
+          self._watch.line(name, line)
     self.codes[name] = child.wait()
     self._children.remove(child)
     self._watch.ended(name, self.codes[name])

@@ -45,7 +45,7 @@ def seeds(folder: Path, passes: int, points, shifts) -> None:
 # ---- curves --------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error")  # a layout that found no room is one
+@pytest.mark.filterwarnings("error::UserWarning")  # a layout that found no room is one
 def test_runs_that_differ_in_many_settings_get_letters_which_the_legend_explains(tmp_path):
   many = {
     "embed_dim": 16,
