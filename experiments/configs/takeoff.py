@@ -39,6 +39,9 @@ SETTINGS = {
   "two_heads_cosine": lambda steps: _heads(2, 32) | SETTINGS["cosine"](steps),
   "four_heads_cosine": lambda steps: _heads(4, 16) | SETTINGS["cosine"](steps),
   "four_wide_heads_cosine": lambda steps: _heads(4, 32) | SETTINGS["cosine"](steps),
+  "two_attention_cosine": lambda steps: (
+    {"model.blocks": ("attn", "attn", "gdn")} | SETTINGS["two_heads_cosine"](steps)
+  ),
   "three_blocks_cosine": lambda steps: (
     {"model.blocks": ("attn", "gdn", "gdn")} | SETTINGS["two_heads_cosine"](steps)
   ),
