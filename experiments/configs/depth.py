@@ -46,10 +46,9 @@ def sweep(preset: str, seeds: int = 5) -> dict[str, dict[str, object]]:
     half = rule110.DEMO_STEPS // 2
     for seed in range(seeds):
       for t in DEEP:
-        for n in (4, 2, 1):
+        for prefix, n, steps in (("", 4, half), ("", 2, half), ("half_", 1, half), ("", 1, 2 * half)):
           changes = {"data.rollout_steps": t, "sleep.num_passes": n, "seed": seed}
-          runs[f"{'half_' * (n == 1)}t{t}_n{n}_s{seed}"] = changes | {"train.steps": half}
-        runs[f"t{t}_n1_s{seed}"] = changes | {"train.steps": rule110.DEMO_STEPS}
+          runs[f"{prefix}t{t}_n{n}_s{seed}"] = changes | {"train.steps": steps}
     return runs
   for seed in range(seeds):
     for t in DEPTHS:
