@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from unittest import mock
 
 from absl.testing import parameterized
 
@@ -191,6 +192,18 @@ class SweepTest(parameterized.TestCase):
     todo = {f"run{i}": ends(i) for i in range(4)}
     codes, _, _ = self.quietly(runner.run_all, todo, jobs)
     self.assertEqual(codes, {"run0": 0, "run1": 1, "run2": 2, "run3": 3})
+
+  def test_what_runs_wrote_to_is_closed_when_they_have_ended(self):
+    children, start = [], subprocess.Popen
+
+    def remembered(*args, **how):
+      children.append(start(*args, **how))
+      return children[-1]
+
+    with mock.patch.object(runner.subprocess, "Popen", remembered):
+      self.assertEqual(runner.run_all({"a": ends(0), "b": ends(1)}, 2), {"a": 0, "b": 1})
+    self.assertLen(children, 2)
+    self.assertTrue(all(child.stdout.closed for child in children))
 
   def test_lines_carry_the_name_of_their_run_and_errors_are_among_them(self):
     code = (
